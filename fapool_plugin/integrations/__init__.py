@@ -1,0 +1,1 @@
+"""Adapters: each host framework has one home here and is imported nowhere else."""

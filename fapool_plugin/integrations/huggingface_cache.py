@@ -1,0 +1,88 @@
+"""Hugging Face: the cache that generate() fills, kept so that pool ranks can hold prefixes of it.
+
+Knows transformers' cache contract; does not know who computes attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from fapool_plugin.kv_cache import GrowingKV, SequenceState
+from fapool_plugin.resource_manager import ResourceManager
+
+
+class PooledLayer(DynamicLayer):
+    """A full-attention layer's keys and values, in storage that grows by blocks."""
+
+    def __init__(self, index: int, state: SequenceState, block: int) -> None:
+        super().__init__()
+        self.index, self.state = index, state
+        self._kv = GrowingKV(block, state.capacity)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._kv.append(key_states, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self._kv = GrowingKV(self._kv.block, self.state.capacity)
+        self.state.crop(self.index, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.is_initialized:
+            self._kv.crop(self.get_seq_length())
+            self.state.crop(self.index, self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.get_seq_length() > 0:
+            self._select(beam_idx)
+            self.state.reorder(self.index, beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.get_seq_length() > 0:
+            self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
+            self.state.residency.forget()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.get_seq_length() > 0:
+            self._select(torch.arange(self.keys.shape[0], device=self.keys.device)[indices])
+            self.state.residency.forget()
+
+    def _select(self, rows: Tensor) -> None:
+        self._kv.select_rows(rows.to(self.keys.device))
+        self.keys, self.values = self._kv.views()
+
+
+class PooledCache(DynamicCache):
+    """transformers' own dynamic cache, with pooled layers where attention is full. Sliding, linear and other layers
+    stay what they are."""
+
+    def __init__(self, config: Any, manager: ResourceManager, state: SequenceState) -> None:
+        super().__init__(config=config)
+        block = manager.config.kv_block
+        self.state, self._manager = state, manager
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = PooledLayer(index, state, block)
+        manager.watch(self, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PooledCache:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        memo[id(self._manager)] = self._manager
+        # A copy goes its own way; pool ranks know nothing of it yet.
+        twin.state = memo[id(self.state)] = SequenceState(self.state.prompt_columns, self.state.capacity)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        self._manager.watch(twin, twin.state)
+        return twin

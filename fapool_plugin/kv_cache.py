@@ -1,0 +1,286 @@
+"""Where keys and values live: growing storage on the base, resident prefixes on a pool rank, and the base's record
+of how long each prefix is.
+
+Knows tensors and lanes, but no model, no link and no plan.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+def round_up(length: int, block: int) -> int:
+    """The smallest multiple of ``block`` that is at least ``length``."""
+    return -(-length // block) * block
+
+
+class GrowingKV:
+    """K and V of one layer, in storage that grows by blocks, so that a step appends without copying the past.
+
+    Args:
+        block: positions by which storage grows.
+        capacity: positions to allocate at once, when known; 0 if not.
+    """
+
+    def __init__(self, block: int, capacity: int = 0) -> None:
+        self.block, self.capacity, self.length = block, capacity, 0
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+
+    def append(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new positions; returns views of all keys (B, K, T, D) and values (B, K, T, E)."""
+        stop = self.length + k_BKSD.shape[2]
+        if self._k is None or self._v is None or stop > self._k.shape[2]:
+            size = self.capacity if self.capacity >= stop else round_up(stop, self.block)
+            self._k, self._v = (self._grown(x, y, size) for x, y in ((self._k, k_BKSD), (self._v, v_BKSE)))
+        self._k[:, :, self.length : stop] = k_BKSD
+        self._v[:, :, self.length : stop] = v_BKSE
+        self.length = stop
+        return self.views()
+
+    def views(self) -> tuple[Tensor, Tensor]:
+        """All keys and values stored, as views. Raises RuntimeError while there are none."""
+        if self._k is None or self._v is None:
+            raise RuntimeError("nothing is stored yet; append() first")
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+    def crop(self, length: int) -> None:
+        """Forgets every position from ``length`` on."""
+        self.length = min(self.length, length)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row ``rows[i]``; the batch may change its size."""
+        if self._k is None or self._v is None:
+            return
+        k, v = self.views()
+        if rows.numel() == k.shape[0]:
+            k.copy_(k.index_select(0, rows))
+            v.copy_(v.index_select(0, rows))
+        else:
+            length, self.length = self.length, 0
+            self._k = self._v = None
+            self.capacity = max(self.capacity, length)
+            self.append(k.index_select(0, rows), v.index_select(0, rows))
+
+    def _grown(self, old: Tensor | None, new: Tensor, size: int) -> Tensor:
+        batch, heads, _, dim = new.shape
+        storage = new.new_empty(batch, heads, size, dim)
+        if old is not None:
+            storage[:, :, : self.length] = old[:, :, : self.length]
+        return storage
+
+
+class Residency:
+    """How long a prefix of each lane each pool rank holds: one integer per (rank, layer, row, head), kept by the
+    base and advanced when keys are sent. Positions are lane-relative."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+
+    def held(self, rank: int, layer: int, row: int, head_start: int, head_stop: int) -> int:
+        """The prefix that all lanes of ``row``'s heads [head_start, head_stop) have on ``rank``."""
+        lanes = self._held.get((rank, layer))
+        if not lanes:
+            return 0
+        return min((lanes.get((row, head), 0) for head in range(head_start, head_stop)), default=0)
+
+    def advance(self, rank: int, layer: int, row: int, head_start: int, head_stop: int, length: int) -> None:
+        """These lanes now have exactly ``length`` positions on ``rank``."""
+        lanes = self._held.setdefault((rank, layer), {})
+        lanes.update({(row, head): length for head in range(head_start, head_stop)})
+
+    def crop(self, layer: int, length_of: Callable[[int], int]) -> None:
+        """Row r of ``layer`` was cut to ``length_of(r)`` positions."""
+        for (_, at), lanes in self._held.items():
+            if at == layer:
+                lanes.update({lane: min(held, length_of(lane[0])) for lane, held in lanes.items()})
+
+    def reorder(self, layer: int, rows: Sequence[int], common: Callable[[int, int], int]) -> None:
+        """Row i of ``layer`` now holds what row ``rows[i]`` held; ``common(i, j)`` positions of both were equal."""
+        for (_, at), lanes in self._held.items():
+            if at == layer:
+                for (row, head), held in list(lanes.items()):
+                    source = rows[row] if row < len(rows) else -1
+                    if source != row:
+                        lanes[(row, head)] = min(held, common(row, source)) if source >= 0 else 0
+
+    def forget(self, rank: int | None = None) -> None:
+        """``rank``, or every rank, holds nothing any more."""
+        self._held = {} if rank is None else {key: v for key, v in self._held.items() if key[0] != rank}
+
+
+@dataclass
+class SequenceState:
+    """What the base knows about one batch of sequences beside its keys: who holds what, and what is to come.
+
+    ``id`` names the batch on pool ranks; ids are random, so that base ranks need not agree on them.
+    """
+
+    prompt_columns: int = 0
+    """Length of the whole prompt, padding included; 0 when nobody said."""
+    capacity: int = 0
+    """Positions the sequence will need at most; 0 when nobody said."""
+    copies: int = 1
+    """Rows r // copies are copies of one prompt (beams)."""
+    starts: tuple[int, ...] | None = None
+    """First unpadded column of each row."""
+    residency: Residency = field(default_factory=Residency)
+    id: int = field(default_factory=lambda: secrets.randbits(62))
+
+    def place(self, starts: tuple[int, ...]) -> None:
+        """Says where rows start. If that changed, positions mean something else and nothing is resident."""
+        if self.starts != starts:
+            if self.starts is not None:
+                self.residency.forget()
+            self.starts = starts
+
+    def crop(self, layer: int, columns: int) -> None:
+        """``layer`` was cut to ``columns`` columns."""
+        starts = self.starts or ()
+        self.residency.crop(layer, lambda row: max(0, columns - starts[row]) if row < len(starts) else 0)
+
+    def reorder(self, layer: int, rows: Sequence[int]) -> None:
+        """Row i of ``layer`` became a copy of row ``rows[i]``: beams of one prompt keep the prompt."""
+        starts = self.starts or ()
+
+        def common(row: int, source: int) -> int:
+            if self.copies > 1 and row // self.copies == source // self.copies and row < len(starts):
+                return max(0, self.prompt_columns - starts[row])
+            return 0
+
+        self.residency.reorder(layer, rows, common)
+
+
+class Prefix(NamedTuple):
+    """A run of lanes' resident keys: ``k`` (heads, capacity, D), ``v`` (heads, capacity, E), a length per head."""
+
+    head_start: int
+    k: Tensor
+    v: Tensor
+    lengths: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
+
+
+class PrefixStore:
+    """The prefixes a pool rank holds, by sequence; when memory runs short the least recently used sequence goes.
+
+    Args:
+        limit_bytes: what all storage together may take.
+        block: positions by which storage grows.
+    """
+
+    def __init__(self, limit_bytes: int, block: int = 256) -> None:
+        self.limit_bytes, self.block, self.nbytes, self.evictions = limit_bytes, block, 0, 0
+        self._sequences: OrderedDict[int, dict[tuple[int, int], Prefix]] = OrderedDict()
+
+    def __contains__(self, sequence: int) -> bool:
+        return sequence in self._sequences
+
+    def put(
+        self,
+        sequence: int,
+        layer: int,
+        row: int,
+        head_start: int,
+        k_HTD: Tensor,
+        v_HTE: Tensor,
+        start: int,
+        capacity: int = 0,
+    ) -> bool:
+        """Writes keys from position ``start`` on for heads from ``head_start``; what lay there is overwritten.
+
+        Returns False, and keeps nothing new, if the prefix before ``start`` is not here or memory does not suffice.
+        """
+        heads, count_new, _ = k_HTD.shape
+        if start and self.length(sequence, layer, row, head_start, head_start + heads) < start:
+            return False
+        prefix = self._room(sequence, layer, row, head_start, k_HTD, v_HTE, start + count_new, capacity)
+        if prefix is None:
+            return False
+        at = head_start - prefix.head_start
+        prefix.k[at : at + heads, start : start + count_new] = k_HTD
+        prefix.v[at : at + heads, start : start + count_new] = v_HTE
+        prefix.lengths[at : at + heads] = [start + count_new] * heads
+        return True
+
+    def length(self, sequence: int, layer: int, row: int, head_start: int, head_stop: int) -> int:
+        """The prefix that all these lanes have here; 0 if any is missing. Marks the sequence as used."""
+        rows = self._sequences.get(sequence)
+        prefix = rows.get((layer, row)) if rows is not None else None
+        if prefix is None:
+            return 0
+        self._sequences.move_to_end(sequence)
+        at, stop = head_start - prefix.head_start, head_stop - prefix.head_start
+        return min(prefix.lengths[at:stop]) if 0 <= at < stop <= len(prefix.lengths) else 0
+
+    def get(self, sequence: int, layer: int, row: int, heads: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Views (heads, keys, D) and (heads, keys, E) of a resident range; see :meth:`length` for what is here."""
+        prefix = self._sequences[sequence][(layer, row)]
+        lanes = slice(heads.start - prefix.head_start, heads.stop - prefix.head_start)
+        return prefix.k[lanes, keys], prefix.v[lanes, keys]
+
+    def free(self, sequence: int) -> None:
+        """Forgets one sequence."""
+        for prefix in self._sequences.pop(sequence, {}).values():
+            self.nbytes -= prefix.nbytes
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._sequences.clear()
+        self.nbytes = 0
+
+    def _room(
+        self,
+        sequence: int,
+        layer: int,
+        row: int,
+        head_start: int,
+        k: Tensor,
+        v: Tensor,
+        stop: int,
+        capacity: int,
+    ) -> Prefix | None:
+        """Storage that covers the heads and positions asked for, with what was there before; None if too large."""
+        old = self._sequences.get(sequence, {}).get((layer, row))
+        first, last, size = head_start, head_start + k.shape[0], 0
+        if old is not None:
+            first, last, size = (
+                min(first, old.head_start),
+                max(last, old.head_start + len(old.lengths)),
+                old.k.shape[1],
+            )
+            if first == old.head_start and last - first == len(old.lengths) and stop <= size:
+                return old
+        size = max(size, capacity if capacity >= stop else round_up(stop, self.block))
+        wanted = (last - first) * size * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
+        freed = old.nbytes if old is not None else 0
+        while self.nbytes - freed + wanted > self.limit_bytes:
+            victim = next((s for s in self._sequences if s != sequence), None)
+            if victim is None:
+                return None
+            self.free(victim)
+            self.evictions += 1
+        new = Prefix(
+            first,
+            k.new_empty(last - first, size, k.shape[2]),
+            v.new_empty(last - first, size, v.shape[2]),
+            [0] * (last - first),
+        )
+        if old is not None:
+            at, used = old.head_start - first, max(old.lengths)
+            new.k[at : at + len(old.lengths), :used] = old.k[:, :used]
+            new.v[at : at + len(old.lengths), :used] = old.v[:, :used]
+            new.lengths[at : at + len(old.lengths)] = old.lengths
+        self._sequences.setdefault(sequence, {})[(layer, row)] = new
+        self._sequences.move_to_end(sequence)
+        self.nbytes += wanted - freed
+        return new

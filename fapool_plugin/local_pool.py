@@ -1,0 +1,131 @@
+"""Pool ranks on this machine: processes that the base starts, and that end with it.
+
+Knows how to start and end them; what they are asked to do is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.transport import Link
+
+_HOST = "127.0.0.1"
+_SILENCE_FACTOR = 6
+"""A pool rank waits this many times ``timeout_s`` for its base: a base may be paused, a lost rank costs only time."""
+
+
+class LocalPool:
+    """Starts ranks when they are first needed, keeps them warm between leases, replaces lost ones at the next lease.
+
+    Args:
+        config: how many, and with which threads, memory and patience.
+    """
+
+    def __init__(self, config: FAPoolConfig) -> None:
+        self.config, self._owner = config, os.getpid()
+        self._store = dist.TCPStore(_HOST, 0, None, True, timedelta(seconds=config.start_timeout_s), False)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._links: dict[int, Link] = {}
+        self._started = 0
+
+    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
+        """Links to all ranks, starting those that are missing. Raises RuntimeError if none can be started."""
+        for rank, link in list(self._links.items()):
+            if link.lost:
+                self.discard(rank, link.lost)
+        missing = [rank for rank in range(self.config.pool_ranks) if rank not in self._links]
+        if missing:
+            announce(f"starting {len(missing)} local pool rank(s)")
+        names = {rank: self._start(rank) for rank in missing}
+        problems = []
+        for rank, name in names.items():
+            try:
+                self._wait_ready(rank, name)
+                self._links[rank] = Link(self._store, name, "base", timeout_s=self.config.timeout_s, host=_HOST)
+            except RuntimeError as error:
+                problems.append(str(error))
+                self.discard(rank, str(error))
+        if not self._links:
+            raise RuntimeError("; ".join(problems))
+        return dict(self._links)
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return {rank: process.pid for rank, process in self._processes.items()}
+
+    def discard(self, rank: int, reason: str) -> str:
+        """Kills a lost rank, stopped ones too; returns " (pid N)"."""
+        link, process = self._links.pop(rank, None), self._processes.pop(rank, None)
+        if link is not None:
+            link.fail(reason)
+        if process is None:
+            return ""
+        _end(process, 0)
+        if link is not None:
+            link.join(1.0)
+        return f" (pid {process.pid})"
+
+    def close(self) -> None:
+        """Ends all ranks: by a word, then by force. Does nothing in a forked child, whose ranks they are not."""
+        if os.getpid() != self._owner:
+            return
+        links, self._links = self._links, {}
+        processes, self._processes = self._processes, {}
+        for link in links.values():
+            link.close()
+        for process in processes.values():
+            _end(process, 2.0)
+        for link in links.values():
+            link.join(1.0)
+
+    def _start(self, rank: int) -> str:
+        self._started += 1
+        name, config = f"rank{rank}.{self._started}", self.config
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        command = [sys.executable, "-m", "fapool_plugin.worker"]
+        command += ["--store", f"{_HOST}:{self._store.port}", "--links", name, "--device", device]
+        command += ["--threads", str(config.threads_per_rank), "--parent", str(os.getpid())]
+        command += ["--memory-limit", str(config.memory_limit_mib * 2**20)]
+        command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s))]
+        # The OpenMP runtime reads its team's size once, before torch can set it.
+        environment = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}
+        # A base that found this package by a path of its own must have ranks that find the same one.
+        here = str(Path(__file__).resolve().parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
+        self._processes[rank] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        )
+        return name
+
+    def _wait_ready(self, rank: int, name: str) -> None:
+        deadline = time.monotonic() + self.config.start_timeout_s
+        process = self._processes[rank]
+        while not self._store.check([f"{name}/ready"]):
+            if process.poll() is not None:
+                raise RuntimeError(f"pool rank {rank} ended with exit code {process.returncode} before it was ready")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"pool rank {rank} was not ready within start_timeout_s = {self.config.start_timeout_s:g} s"
+                )
+            time.sleep(0.01)
+
+
+def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Ends a process that this pool started, and collects it."""
+    if process.stdin is not None:
+        process.stdin.close()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

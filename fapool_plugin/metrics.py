@@ -1,0 +1,94 @@
+"""What happened: counters for every attention call and a dated log of what the pool did and why.
+
+Knows numbers and words only; who counts what is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass
+class PhaseCounters:
+    """One attention layer in one forward is one call."""
+
+    pooled_calls: int = 0
+    """Calls of which at least one tile was computed by a pool rank."""
+    local_calls: int = 0
+    pooled_forwards: int = 0
+    """Forwards decided as pooled, whatever became of their calls."""
+    local_forwards: int = 0
+
+
+@dataclass
+class RankCounters:
+    """One pool rank, by its number in the pool."""
+
+    rank: int
+    calls: int = 0
+    stale: int = 0
+    faults: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    compute_s: float = 0.0
+    """Seconds this rank spent computing, as it measured them."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of state or a fault, with its reason."""
+
+    time: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class Counters:
+    """All that ``stats()`` shows."""
+
+    prefill: PhaseCounters = field(default_factory=PhaseCounters)
+    decode: PhaseCounters = field(default_factory=PhaseCounters)
+    activations: int = 0
+    releases: int = 0
+    faults: int = 0
+    ranks: dict[int, RankCounters] = field(default_factory=dict)
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=1000))
+    local_reasons: dict[str, int] = field(default_factory=dict)
+    """Why forwards longer than the threshold were computed locally, and how often."""
+
+    def phase(self, name: Phase) -> PhaseCounters:
+        """The counters of one phase."""
+        return self.prefill if name == "prefill" else self.decode
+
+    def rank(self, rank: int) -> RankCounters:
+        """The counters of one pool rank, made on first use."""
+        return self.ranks.setdefault(rank, RankCounters(rank))
+
+    def log(self, kind: str, reason: str) -> Event:
+        """Adds a dated event; the last thousand are kept."""
+        event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, reason)
+        self.events.append(event)
+        return event
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts: a copy."""
+        ranks = [asdict(rank) for _, rank in sorted(self.ranks.items())]
+        return {
+            "prefill": asdict(self.prefill),
+            "decode": asdict(self.decode),
+            "activations": self.activations,
+            "releases": self.releases,
+            "faults": self.faults,
+            "stale": sum(rank["stale"] for rank in ranks),
+            "bytes_sent": sum(rank["bytes_sent"] for rank in ranks),
+            "bytes_received": sum(rank["bytes_received"] for rank in ranks),
+            "ranks": ranks,
+            "local_reasons": dict(self.local_reasons),
+            "events": [asdict(event) for event in self.events],
+        }

@@ -1,0 +1,132 @@
+"""A plan: who computes which tiles of a call. Pure functions of lengths, speeds and what is resident.
+
+Knows neither tensors nor links. What a plan costs in seconds is not known here yet: shares follow given speeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fapool_plugin.partition import Row, Share, Tile, partition
+
+_BLOCK = 64
+"""Cuts fall on multiples of this many positions: the row block of the flash kernels."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the real tokens of a padded batch lie. Columns count padding, positions do not.
+
+    ``starts[b]`` and ``stops[b]`` bound row b's real keys in columns; the call's queries are the columns
+    [``q_column``, ``columns``).
+    """
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    q_column: int
+    columns: int
+
+    def row(self, index: int) -> Row:
+        """Row ``index`` in lane-relative positions."""
+        start, stop = self.starts[index], self.stops[index]
+        keys = max(0, stop - start)
+        first = min(max(self.q_column, start), max(stop, start)) - start
+        return Row(q_start=first, q_stop=keys, keys=keys)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [self.row(index) for index in range(len(self.starts))]
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence after this call."""
+        return max((stop - start for start, stop in zip(self.starts, self.stops, strict=True)), default=0)
+
+    def q_slice(self, tile: Tile) -> slice:
+        """A tile's queries in the call's query tensor."""
+        shift = self.starts[tile.row] - self.q_column
+        return slice(tile.q_start + shift, tile.q_stop + shift)
+
+    def k_slice(self, row: int, start: int, stop: int) -> slice:
+        """Lane-relative key positions as columns."""
+        return slice(self.starts[row] + start, self.starts[row] + stop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shares of a call, one per pool rank, and the base's."""
+
+    shares: tuple[Share, ...]
+    base: Share
+    axis: Literal["queries", "keys"]
+
+    def positions_held(self, rank: int, capacity: int) -> int:
+        """Positions of all lanes together that pool rank ``rank`` must have room for, ``capacity`` at least in each."""
+        return sum((tile.head_stop - tile.head_start) * max(tile.k_stop, capacity) for tile in self.shares[rank])
+
+
+def speeds(ranks: int, base_share: float | None) -> list[float]:
+    """Relative speeds of ``ranks`` pool ranks and, last, the base, which takes ``base_share`` of the whole
+    (None: as much as any other)."""
+    if base_share is None:
+        return [1.0] * (ranks + 1)
+    return [(1.0 - base_share) / ranks] * ranks + [base_share]
+
+
+def make_plan(
+    geometry: Geometry,
+    kv_heads: int,
+    relative_speeds: Sequence[float],
+    *,
+    mode: Literal["line", "query_blocks"] = "line",
+    few_queries: int = 256,
+) -> Plan:
+    """Cuts a causal call into shares, the base's last: on the line its keys then are those at a lane's end.
+
+    Up to ``few_queries`` new queries against a past are cut along the keys (decode), others along the queries.
+    """
+    rows = geometry.rows
+    queries = max((row.q_stop - row.q_start for row in rows), default=0)
+    by_keys = any(row.q_start for row in rows) and queries <= few_queries
+    extent = max((row.keys for row in rows), default=0) if by_keys else queries
+    block = _BLOCK if extent >= 4 * _BLOCK * len(relative_speeds) else 1
+    axis: Literal["queries", "keys"] = "keys" if by_keys else "queries"
+    shares = partition(rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block)
+    return Plan(tuple(shares[:-1]), shares[-1], axis)
+
+
+class Request(NamedTuple):
+    """A tile for a pool rank, and the new keys [key_start, key_stop) that go with it; key_start is the residency
+    it assumes."""
+
+    tile: Tile
+    key_start: int
+    key_stop: int
+
+
+def within_residency(
+    share: Share, held: Callable[[Tile], int], axis: Literal["queries", "keys"], block: int
+) -> tuple[list[Request], list[Tile]]:
+    """What a pool rank is asked to compute of its share, and what the base keeps.
+
+    Along the queries every missing key is sent. Along the keys a rank works on what it holds: missing keys are sent
+    only in whole blocks, so a decode step normally sends none, and what lies beyond is left to the base.
+    """
+    requests, left = [], []
+    for tile in share:
+        have = held(tile)
+        if axis == "queries":
+            requests.append(Request(tile, min(have, tile.k_stop), tile.k_stop))
+            continue
+        missing = max(0, tile.k_stop - have)
+        reach = have + missing // block * block if missing else have
+        stop = min(tile.k_stop, reach)
+        if stop > tile.k_start:
+            start = min(have, stop)
+            requests.append(Request(tile._replace(k_stop=stop), start, max(start, stop)))
+        if stop < tile.k_stop:
+            left.append(tile._replace(k_start=max(stop, tile.k_start)))
+    return requests, left

@@ -1,0 +1,354 @@
+"""Watches the length of every forward, borrows pool ranks above the threshold and gives them back below it.
+
+Decides pooled or local once per forward, keeps the lease and the event log. It is the one place that learns of lost
+ranks. It does not know models, nor where pool ranks come from: a pool is given to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.metrics import Counters, Phase, RankCounters
+from fapool_plugin.plan import Geometry, Plan, make_plan, speeds
+from fapool_plugin.transport import PROTOCOL_VERSION, Header, Link, LinkLost, Message, Op, Status
+
+_log = logging.getLogger("fapool_plugin")
+State = Literal["idle", "activating", "active", "draining", "closed"]
+
+
+class Pool(Protocol):
+    """Where pool ranks come from."""
+
+    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
+        """Links to every rank that is ready, by rank number. Raises RuntimeError if there is none."""
+
+    def discard(self, rank: int, reason: str) -> str:
+        """Gives up a lost rank and everything of it; returns its description."""
+
+    def close(self) -> None:
+        """Ends every rank of this pool."""
+
+
+class PoolRank:
+    """One leased pool rank, seen from the base."""
+
+    def __init__(self, number: int, link: Link, token: int, counters: RankCounters) -> None:
+        self.number, self.link, self.token, self.counters = number, link, token, counters
+        self.key = secrets.randbits(62)
+        """Names this rank in this lease, so that residency never outlives the lease."""
+        self.memory_limit = 0
+        self._call = 0
+
+    def open(self) -> None:
+        """Takes the lease. Raises LinkLost if the rank is lost, busy or speaks another protocol."""
+        self.link.send(Header(op=Op.HELLO, token=self.token))
+        reply = self.link.receive().header
+        if reply.version != PROTOCOL_VERSION:
+            raise LinkLost(
+                f"speaks protocol {reply.version}, the base speaks {PROTOCOL_VERSION}: install one version on both"
+            )
+        if reply.status != Status.OK:
+            raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
+        self.memory_limit = reply.extra
+
+    def ask(self, header: Header, tensors: Sequence[Tensor]) -> int:
+        """Sends a request; returns its call number."""
+        self._call += 1
+        before = self.link.bytes_sent
+        self.link.send(header._replace(token=self.token, call=self._call), tensors)
+        self.counters.bytes_sent += self.link.bytes_sent - before
+        return self._call
+
+    def answer(self, call: int) -> Message:
+        """Waits for the reply to ``call``; replies to calls that were given up are dropped."""
+        while True:
+            message = self.link.receive()
+            self.counters.bytes_received += message.nbytes
+            if message.header.call == call:
+                self.link.settle()
+                return message
+
+    def tell(self, op: Op, sequence: int = 0) -> None:
+        """Sends a message that has no reply."""
+        self.link.send(Header(op=op, token=self.token, sequence=sequence))
+
+
+@dataclass
+class Forward:
+    """What was decided for one forward, and holds for all its layers."""
+
+    pooled: bool
+    phase: Phase
+    geometry: Geometry | None = None
+    sequence: SequenceState | None = None
+    ranks: list[PoolRank] = field(default_factory=list)
+    plans: dict[int, Plan] = field(default_factory=dict)
+    """By number of KV heads."""
+    lasting: bool = True
+    """False: no cache outlives this forward, so nothing stays resident."""
+
+
+class ResourceManager:
+    """The plugin's handle on one model: ``model.fa_pool``. A context manager; closes itself at interpreter exit.
+
+    Copies and pickles carry the configuration only: a copy has its own pool, started when it needs one.
+    """
+
+    def __init__(self, config: FAPoolConfig, make_pool: Callable[[FAPoolConfig], Pool]) -> None:
+        self.config, self._make_pool = config, make_pool
+        self.counters = Counters()
+        self.state: State = "idle"
+        self.ranks: list[PoolRank] = []
+        self._pool: Pool | None = None
+        self._busy = threading.Lock()
+        self._ended: list[int] = []
+        self._live: set[int] = set()
+        self._current: int | None = None
+        self._failed_for: int | None = None
+        """The sequence for which no rank was to be had: it is not tried again at every step."""
+        self._finalizer: weakref.finalize[Any, ResourceManager] | None = None
+
+    def __reduce__(self) -> tuple[type[ResourceManager], tuple[FAPoolConfig, Callable[[FAPoolConfig], Pool]]]:
+        return ResourceManager, (self.config, self._make_pool)
+
+    def __enter__(self) -> ResourceManager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def begin(
+        self,
+        phase: Phase,
+        columns: int,
+        look: Callable[[], Geometry | str],
+        sequence: SequenceState,
+        *,
+        must_be_local: str | None = None,
+        lasting: bool = True,
+    ) -> Forward:
+        """Decides pooled or local for one forward; :meth:`end` must follow.
+
+        Args:
+            phase: for the counters.
+            columns: length after this forward (of the whole prompt, in prefill), padding included.
+            look: inspects the masks, only called above the threshold. Returns the geometry, or why this forward
+                must be local; raises ValueError for input that is refused.
+            sequence: the batch this forward continues.
+            must_be_local: a reason known beforehand.
+            lasting: whether a cache keeps the sequence beyond this forward.
+        """
+        if not self.config.enabled or self.state == "closed":
+            return Forward(False, phase)
+        local = Forward(False, phase)
+        length, geometry = columns, None
+        if columns > self.config.threshold:
+            seen = must_be_local or look()
+            if isinstance(seen, str):
+                self.counters.local_reasons[seen] = self.counters.local_reasons.get(seen, 0) + 1
+            else:
+                geometry = seen
+                waiting = sequence.prompt_columns - geometry.columns
+                length = geometry.longest + max(0, waiting)
+        wanted = geometry is not None and length > self.config.threshold
+        if not wanted and not self.ranks:
+            return local
+        if not wanted and not self._busy.acquire(blocking=False):
+            return local
+        if wanted:
+            self._busy.acquire()
+        try:
+            self._reap()
+            self._current = sequence.id
+            if wanted:
+                self._activate(length, sequence)
+            elif length < self.config.release_ratio * self.config.threshold:
+                below = self.config.release_ratio * self.config.threshold
+                self._release(f"a forward of {length} tokens, below {below:g}")
+        except BaseException:
+            self._busy.release()
+            raise
+        if not wanted or not self.ranks or geometry is None:
+            self._busy.release()
+            return local
+        sequence.place(geometry.starts)
+        self._live.add(sequence.id)
+        return Forward(True, phase, geometry, sequence, list(self.ranks), lasting=lasting)
+
+    def end(self, forward: Forward) -> None:
+        """Ends what :meth:`begin` returned."""
+        counters = self.counters.phase(forward.phase)
+        if not forward.pooled:
+            counters.local_forwards += 1
+            return
+        counters.pooled_forwards += 1
+        if forward.sequence is not None and not forward.lasting:
+            self._ended.append(forward.sequence.id)
+        self._reap()
+        self._busy.release()
+        if self._ended:
+            self.reap()
+
+    def plan(self, forward: Forward, kv_heads: int, bytes_per_position: int, layers: int) -> Plan:
+        """The forward's plan for layers with this many KV heads. A share whose keys would not fit a pool rank's
+        memory goes to the base."""
+        if kv_heads not in forward.plans:
+            assert forward.geometry is not None
+            plan = make_plan(
+                forward.geometry,
+                kv_heads,
+                speeds(len(forward.ranks), self.config.base_share),
+                mode=self.config.partition,
+                few_queries=self.config.kv_block,
+            )
+            shares, base = list(plan.shares), list(plan.base)
+            room = forward.sequence.capacity if forward.sequence else 0
+            for index, rank in enumerate(forward.ranks):
+                need = plan.positions_held(index, room) * bytes_per_position * layers
+                if need > rank.memory_limit:
+                    base.extend(shares[index])
+                    shares[index] = ()
+                    reason = (
+                        f"pool rank {rank.number}'s share would need {need / 2**20:.0f} MiB of KV memory, it has "
+                        f"{rank.memory_limit / 2**20:.0f}: raise memory_limit_mib or pool_ranks"
+                    )
+                    if reason not in self.counters.local_reasons:
+                        self.counters.log("memory", reason)
+                    self.counters.local_reasons[reason] = self.counters.local_reasons.get(reason, 0) + 1
+            forward.plans[kv_heads] = Plan(tuple(shares), tuple(base), plan.axis)
+        return forward.plans[kv_heads]
+
+    @contextmanager
+    def guard(self, rank: PoolRank) -> Iterator[None]:
+        """The one place that catches link errors: a rank that fails in this block is given up, and work goes on."""
+        try:
+            yield
+        except LinkLost as error:
+            self.lose(rank, str(error))
+
+    def lose(self, rank: PoolRank, reason: str) -> None:
+        """Gives up ``rank``. The event log and one warning name it."""
+        if rank not in self.ranks:
+            return
+        self.ranks.remove(rank)
+        rank.counters.faults += 1
+        self.counters.faults += 1
+        who = self._pool.discard(rank.number, reason) if self._pool else ""
+        text = f"pool rank {rank.number}{who} lost: {reason}; its work is computed by the base"
+        self.counters.log("fault", text)
+        warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
+        if not self.ranks and self.state == "active":
+            self._failed_for, self.state = self._current, "idle"
+            self.counters.log("idle", "every pool rank was lost; the next sequence may borrow again")
+
+    def watch(self, owner: object, sequence: SequenceState) -> None:
+        """The sequence ends when ``owner``, its cache, is gone."""
+        weakref.finalize(owner, self._sequence_ended, sequence.id).atexit = False
+
+    def reap(self) -> None:
+        """Frees sequences that have ended; gives the lease back when none is left. Waits for nobody."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self._reap()
+            finally:
+                self._busy.release()
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far: state, pooled and local calls of prefill and decode, activations, releases, faults,
+        ranks, bytes and the event log. A copy; see :mod:`fapool_plugin.metrics` for what each number counts."""
+        held = [rank.number for rank in self.ranks]
+        return {
+            "state": self.state,
+            "threshold": self.config.threshold,
+            "leased_ranks": held,
+        } | self.counters.as_dict()
+
+    def close(self) -> None:
+        """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
+        if self.state == "closed":
+            return
+        if self.ranks:
+            self._release("closed")
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+        self.state = "closed"
+        self.counters.log("closed", "close() was called")
+
+    def _sequence_ended(self, sequence_id: int) -> None:
+        # Called by the garbage collector at any moment, so the ranks are only told between two forwards.
+        self._ended.append(sequence_id)
+        self.reap()
+
+    def _reap(self) -> None:
+        while self._ended:
+            sequence_id = self._ended.pop()
+            if sequence_id in self._live:
+                self._live.discard(sequence_id)
+                for rank in list(self.ranks):
+                    with self.guard(rank):
+                        rank.tell(Op.FREE, sequence_id)
+                if not self._live and self.ranks:
+                    self._release("the last long sequence ended")
+
+    def _activate(self, length: int, sequence: SequenceState) -> None:
+        for rank in list(self.ranks):
+            if rank.link.lost:
+                self.lose(rank, rank.link.lost)
+        if self.ranks or self._failed_for == sequence.id:
+            return
+        self.state = "activating"
+        self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.config.threshold}")
+        began = time.perf_counter()
+        try:
+            if self._pool is None:
+                self._pool = self._make_pool(self.config)
+                self._finalizer = weakref.finalize(self, self._pool.close)
+            token = secrets.randbits(62)
+            links = self._pool.acquire(_log.info)
+            self.ranks = [PoolRank(n, link, token, self.counters.rank(n)) for n, link in sorted(links.items())]
+            for rank in list(self.ranks):
+                with self.guard(rank):
+                    rank.open()
+        except RuntimeError as error:
+            self.counters.log("fault", f"no pool rank could be had: {error}")
+            warnings.warn(
+                f"fa_pool: no pool rank could be had, computing locally: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if not self.ranks:
+            self._failed_for = sequence.id
+            self.state = "idle"
+            return
+        self._failed_for = None
+        self.counters.activations += 1
+        self.state = "active"
+        took = time.perf_counter() - began
+        self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took * 1e3:.0f} ms")
+
+    def _release(self, reason: str) -> None:
+        self.state = "draining"
+        self.counters.log("draining", reason)
+        for rank in list(self.ranks):
+            with self.guard(rank):
+                rank.tell(Op.RELEASE)
+        self.ranks, self._live = [], set()
+        self.counters.releases += 1
+        self.state = "idle"
+        self.counters.log("idle", "the lease was given back")

@@ -1,0 +1,312 @@
+"""Links: how one base rank and one pool rank exchange tensors, and notice that the other is gone.
+
+A link is a pair of two-member gloo groups on a TCPStore, outside torch.distributed's WORLD: one for messages, one
+for heartbeats. A message is a fixed-length int64 header that determines dtype, shape and order of every tensor after
+it; nothing that came over a wire is unpickled. This module does not know what the tensors mean.
+
+Tensors on other devices are staged through host memory; NCCL links do not exist yet.
+"""
+
+from __future__ import annotations
+
+import queue
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+PROTOCOL_VERSION = 1
+TILE_FIELDS = 9
+_FOREVER = timedelta(days=365)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Op(IntEnum):
+    """What a message asks for."""
+
+    HELLO = 1
+    ATTEND = 2
+    FREE = 3
+    RELEASE = 4
+    BYE = 5
+
+
+class Status(IntEnum):
+    """What a reply says."""
+
+    REQUEST = 0
+    OK = 1
+    STALE = 2
+    BUSY = 3
+    VERSION = 4
+
+
+class LinkLost(RuntimeError):
+    """The other end of a link died, fell silent or broke the protocol."""
+
+
+class Header(NamedTuple):
+    """The fixed-length int64 header; floats travel as their IEEE-754 bits (:func:`float_bits`)."""
+
+    version: int = PROTOCOL_VERSION
+    op: int = 0
+    status: int = 0
+    token: int = 0
+    """The lease this message belongs to."""
+    call: int = 0
+    sequence: int = 0
+    layer: int = 0
+    keep: int = 0
+    """1: the keys sent stay resident; 0: they serve this call only."""
+    dtype: int = 0
+    """Index of the payload's dtype (:func:`dtype_code`)."""
+    tiles: int = 0
+    q_elements: int = 0
+    k_elements: int = 0
+    v_elements: int = 0
+    lse_elements: int = 0
+    head_dim: int = 0
+    v_head_dim: int = 0
+    group: int = 0
+    """Query heads per KV head."""
+    capacity: int = 0
+    """Positions a sequence will need at most, if known; 0 if not."""
+    scale_bits: int = 0
+    softcap_bits: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    extra: int = 0
+    """HELLO's reply: the rank's KV memory limit in bytes. ATTEND's reply: nanoseconds spent computing."""
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float64 as an int64."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def bits_float(bits: int) -> float:
+    """The float64 whose bits are ``bits``."""
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """A dtype's number on the wire. Raises ValueError for one that no kernel computes in."""
+    if dtype not in _DTYPES:
+        known = ", ".join(str(d) for d in _DTYPES)
+        raise ValueError(f"dtype {dtype} cannot be sent to a pool rank; use one of {known}")
+    return _DTYPES.index(dtype)
+
+
+def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
+    if header.version != PROTOCOL_VERSION or header.op != Op.ATTEND:
+        return []
+    if not 0 <= header.dtype < len(_DTYPES) or min(header[9:14]) < 0:
+        raise LinkLost(f"malformed header {tuple(header)}")
+    dtype = _DTYPES[header.dtype]
+    if header.status == Status.REQUEST:
+        parts: list[tuple[tuple[int, ...], torch.dtype]] = [
+            ((header.tiles, TILE_FIELDS), torch.int64),
+            ((header.q_elements,), dtype),
+            ((header.k_elements,), dtype),
+            ((header.v_elements,), dtype),
+        ]
+    elif header.status == Status.OK:
+        lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        parts = [((header.q_elements,), dtype), ((header.lse_elements,), lse_dtype)]
+    else:
+        parts = []
+    return [(shape, kind) for shape, kind in parts if 0 not in shape]
+
+
+class Message(NamedTuple):
+    """A header and the tensors it announces."""
+
+    header: Header
+    tensors: list[torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, header included."""
+        return 8 * len(self.header) + sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def _group(store: dist.Store, name: str, rank: int, timeout: timedelta, host: str | None) -> Any:
+    """A two-member gloo group. Typed as Any: torch's stubs do not know its methods."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout, options._threads = timeout, 1
+    options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
+    return gloo(dist.PrefixStore(name, store), rank, 2, options)
+
+
+class Link:
+    """One end of a link.
+
+    A reader thread receives ahead into a queue, so that a message never waits for the computation before it, and a
+    heartbeat thread watches the other end: the base asks, the pool rank answers, each ``timeout_s / 5``. Whichever
+    finds the other end gone ends the queue with :class:`LinkLost`, so every wait is bounded.
+
+    Args:
+        store: where the two ends meet.
+        name: unique for this link; both ends give the same.
+        side: "base" asks for heartbeats, "pool" answers them.
+        timeout_s: silence, in seconds, after which the other end is lost.
+        host: address to bind to; None for the default interface.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        name: str,
+        side: Literal["base", "pool"],
+        *,
+        timeout_s: float,
+        host: str | None = None,
+        on_lost: Callable[[], None] | None = None,
+        into: queue.SimpleQueue[tuple[Link, Message | LinkLost]] | None = None,
+    ) -> None:
+        rank = 0 if side == "base" else 1
+        self.name, self._peer, self._tag = name, 1 - rank, rank
+        self._data = _group(store, f"{name}/data", rank, _FOREVER, host)
+        self._pulse = _group(store, f"{name}/pulse", rank, timedelta(seconds=timeout_s), host)
+        self._timeout_s, self._on_lost = timeout_s, on_lost
+        self.inbox = into if into is not None else queue.SimpleQueue()
+        self.lost: str | None = None
+        self._over, self._lost_lock, self._said_goodbye = threading.Event(), threading.Lock(), False
+        self._outgoing: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        self.bytes_sent = self.bytes_received = 0
+        beat = self._ask if side == "base" else self._answer
+        self._threads = [
+            threading.Thread(target=target, name=f"fapool {name}", daemon=True) for target in (self._read, beat)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
+        """Sends without waiting; :meth:`settle` waits. Raises LinkLost if the other end is known to be gone."""
+        message = Message(header, [t for t in tensors if t.numel()])
+        expected = payload(header)
+        if [(tuple(t.shape), t.dtype) for t in message.tensors] != expected:
+            raise ValueError(f"payload {[tuple(t.shape) for t in message.tensors]} is not what {header} announces")
+        if self.lost:
+            raise LinkLost(self.lost)
+        try:
+            for tensor in (torch.tensor(header, dtype=torch.int64), *message.tensors):
+                host = tensor.detach().cpu().contiguous()
+                self._outgoing.append((host, self._data.send([host], self._peer, self._tag)))
+        except BaseException as error:
+            # Half a message may be out: nothing after it could be understood.
+            reason = self.fail(f"send failed: {_first_line(error)}")
+            if isinstance(error, RuntimeError):
+                raise LinkLost(reason) from error
+            raise
+        self.bytes_sent += message.nbytes
+
+    def settle(self, keep: int = 0) -> None:
+        """Waits until at most ``keep`` sends are under way. Call it after the reply, not before: a large send ends
+        only when the other end posts its receive."""
+        try:
+            while len(self._outgoing) > keep:
+                if self.lost:
+                    raise LinkLost(self.lost)
+                self._outgoing[0][1].wait()
+                self._outgoing.popleft()
+        except RuntimeError as error:
+            if isinstance(error, LinkLost):
+                raise
+            raise LinkLost(self.fail(f"send failed: {_first_line(error)}")) from error
+
+    def receive(self) -> Message:
+        """The next message. Raises LinkLost once the other end is gone."""
+        _, item = self.inbox.get()
+        if isinstance(item, LinkLost):
+            self.inbox.put((self, item))
+            raise item
+        return item
+
+    def fail(self, reason: str) -> str:
+        """Marks the link as lost, once, and wakes whoever waits for it. Returns the first reason given."""
+        with self._lost_lock:
+            first = self.lost is None
+            self.lost = self.lost or reason
+        self._over.set()
+        if first:
+            self.inbox.put((self, LinkLost(self.lost)))
+            if self._on_lost:
+                self._on_lost()
+        return self.lost
+
+    def close(self) -> None:
+        """Says goodbye and ends; the other end says it too, so that neither waits any longer."""
+        self._say_goodbye()
+        self.fail("closed")
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the link's threads, which end when the other end has gone."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _say_goodbye(self) -> None:
+        with self._lost_lock:
+            said, self._said_goodbye = self._said_goodbye, True
+        if not said:
+            goodbye = torch.tensor(Header(op=Op.BYE), dtype=torch.int64)
+            with suppress(RuntimeError):
+                self._outgoing.append((goodbye, self._data.send([goodbye], self._peer, self._tag)))
+
+    def _read(self) -> None:
+        raw = torch.empty(len(Header()), dtype=torch.int64)
+        try:
+            while True:
+                self._data.recv([raw], self._peer, 1 - self._tag).wait()
+                header = Header(*raw.tolist())
+                if header.op == Op.BYE:
+                    self._say_goodbye()
+                    self.fail("the other end said goodbye")
+                    return
+                tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in payload(header)]
+                for tensor in tensors:
+                    self._data.recv([tensor], self._peer, 1 - self._tag).wait()
+                message = Message(header, tensors)
+                self.bytes_received += message.nbytes
+                self.inbox.put((self, message))
+                del message, tensors
+        except RuntimeError as error:
+            self.fail(f"connection ended: {_first_line(error)}")
+
+    def _ask(self) -> None:
+        beat = torch.zeros(1, dtype=torch.int64)
+        try:
+            while not self.lost:
+                self._pulse.send([beat], self._peer, 0).wait()
+                self._pulse.recv([beat], self._peer, 1).wait()
+                self._over.wait(self._timeout_s / 5)
+            beat -= 1
+            self._pulse.send([beat], self._peer, 0).wait()
+        except RuntimeError as error:
+            self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
+
+    def _answer(self) -> None:
+        beat = torch.zeros(1, dtype=torch.int64)
+        try:
+            while True:
+                self._pulse.recv([beat], self._peer, 0).wait()
+                if beat < 0:
+                    return
+                self._pulse.send([beat], self._peer, 1).wait()
+        except RuntimeError as error:
+            self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][-160:] if str(error) else type(error).__name__

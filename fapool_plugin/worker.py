@@ -1,0 +1,222 @@
+"""A pool rank: holds no weights, receives tiles with their queries and new keys, answers with (out, lse).
+
+It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
+kernels, but no model, no plan and nobody's weights; when its links or its parent are gone it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fapool_plugin.kernels import attend
+from fapool_plugin.kv_cache import PrefixStore
+from fapool_plugin.transport import (
+    PROTOCOL_VERSION,
+    Header,
+    Link,
+    LinkLost,
+    Message,
+    Op,
+    Status,
+    bits_float,
+)
+
+_UNSETTLED = 8
+"""Replies that may be under way while the next request is computed."""
+
+
+class Worker:
+    """Serves requests from ``inbox`` until every link is gone.
+
+    Args:
+        inbox: what all links receive ahead into.
+        memory_limit: bytes of keys and values it may hold.
+        device: where it computes.
+    """
+
+    def __init__(
+        self,
+        inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]],
+        memory_limit: int,
+        device: torch.device,
+    ) -> None:
+        self.inbox, self.device = inbox, device
+        self.prefixes = PrefixStore(memory_limit)
+        self.lease: int | None = None
+        self._holders: set[Link] = set()
+
+    def serve(self, links: Iterable[Link]) -> None:
+        """Answers requests until every one of ``links`` has ended."""
+        alive = set(links)
+        while alive:
+            link, item = self.inbox.get()
+            if isinstance(item, LinkLost):
+                alive.discard(link)
+                self._leave(link)
+            elif link.lost is None:
+                try:
+                    self._handle(link, item)
+                except LinkLost as error:
+                    link.fail(str(error))
+
+    def _handle(self, link: Link, message: Message) -> None:
+        header = message.header
+        if header.op == Op.HELLO:
+            link.send(self._hello(link, header))
+        elif self.lease is None or header.token != self.lease:
+            if header.op == Op.ATTEND:
+                link.send(header._replace(status=Status.STALE))
+        elif header.op == Op.ATTEND:
+            link.send(*self.attend(message))
+            link.settle(_UNSETTLED)
+        elif header.op == Op.FREE:
+            self.prefixes.free(header.sequence)
+        elif header.op == Op.RELEASE:
+            self._leave(link)
+
+    def _hello(self, link: Link, header: Header) -> Header:
+        if header.version != PROTOCOL_VERSION:
+            return Header(op=Op.HELLO, status=Status.VERSION)
+        if self.lease is not None and self.lease != header.token:
+            return Header(op=Op.HELLO, status=Status.BUSY, token=header.token)
+        self.lease = header.token
+        self._holders.add(link)
+        return Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=self.prefixes.limit_bytes)
+
+    def _leave(self, link: Link) -> None:
+        """One base rank gives the lease back; with the last one everything it left here goes."""
+        self._holders.discard(link)
+        if not self._holders:
+            self.lease = None
+            self.prefixes.clear()
+
+    def attend(self, message: Message) -> tuple[Header, tuple[Tensor, ...]]:
+        """Computes a request's tiles. STALE, with no tensors, if a prefix it assumes is not here."""
+        began = time.perf_counter_ns()
+        request = _Request(message, self.device)
+        outs, lses = [], []
+        for tile in message.tensors[0].tolist():
+            row, head_start, head_stop, q_start, q_stop, k_start, k_stop, key_start, key_stop = tile
+            heads, lanes = head_stop - head_start, (row, head_start)
+            new_k, new_v = request.keys(heads, key_stop - key_start)
+            if not request.header.keep:
+                k, v = (
+                    new_k[:, k_start - key_start : k_stop - key_start],
+                    new_v[:, k_start - key_start : k_stop - key_start],
+                )
+            else:
+                where = (request.header.sequence, request.header.layer, *lanes)
+                stored = key_stop == key_start or self.prefixes.put(
+                    *where, new_k, new_v, key_start, request.header.capacity
+                )
+                held = self.prefixes.length(*where[:3], head_start, head_stop)
+                if not stored or held < max(k_stop, key_start):
+                    return message.header._replace(status=Status.STALE), ()
+                k, v = self.prefixes.get(*where[:3], slice(head_start, head_stop), slice(k_start, k_stop))
+            out, lse = attend(
+                request.queries(heads, q_stop - q_start)[None].transpose(1, 2),
+                k[None].transpose(1, 2),
+                v[None].transpose(1, 2),
+                softmax_scale=request.scale,
+                causal=True,
+                q_offset=q_start - k_start,
+                softcap=request.softcap,
+            )
+            outs.append(out.reshape(-1))
+            lses.append(lse.reshape(-1))
+        out, lse = torch.cat(outs), torch.cat(lses)
+        header = message.header._replace(
+            status=Status.OK,
+            q_elements=out.numel(),
+            lse_elements=lse.numel(),
+            extra=time.perf_counter_ns() - began,
+        )
+        return header, (out, lse)
+
+
+class _Request:
+    """Reads a request's flat payload tile by tile."""
+
+    def __init__(self, message: Message, device: torch.device) -> None:
+        self.header = message.header
+        tensors = iter([tensor.to(device) for tensor in message.tensors[1:]])
+        nothing = torch.empty(0, device=device)
+        self._q = next(tensors) if self.header.q_elements else nothing
+        self._k = next(tensors) if self.header.k_elements else nothing.to(self._q.dtype)
+        self._v = next(tensors) if self.header.v_elements else nothing.to(self._q.dtype)
+        self._q_at = self._k_at = self._v_at = 0
+        self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
+
+    def queries(self, kv_heads: int, length: int) -> Tensor:
+        """The next tile's queries, (H, S, D)."""
+        heads, dim = kv_heads * self.header.group, self.header.head_dim
+        self._q_at, start = self._q_at + heads * length * dim, self._q_at
+        return self._q[start : self._q_at].view(heads, length, dim)
+
+    def keys(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor]:
+        """The next tile's new keys (K, T, D) and values (K, T, E)."""
+        self._k_at, k_start = self._k_at + kv_heads * length * self.header.head_dim, self._k_at
+        self._v_at, v_start = self._v_at + kv_heads * length * self.header.v_head_dim, self._v_at
+        k = self._k[k_start : self._k_at].view(kv_heads, length, self.header.head_dim)
+        return k, self._v[v_start : self._v_at].view(kv_heads, length, self.header.v_head_dim)
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process once its parent is gone: its standard input closes, or it is adopted."""
+
+    def read() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(0)
+
+    def poll() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(0)
+
+    for target in (read, poll):
+        threading.Thread(target=target, daemon=True).start()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of a pool rank's process."""
+    parser = argparse.ArgumentParser(prog="python -m fapool_plugin.worker", description=__doc__)
+    parser.add_argument("--store", required=True, metavar="HOST:PORT", help="where base and pool ranks meet")
+    parser.add_argument("--links", required=True, help="names of the links to serve, separated by commas")
+    parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
+    parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
+    parser.add_argument(
+        "--silence", type=float, default=30.0, help="seconds without a heartbeat after which a lease ends"
+    )
+    parser.add_argument("--device", default="cpu", help="torch device to compute on")
+    parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
+    options = parser.parse_args(arguments)
+    if options.parent:
+        end_with_parent(options.parent)
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    host, port = options.store.rsplit(":", 1)
+    store = dist.TCPStore(host, int(port), None, False, timedelta(seconds=options.silence))
+    inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
+    names = options.links.split(",")
+    for name in names:
+        store.set(f"{name}/ready", str(os.getpid()))
+    links = [Link(store, name, "pool", timeout_s=options.silence, host=host, into=inbox) for name in names]
+    Worker(inbox, options.memory_limit, torch.device(options.device)).serve(links)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

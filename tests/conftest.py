@@ -1,0 +1,56 @@
+"""What holds for the whole test run: its threads, and that nothing is left behind when it ends.
+
+It knows no test; fixtures for pool ranks live with the tests that start them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+SHARED_MEMORY = Path("/dev/shm")
+# Processes that were told to end get this long to do it.
+GRACE_S = 5.0
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    torch.set_num_threads(2)
+
+
+def child_processes() -> list[str]:
+    """Living descendants of this process, without the helper that multiprocessing keeps for itself."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            command = " ".join(child.cmdline())
+        except psutil.ZombieProcess:
+            command = "(ended, never waited for)"
+        except psutil.NoSuchProcess:
+            continue
+        if "multiprocessing.resource_tracker" not in command:
+            found.append(f"process {child.pid}: {command}")
+    return found
+
+
+def shared_memory_files() -> list[str]:
+    return sorted(str(path) for path in SHARED_MEMORY.glob("*"))
+
+
+def left_behind(shared_memory_before: list[str]) -> list[str]:
+    return child_processes() + [file for file in shared_memory_files() if file not in shared_memory_before]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails the run when processes or shared memory of its own outlive the last test."""
+    before = shared_memory_files()
+    yield
+    deadline = time.monotonic() + GRACE_S
+    while (left := left_behind(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, "left behind by the tests:\n" + "\n".join(left)
