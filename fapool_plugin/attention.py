@@ -170,7 +170,6 @@ class _Call:
             capacity=self.sequence.capacity,
             scale_bits=float_bits(self.scale),
             softcap_bits=float_bits(self.softcap),
-            window_right=0,
         )
         call = None
         with self.manager.guard(rank):

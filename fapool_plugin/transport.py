@@ -81,8 +81,6 @@ class Header(NamedTuple):
     """Positions a sequence will need at most, if known; 0 if not."""
     scale_bits: int = 0
     softcap_bits: int = 0
-    window_left: int = -1
-    window_right: int = -1
     extra: int = 0
     """HELLO's reply: the rank's KV memory limit in bytes. ATTEND's reply: nanoseconds spent computing."""
 
@@ -109,7 +107,8 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
     if header.version != PROTOCOL_VERSION or header.op != Op.ATTEND:
         return []
-    if not 0 <= header.dtype < len(_DTYPES) or min(header[9:14]) < 0:
+    sizes = (header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements)
+    if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0:
         raise LinkLost(f"malformed header {tuple(header)}")
     dtype = _DTYPES[header.dtype]
     if header.status == Status.REQUEST:

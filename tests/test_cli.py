@@ -207,6 +207,14 @@ def test_too_long_for_the_model_is_refused_before_weights(model, prompt, tmp_pat
     assert "positions" not in done.stderr, "64 tokens fit 64 positions"
 
 
+def test_damaged_weights_are_one_line(model, prompt, tmp_path) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
+    done = invoke("generate", "--model", tmp_path, "--prompt-file", prompt, "--max-new-tokens", NEW)
+    assert done.exit_code == 2, done.output
+    assert f"the weights in {tmp_path} are damaged" in done.stderr.splitlines()[-1]
+
+
 def test_a_refused_model_is_one_line(prompt, tmp_path, model) -> None:
     from transformers import BloomConfig, BloomForCausalLM
 

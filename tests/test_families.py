@@ -82,7 +82,8 @@ def test_long_calls_equal_eager(tmp_path: Path, name: str, ranks: int, partition
         assert stats["prefill"]["local_calls"] == (2 - full) * 3
         assert stats["decode"]["local_calls"] == (2 - full) * 2 * (NEW_TOKENS - 1)
         assert stats["faults"] == 0
-        assert [rank["calls"] > 0 for rank in stats["ranks"]] == [full > 0] * ranks
+        calls = [rank["calls"] for rank in stats["ranks"]]
+        assert (len(calls) == ranks and all(calls)) if full else not any(calls), calls
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -109,10 +110,11 @@ def test_short_calls_are_the_plain_models(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.processes
 def test_a_model_that_only_slides_borrows_nothing(tmp_path: Path) -> None:
+    before = workers()
     with pooled(save_model("mistral_window", tmp_path)) as model, torch.no_grad():
         model(random_ids(1, 40))
         stats = model.fa_pool.stats()
-        assert not workers(), "pool ranks were started for layers that never use them"
+        assert workers() == before, "pool ranks were started for layers that never use them"
     assert (stats["activations"], stats["prefill"]["pooled_forwards"]) == (0, 0)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from tests.models import (
@@ -179,7 +180,8 @@ def test_a_cache_of_the_users_stays_local(pair: Pair) -> None:
 
 @pytest.mark.processes
 def test_forwards_with_gradients_stay_local(pair: Pair) -> None:
-    ids, before, gradients = random_ids(2, 40), pair.model.fa_pool.stats(), []
+    ids, before = random_ids(2, 40), pair.model.fa_pool.stats()
+    gradients: list[Tensor] = []
     with pair.forwards():
         for net in (pair.reference, pair.model):
             loss = net(ids, labels=ids).loss
@@ -193,7 +195,8 @@ def test_forwards_with_gradients_stay_local(pair: Pair) -> None:
 @pytest.mark.processes
 def test_gradients_of_inputs_stay_local(pair: Pair) -> None:
     """Frozen weights and embeddings that are learned, as in prompt tuning."""
-    embeds, gradients = pair.reference.get_input_embeddings()(random_ids(2, 40)).detach(), []
+    embeds = pair.reference.get_input_embeddings()(random_ids(2, 40)).detach()
+    gradients: list[Tensor] = []
     with pooled(pair.folder) as model:
         model.requires_grad_(False)
         with pools(model, prefill=0, decode=0):

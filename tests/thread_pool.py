@@ -69,7 +69,9 @@ class ThreadPool:
 
     def discard(self, rank: int, reason: str) -> str:
         self.discarded.append(rank)
-        self.links.pop(rank).fail(reason)
+        link = self.links.pop(rank)
+        link.fail(reason)
+        link.close()
         return ""
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
@@ -131,8 +132,7 @@ def pooled_run(job: Job, fa_pool: FAPoolConfig | Mapping[str, Any], progress: Pr
     config = FAPoolConfig.load(fa_pool)
     progress("fapool: loading the model", 0, None)
     with _base_threads(job.threads), _without_bars():
-        dtype = getattr(torch, job.dtype)
-        model = FAPoolForCausalLM.from_pretrained(job.model, fa_pool=config, dtype=dtype)
+        model = _load(FAPoolForCausalLM, job, fa_pool=config)
         with model.fa_pool as manager:
             run = _generate(model, job, "fapool", progress)
     started = config.pool_ranks if manager.counters.activations else 0
@@ -143,8 +143,7 @@ def plain_run(job: Job, progress: Progress = silent) -> Run:
     """Generates with Hugging Face's own sdpa attention; the plugin is no part of it."""
     progress("plain sdpa: loading the model", 0, None)
     with _base_threads(job.threads), _without_bars():
-        dtype = getattr(torch, job.dtype)
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation="sdpa")
+        model = _load(AutoModelForCausalLM, job, attn_implementation="sdpa")
         return _generate(model, job, "plain sdpa", progress)
 
 
@@ -154,6 +153,13 @@ def first_difference(tokens: list[int], others: list[int]) -> int | None:
         if token != other:
             return index
     return None if len(tokens) == len(others) else min(len(tokens), len(others))
+
+
+def _load(kind: Any, job: Job, **kwargs: Any) -> Any:
+    try:
+        return kind.from_pretrained(job.model, dtype=getattr(torch, job.dtype), **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {job.model} are damaged: {error}; fetch them again") from error
 
 
 class _Clock:
