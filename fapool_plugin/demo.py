@@ -6,7 +6,9 @@ Numbers are shown as they came; nothing is measured here, and what computes them
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -74,12 +76,14 @@ class Screen:
 
 
 def execute(job: Job, config: FAPoolConfig, *, compare: bool) -> tuple[Run, Run | None]:
-    """Runs ``job`` with the pool and then, if ``compare``, without it: same process, same base threads."""
+    """Runs ``job`` with the pool and then, if ``compare``, without it in the same process. Plain attention gets the
+    threads of base and pool together, as far as there are cores: what its user would have without the plugin."""
     from fapool_plugin.integrations.huggingface_runs import plain_run, pooled_run
 
     with Screen() as screen:
         run = pooled_run(job, config, screen)
-        return run, plain_run(job, screen) if compare else None
+        together = max(run.threads, min(run.threads + run.pool_threads, os.cpu_count() or 1))
+        return run, plain_run(replace(job, threads=together), screen) if compare else None
 
 
 def show(run: Run, reference: Run | None) -> None:
@@ -106,7 +110,7 @@ def show(run: Run, reference: Run | None) -> None:
     table.add_row("activations / releases", f"{stats['activations']} / {stats['releases']}")
     table.add_row("faults", str(stats["faults"]))
     table.add_row("bytes sent / received", f"{decimal(stats['bytes_sent'])} / {decimal(stats['bytes_received'])}")
-    table.add_row("threads, base + pool", *(f"{r.threads} + {r.pool_threads}" for r in runs))
+    table.add_row("threads, base + pool", f"{run.threads} + {run.pool_threads}", *(str(r.threads) for r in runs[1:]))
     Console().print(table)
 
 
@@ -152,6 +156,7 @@ def result(run: Run, reference: Run | None) -> dict[str, Any]:
             "text": reference.text,
             "ttft_s": reference.ttft_s,
             "tpot_s": reference.tpot_s,
+            "threads": reference.threads,
         }
         values["identical"] = run.tokens == reference.tokens
     return values

@@ -141,15 +141,18 @@ def test_continuing_on_a_returned_cache(pair: Pair, beams: int) -> None:
 
 @pytest.mark.processes
 def test_a_copied_prompt_cache_serves_twice(pair: Pair) -> None:
+    """Both copies live at once, and each goes its own way; the third call goes on where the first one ended."""
     prompt, answers = random_ids(1, 32), []
     for net, factor in ((pair.reference, 0), (pair.model, 1)):
         with torch.no_grad():
             cache = net(prompt, use_cache=True).past_key_values
-        for seed in (1, 2):
-            ids = torch.cat([prompt, random_ids(1, 7, seed=seed)], 1)
+        copies = [copy.deepcopy(cache), copy.deepcopy(cache)]
+        for turn, serving in enumerate([copies[0], copies[1], copies[0]]):
+            start = prompt if turn < 2 else answers[-2]
+            ids = torch.cat([start, random_ids(1, 7, seed=turn)], 1)
             with pair.forwards(prefill=factor, decode=factor * (NEW - 1)):
-                answers.append(net.generate(ids, past_key_values=copy.deepcopy(cache), **greedily(NEW)))
-    for answer, expected in zip(answers[2:], answers[:2], strict=True):
+                answers.append(net.generate(ids, past_key_values=serving, **greedily(NEW)))
+    for answer, expected in zip(answers[3:], answers[:3], strict=True):
         assert_same_tokens(answer, expected)
 
 
