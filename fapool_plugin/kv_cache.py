@@ -143,7 +143,13 @@ class SequenceState:
     def crop(self, layer: int, columns: int) -> None:
         """``layer`` was cut to ``columns`` columns."""
         starts = self.starts or ()
+        self.prompt_columns = min(self.prompt_columns, columns)
         self.residency.crop(layer, lambda row: max(0, columns - starts[row]) if row < len(starts) else 0)
+
+    def rows_changed(self) -> None:
+        """The batch has other rows now: nobody holds anything of them, and who copies whom is not known."""
+        self.copies = 1
+        self.residency.forget()
 
     def reorder(self, layer: int, rows: Sequence[int]) -> None:
         """Row i of ``layer`` became a copy of row ``rows[i]``: beams of one prompt keep the prompt."""

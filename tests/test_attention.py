@@ -39,7 +39,9 @@ def managers() -> Iterator[Callable[..., ResourceManager]]:
         manager.close()
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float, softcap: float, sinks: Tensor | None) -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """(B, S, H, E) in fp64, by the explicit mask of padding and causality; 0 where a query is padding."""
     batch, heads, queries, _ = q.shape
     q, k, v = q.double(), k.double().repeat_interleave(heads // K, 1), v.double().repeat_interleave(heads // K, 1)

@@ -212,4 +212,3 @@ def test_a_wrong_answer_would_be_noticed(model: Any, expected: Tensor, monkeypat
 
     monkeypatch.setattr(PoolRank, "answer", lying)
     assert not torch.equal(generate(model), expected)
-

@@ -142,7 +142,8 @@ def test_continuing_on_a_returned_cache(pair: Pair, beams: int) -> None:
 @pytest.mark.processes
 def test_a_copied_prompt_cache_serves_twice(pair: Pair) -> None:
     """Both copies live at once, and each goes its own way; the third call goes on where the first one ended."""
-    prompt, answers = random_ids(1, 32), []
+    prompt = random_ids(1, 32)
+    answers: list[Tensor] = []
     for net, factor in ((pair.reference, 0), (pair.model, 1)):
         with torch.no_grad():
             cache = net(prompt, use_cache=True).past_key_values

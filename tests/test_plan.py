@@ -78,7 +78,7 @@ def test_a_decode_step_sends_no_keys_until_a_block_is_full() -> None:
     have = 1000
     for step in range(1, 65):
         tile = Tile(0, 0, 1, 1000 + step - 1, 1000 + step, 0, 1000 + step)
-        requests, _ = within_residency((tile,), lambda _: have, "keys", 32)
+        requests, _ = within_residency((tile,), lambda _, have=have: have, "keys", 32)  # type: ignore[misc]
         (request,) = requests
         sent.append(request.key_stop - request.key_start)
         have = max(have, request.key_stop)

@@ -15,7 +15,17 @@ import psutil
 import pytest
 import torch
 
-from fapool_plugin.transport import PROTOCOL_VERSION, Header, Link, LinkLost, Message, Op, Status, dtype_code, float_bits
+from fapool_plugin.transport import (
+    PROTOCOL_VERSION,
+    Header,
+    Link,
+    LinkLost,
+    Message,
+    Op,
+    Status,
+    dtype_code,
+    float_bits,
+)
 from fapool_plugin.worker import Worker
 from tests.thread_pool import link_pair, make_store
 
@@ -43,7 +53,9 @@ def hello(link: Link, token: int, version: int = PROTOCOL_VERSION) -> Header:
     return link.receive().header
 
 
-def ask(link: Link, token: int, *, held: int, keys: int, keep: int = 1, sequence: int = 5) -> tuple[Message, torch.Tensor]:
+def ask(
+    link: Link, token: int, *, held: int, keys: int, keep: int = 1, sequence: int = 5
+) -> tuple[Message, torch.Tensor]:
     """Asks for one query against ``keys`` keys of which the rank is believed to hold ``held``."""
     torch.manual_seed(keys)
     k, v = torch.randn(keys, D), torch.randn(keys, D)

@@ -52,12 +52,12 @@ class PooledLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.get_seq_length() > 0:
             self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
-            self.state.residency.forget()
+            self.state.rows_changed()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.get_seq_length() > 0:
             self._select(torch.arange(self.keys.shape[0], device=self.keys.device)[indices])
-            self.state.residency.forget()
+            self.state.rows_changed()
 
     def _select(self, rows: Tensor) -> None:
         self._kv.select_rows(rows.to(self.keys.device))
