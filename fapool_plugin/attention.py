@@ -151,9 +151,9 @@ class _Call:
     def _ask(self, rank: PoolRank, requests: list[Request]) -> int | None:
         """Sends one rank its tiles with the keys it lacks; the call number, or None if the rank is lost."""
         table = [(*request.tile, request.key_start, request.key_stop) for request in requests]
-        q = _flat(self._queries(request.tile) for request in requests)
-        k = _flat(self._keys(self.k, request.tile, request.key_start, request.key_stop) for request in requests)
-        v = _flat(self._keys(self.v, request.tile, request.key_start, request.key_stop) for request in requests)
+        q = [self._queries(request.tile) for request in requests]
+        k = [self._keys(self.k, request.tile, request.key_start, request.key_stop) for request in requests]
+        v = [self._keys(self.v, request.tile, request.key_start, request.key_stop) for request in requests]
         header = Header(
             op=Op.ATTEND,
             sequence=self.sequence.id,
@@ -161,9 +161,9 @@ class _Call:
             keep=int(self.keep),
             dtype=dtype_code(self.q.dtype),
             tiles=len(table),
-            q_elements=q.numel(),
-            k_elements=k.numel(),
-            v_elements=v.numel(),
+            q_elements=_elements(q),
+            k_elements=_elements(k),
+            v_elements=_elements(v),
             head_dim=self.k.shape[3],
             v_head_dim=self.v.shape[3],
             group=self.group,
@@ -233,6 +233,5 @@ class _Call:
         return kv_BKTD[tile.row, tile.head_start : tile.head_stop, self.geometry.k_slice(tile.row, start, stop)]
 
 
-def _flat(parts: Iterable[Tensor]) -> Tensor:
-    """One contiguous copy of all parts, as the wire wants them."""
-    return torch.cat([part.reshape(-1) for part in parts])
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)

@@ -123,8 +123,10 @@ def _exchange() -> None:
     import torch
     import torch.distributed as dist
 
+    from fapool_plugin.transport import open_store
+
     gloo: Any = dist.ProcessGroupGloo
-    keeper = dist.TCPStore(_HOST, 0, None, True, _PATIENCE, False)
+    keeper = open_store(_HOST, _PATIENCE)
 
     def member(rank: int) -> float:
         # A client that waits keeps its connection, so each member has one of its own.

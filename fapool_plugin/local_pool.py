@@ -14,10 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.transport import Link
+from fapool_plugin.transport import Link, open_store
 
 _HOST = "127.0.0.1"
 _SILENCE_FACTOR = 6
@@ -33,7 +32,7 @@ class LocalPool:
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self._owner = config, os.getpid()
-        self._store = dist.TCPStore(_HOST, 0, None, True, timedelta(seconds=config.start_timeout_s), False)
+        self._store = open_store(_HOST, timedelta(seconds=config.start_timeout_s))
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._links: dict[int, Link] = {}
         self._started = 0

@@ -51,6 +51,7 @@ class PoolRank:
         """Names this rank in this lease, so that residency never outlives the lease."""
         self.memory_limit = 0
         self._call = 0
+        self._counted = link.bytes_sent, link.bytes_received
 
     def open(self) -> None:
         """Takes the lease. Raises LinkLost if the rank is lost, busy or speaks another protocol."""
@@ -64,22 +65,26 @@ class PoolRank:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
         self.memory_limit = reply.extra
 
-    def ask(self, header: Header, tensors: Sequence[Tensor]) -> int:
+    def ask(self, header: Header, tensors: Sequence[Tensor | Sequence[Tensor]]) -> int:
         """Sends a request; returns its call number."""
         self._call += 1
-        before = self.link.bytes_sent
         self.link.send(header._replace(token=self.token, call=self._call), tensors)
-        self.counters.bytes_sent += self.link.bytes_sent - before
         return self._call
 
     def answer(self, call: int) -> Message:
         """Waits for the reply to ``call``; replies to calls that were given up are dropped."""
         while True:
             message = self.link.receive()
-            self.counters.bytes_received += message.nbytes
             if message.header.call == call:
                 self.link.settle()
+                self._count_bytes()
                 return message
+
+    def _count_bytes(self) -> None:
+        now = self.link.bytes_sent, self.link.bytes_received
+        self.counters.bytes_sent += now[0] - self._counted[0]
+        self.counters.bytes_received += now[1] - self._counted[1]
+        self._counted = now
 
     def tell(self, op: Op, sequence: int = 0) -> None:
         """Sends a message that has no reply."""
@@ -129,6 +134,11 @@ class ResourceManager:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def in_pooled_forward(self) -> bool:
+        """Whether a pooled forward has begun and not ended."""
+        return self._busy.locked()
 
     def begin(
         self,

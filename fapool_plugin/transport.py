@@ -9,7 +9,9 @@ Tensors on other devices are staged through host memory; NCCL links do not exist
 
 from __future__ import annotations
 
+import math
 import queue
+import socket
 import struct
 import threading
 import time
@@ -25,6 +27,9 @@ import torch.distributed as dist
 
 PROTOCOL_VERSION = 1
 TILE_FIELDS = 9
+INLINE_BYTES = 4096
+"""Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
+
 _FOREVER = timedelta(days=365)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -123,19 +128,54 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
         parts = [((header.q_elements,), dtype), ((header.lse_elements,), lse_dtype)]
     else:
         parts = []
-    return [(shape, kind) for shape, kind in parts if 0 not in shape]
+    return parts
+
+
+def frame_bytes() -> int:
+    """Bytes of every message's first transfer: the header, and room for a small payload."""
+    return 8 * len(Header()) + INLINE_BYTES
 
 
 class Message(NamedTuple):
-    """A header and the tensors it announces."""
+    """A header and the tensors it announces, empty ones included."""
 
     header: Header
     tensors: list[torch.Tensor]
 
+
+class _Wire:
+    """A message's bytes: a frame, and a body if the payload does not fit into the frame. Tensors start at multiples
+    of eight bytes."""
+
+    def __init__(self, header: Header, frame: torch.Tensor) -> None:
+        self.frame, parts = frame, payload(header)
+        starts, stop = [], 0
+        for shape, dtype in parts:
+            starts.append(stop)
+            stop += -(-math.prod(shape) * dtype.itemsize // 8) * 8
+        inline = frame[8 * len(header) :]
+        self.body = torch.empty(stop, dtype=torch.uint8) if stop > INLINE_BYTES else None
+        place = inline if self.body is None else self.body
+        self.tensors = [
+            place[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, (shape, dtype) in zip(starts, parts, strict=True)
+        ]
+
+    @property
+    def transfers(self) -> list[torch.Tensor]:
+        """What goes over the wire, in order."""
+        return [self.frame] if self.body is None else [self.frame, self.body]
+
     @property
     def nbytes(self) -> int:
-        """Bytes on the wire, header included."""
-        return 8 * len(self.header) + sum(t.numel() * t.element_size() for t in self.tensors)
+        return sum(transfer.numel() for transfer in self.transfers)
+
+
+def open_store(host: str, timeout: timedelta) -> dist.TCPStore:
+    """A store on a free port of ``host`` alone: by itself a TCPStore listens on every interface."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, None, True, timeout, False, master_listen_fd=listener.detach())
 
 
 def _group(store: dist.Store, name: str, rank: int, timeout: timedelta, host: str | None) -> Any:
@@ -190,25 +230,31 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    def send(self, header: Header, tensors: Sequence[torch.Tensor] = ()) -> None:
-        """Sends without waiting; :meth:`settle` waits. Raises LinkLost if the other end is known to be gone."""
-        message = Message(header, [t for t in tensors if t.numel()])
-        expected = payload(header)
-        if [(tuple(t.shape), t.dtype) for t in message.tensors] != expected:
-            raise ValueError(f"payload {[tuple(t.shape) for t in message.tensors]} is not what {header} announces")
+    def send(self, header: Header, tensors: Sequence[torch.Tensor | Sequence[torch.Tensor]] = ()) -> None:
+        """Copies and sends without waiting; :meth:`settle` waits.
+
+        Args:
+            header: announces the payload.
+            tensors: the payload, in the header's order; a list of tensors stands for their elements end to end.
+
+        Raises:
+            LinkLost: the other end is known to be gone.
+            ValueError: the payload is not what the header announces.
+        """
+        wire = _Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8))
+        _fill(wire, header, tensors)
         if self.lost:
             raise LinkLost(self.lost)
         try:
-            for tensor in (torch.tensor(header, dtype=torch.int64), *message.tensors):
-                host = tensor.detach().cpu().contiguous()
-                self._outgoing.append((host, self._data.send([host], self._peer, self._tag)))
+            for transfer in wire.transfers:
+                self._outgoing.append((transfer, self._data.send([transfer], self._peer, self._tag)))
         except BaseException as error:
             # Half a message may be out: nothing after it could be understood.
             reason = self.fail(f"send failed: {_first_line(error)}")
             if isinstance(error, RuntimeError):
                 raise LinkLost(reason) from error
             raise
-        self.bytes_sent += message.nbytes
+        self.bytes_sent += wire.nbytes
 
     def settle(self, keep: int = 0) -> None:
         """Waits until at most ``keep`` sends are under way. Call it after the reply, not before: a large send ends
@@ -259,27 +305,27 @@ class Link:
         with self._lost_lock:
             said, self._said_goodbye = self._said_goodbye, True
         if not said:
-            goodbye = torch.tensor(Header(op=Op.BYE), dtype=torch.int64)
+            goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8)
+            _fill(_Wire(Header(), goodbye), Header(op=Op.BYE), ())
             with suppress(RuntimeError):
                 self._outgoing.append((goodbye, self._data.send([goodbye], self._peer, self._tag)))
 
     def _read(self) -> None:
-        raw = torch.empty(len(Header()), dtype=torch.int64)
         try:
             while True:
-                self._data.recv([raw], self._peer, 1 - self._tag).wait()
-                header = Header(*raw.tolist())
+                frame = torch.empty(frame_bytes(), dtype=torch.uint8)
+                self._data.recv([frame], self._peer, 1 - self._tag).wait()
+                header = Header(*frame[: 8 * len(Header())].view(torch.int64).tolist())
                 if header.op == Op.BYE:
                     self._say_goodbye()
                     self.fail("the other end said goodbye")
                     return
-                tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in payload(header)]
-                for tensor in tensors:
-                    self._data.recv([tensor], self._peer, 1 - self._tag).wait()
-                message = Message(header, tensors)
-                self.bytes_received += message.nbytes
-                self.inbox.put((self, message))
-                del message, tensors
+                wire = _Wire(header, frame)
+                if wire.body is not None:
+                    self._data.recv([wire.body], self._peer, 1 - self._tag).wait()
+                self.bytes_received += wire.nbytes
+                self.inbox.put((self, Message(header, wire.tensors)))
+                del frame, wire
         except RuntimeError as error:
             self.fail(f"connection ended: {_first_line(error)}")
 
@@ -305,6 +351,21 @@ class Link:
                 self._pulse.send([beat], self._peer, 1).wait()
         except RuntimeError as error:
             self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
+
+
+def _fill(wire: _Wire, header: Header, tensors: Sequence[torch.Tensor | Sequence[torch.Tensor]]) -> None:
+    """Writes header and payload into ``wire``. Raises ValueError if they do not agree."""
+    wire.frame[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
+    given = [[part] if isinstance(part, torch.Tensor) else list(part) for part in tensors]
+    elements = [(sum(t.numel() for t in parts), {t.dtype for t in parts if t.numel()}) for parts in given]
+    expected = [(room.numel(), {room.dtype} if room.numel() else set()) for room in wire.tensors]
+    if elements != expected:
+        raise ValueError(f"a payload of {elements} is not what {header} announces: {expected}")
+    for room, parts in zip(wire.tensors, given, strict=True):
+        at = 0
+        for part in parts:
+            room.view(-1)[at : at + part.numel()].view(part.shape).copy_(part.detach())
+            at += part.numel()
 
 
 def _first_line(error: BaseException) -> str:

@@ -101,7 +101,7 @@ class Worker:
             self.lease = None
             self.prefixes.clear()
 
-    def attend(self, message: Message) -> tuple[Header, tuple[Tensor, ...]]:
+    def attend(self, message: Message) -> tuple[Header, tuple[list[Tensor], ...]]:
         """Computes a request's tiles. STALE, with no tensors, if a prefix it assumes is not here."""
         began = time.perf_counter_ns()
         request = _Request(message, self.device)
@@ -133,16 +133,15 @@ class Worker:
                 q_offset=q_start - k_start,
                 softcap=request.softcap,
             )
-            outs.append(out.reshape(-1))
-            lses.append(lse.reshape(-1))
-        out, lse = torch.cat(outs), torch.cat(lses)
+            outs.append(out)
+            lses.append(lse)
         header = message.header._replace(
             status=Status.OK,
-            q_elements=out.numel(),
-            lse_elements=lse.numel(),
+            q_elements=sum(out.numel() for out in outs),
+            lse_elements=sum(lse.numel() for lse in lses),
             extra=time.perf_counter_ns() - began,
         )
-        return header, (out, lse)
+        return header, (outs, lses)
 
 
 class _Request:
@@ -150,11 +149,7 @@ class _Request:
 
     def __init__(self, message: Message, device: torch.device) -> None:
         self.header = message.header
-        tensors = iter([tensor.to(device) for tensor in message.tensors[1:]])
-        nothing = torch.empty(0, device=device)
-        self._q = next(tensors) if self.header.q_elements else nothing
-        self._k = next(tensors) if self.header.k_elements else nothing.to(self._q.dtype)
-        self._v = next(tensors) if self.header.v_elements else nothing.to(self._q.dtype)
+        self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:])
         self._q_at = self._k_at = self._v_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 

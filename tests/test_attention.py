@@ -17,7 +17,7 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import Header
+from fapool_plugin.transport import frame_bytes
 from tests.thread_pool import ThreadPool
 
 H, K, D, E = 6, 3, 8, 5
@@ -155,11 +155,12 @@ def test_other_dtypes_cross_the_wire(
 def test_the_bytes_sent_are_those_a_call_needs(managers: Callable[..., ResourceManager]) -> None:
     """Keys to the furthest position a rank's queries see, once; then a decode step sends queries alone."""
     manager = managers(pool_ranks=3)
+    Stream(manager, (0,)).call(20)  # takes the lease
     stream = Stream(manager, (0,))
     before = manager.counters.as_dict()["bytes_sent"]
-    stream.call(40)
+    stream.call(400)
     # 3 heads and 4 ranks at equal area: the cut of lane l at area f lies at the query where f of the pairs are below.
-    pairs = [(head, i) for head in range(K) for i in range(40) for _ in range(i + 1)]
+    pairs = [(head, i) for head in range(K) for i in range(400) for _ in range(i + 1)]
     expected = 0
     for rank in range(3):
         mine = pairs[round(len(pairs) * rank / 4) : round(len(pairs) * (rank + 1) / 4)]
@@ -167,13 +168,13 @@ def test_the_bytes_sent_are_those_a_call_needs(managers: Callable[..., ResourceM
             rows = {i for h, i in mine if h == head}
             expected += 4 * ((max(rows) + 1) * (D + E) + len(rows) * (H // K) * D)
     sent = manager.counters.as_dict()["bytes_sent"] - before
-    overhead = 3 * 8 * (len(Header()) + 9 * 2)
+    overhead = 3 * (frame_bytes() + 8 * 9 * 2 + 3 * 8)
     slack = 3 * 4 * ((D + E) + (H // K) * D) * 2  # a cut may fall one query to either side
     assert expected - slack <= sent <= expected + overhead + slack, (sent, expected)
     before = manager.counters.as_dict()["bytes_sent"]
     stream.call(1)
     step = manager.counters.as_dict()["bytes_sent"] - before
-    assert step <= overhead + 3 * 2 * 2 * D * 4 * 2, f"a decode step sent {step} bytes: keys, too?"
+    assert step == 3 * frame_bytes(), f"a decode step sent {step} bytes: keys, too?"
 
 
 def test_a_rank_that_evicted_the_keys_answers_stale_and_is_sent_them_again(

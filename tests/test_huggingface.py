@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from tests.models import (
     one_thread,
     padding_mask,
     plain,
+    pooled,
     pools,
     random_ids,
     save_config,
@@ -340,3 +342,29 @@ def test_a_loaded_model_can_be_wrapped(folder: Path) -> None:
         pooled_generate(model, eager(folder))
     assert {key: value.data_ptr() for key, value in model.state_dict().items()} == weights
     assert workers() == before
+
+
+def test_a_layer_called_in_another_thread_during_a_pooled_forward_is_refused(folder: Path) -> None:
+    """Its mask would be that of the pooled forward, which leaves padding to the plan."""
+    with pooled(folder) as model:
+        caught: list[BaseException] = []
+        attention = model.model.layers[0].self_attn
+        original = attention.forward
+
+        def elsewhere(*args: Any, **kwargs: Any) -> Any:
+            def run() -> None:
+                try:
+                    original(*args, **kwargs)
+                except RuntimeError as error:
+                    caught.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            return original(*args, **kwargs)
+
+        attention.forward = elsewhere
+        with torch.no_grad():
+            model(random_ids(1, 40))
+        assert len(caught) == 1
+        assert "thread" in str(caught[0])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from fapool_plugin.transport import (
     bits_float,
     dtype_code,
     float_bits,
+    frame_bytes,
     payload,
 )
 from tests.thread_pool import HOST, link_pair, make_store
@@ -79,8 +81,7 @@ def test_what_is_sent_arrives_in_order(pair: tuple[Link, Link], dtype: torch.dty
     for header, tensors in sent:
         message = pool.receive()
         assert message.header == header
-        assert len(message.tensors) == sum(t.numel() > 0 for t in tensors)
-        for got, want in zip(message.tensors, [t for t in tensors if t.numel()], strict=True):
+        for got, want in zip(message.tensors, tensors, strict=True):
             assert got.dtype == want.dtype
             assert torch.equal(got, want)
     base.settle()
@@ -112,7 +113,9 @@ def test_a_malformed_header_ends_the_link(pair: tuple[Link, Link]) -> None:
     base, pool = pair
     with pytest.raises(LinkLost, match="malformed"):
         payload(Header(op=Op.ATTEND, tiles=-1))
-    base._data.send([torch.tensor(Header(op=Op.ATTEND, dtype=99), dtype=torch.int64)], 1, 0).wait()
+    frame = torch.zeros(frame_bytes(), dtype=torch.uint8)
+    frame[: 8 * len(Header())].view(torch.int64).copy_(torch.tensor(Header(op=Op.ATTEND, dtype=99)))
+    base._data.send([frame], 1, 0).wait()
     with pytest.raises(LinkLost, match="malformed"):
         pool.receive()
 
@@ -120,6 +123,22 @@ def test_a_malformed_header_ends_the_link(pair: tuple[Link, Link]) -> None:
 def test_a_header_of_another_version_announces_nothing() -> None:
     assert payload(Header(version=99, op=Op.ATTEND, tiles=5)) == []
     assert payload(Header(op=Op.ATTEND, status=Status.STALE, q_elements=5)) == []
+
+
+@pytest.mark.parametrize("elements", [10, 100_000])
+def test_parts_are_laid_end_to_end_whatever_their_strides(pair: tuple[Link, Link], elements: int) -> None:
+    base, pool = pair
+    q = [torch.randn(2, elements).T, torch.randn(3, 5)[:, ::2]]
+    header, (tiles, *_) = request(torch.cat([t.reshape(-1) for t in q]), torch.zeros(0), torch.zeros(0))
+    base.send(header, [tiles, q, [], torch.zeros(0)])
+    got = pool.receive().tensors[1]
+    assert torch.equal(got, torch.cat([t.reshape(-1) for t in q]))
+
+
+def test_a_small_message_is_one_transfer(pair: tuple[Link, Link]) -> None:
+    base, _ = pair
+    base.send(*request(torch.zeros(900), torch.zeros(0), torch.zeros(0)))
+    assert base.bytes_sent == frame_bytes()
 
 
 def test_a_failed_link_wakes_who_waits_and_sends_no_more(pair: tuple[Link, Link]) -> None:
@@ -202,3 +221,9 @@ def test_several_links_may_share_an_inbox() -> None:
     assert {(link.name, message.header.token) for link, message in got} == {("l0", 0), ("l1", 1), ("l2", 2)}
     for base, pool in pairs:
         close(base, pool)
+
+
+def test_the_store_listens_on_its_host_alone() -> None:
+    store = make_store()
+    listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listening if address.port == store.port} == {HOST}

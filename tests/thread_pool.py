@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.transport import Link, LinkLost, Message
+from fapool_plugin.transport import Link, LinkLost, Message, open_store
 from fapool_plugin.worker import Worker
 
 HOST = "127.0.0.1"
@@ -19,7 +19,7 @@ HOST = "127.0.0.1"
 
 def make_store() -> dist.TCPStore:
     """A store on a port of its own."""
-    return dist.TCPStore(HOST, 0, None, True, timedelta(seconds=30), False)
+    return open_store(HOST, timedelta(seconds=30))
 
 
 def link_pair(

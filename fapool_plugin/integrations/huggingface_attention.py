@@ -181,6 +181,11 @@ def _attention(
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, own)
         return function(module, query, key, value, attention_mask, **kwargs)
 
+    if scope is None and core is not None and core.manager.in_pooled_forward:
+        raise RuntimeError(
+            f"{type(module).__name__} was called outside its model's forward while that is pooled, in another thread "
+            "perhaps: the masks of a pooled forward do not hold there. Call the whole model, from one thread"
+        )
     if scope is None or core is None:
         return local()
     slides = attention_mask is not None or kwargs.get("sliding_window") is not None
