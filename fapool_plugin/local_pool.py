@@ -43,6 +43,8 @@ class LocalPool:
             if link.lost:
                 self.discard(rank, link.lost)
         missing = [rank for rank in range(self.config.pool_ranks) if rank not in self._links]
+        for rank in missing:
+            self.discard(rank, "its start was interrupted")
         if missing:
             announce(f"starting {len(missing)} local pool rank(s)")
         names = {rank: self._start(rank) for rank in missing}
