@@ -52,7 +52,7 @@ class LocalPool:
         for rank, name in names.items():
             try:
                 self._wait_ready(rank, name)
-                self._links[rank] = Link(self._store, name, "base", timeout_s=self.config.timeout_s, host=_HOST)
+                self._links[rank] = self._connect(name)
             except RuntimeError as error:
                 problems.append(str(error))
                 self.discard(rank, str(error))
@@ -107,6 +107,10 @@ class LocalPool:
             command, stdin=subprocess.PIPE, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
         )
         return name
+
+    def _connect(self, name: str) -> Link:
+        patience, limit = self.config.timeout_s, self.config.start_timeout_s
+        return Link(self._store, name, "base", timeout_s=patience, connect_timeout_s=limit, host=_HOST)
 
     def _wait_ready(self, rank: int, name: str) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s

@@ -31,6 +31,7 @@ INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
 
 _FOREVER = timedelta(days=365)
+"""For waits that a lost link ends: gloo closes a pair when a wait of its own times out."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -199,6 +200,7 @@ class Link:
         name: unique for this link; both ends give the same.
         side: "base" asks for heartbeats, "pool" answers them.
         timeout_s: silence, in seconds, after which the other end is lost.
+        connect_timeout_s: how long to wait for the other end at first; a RuntimeError after that.
         host: address to bind to; None for the default interface.
     """
 
@@ -209,14 +211,17 @@ class Link:
         side: Literal["base", "pool"],
         *,
         timeout_s: float,
+        connect_timeout_s: float = 60.0,
         host: str | None = None,
         on_lost: Callable[[], None] | None = None,
         into: queue.SimpleQueue[tuple[Link, Message | LinkLost]] | None = None,
     ) -> None:
         rank = 0 if side == "base" else 1
         self.name, self._peer, self._tag = name, 1 - rank, rank
-        self._data = _group(store, f"{name}/data", rank, _FOREVER, host)
-        self._pulse = _group(store, f"{name}/pulse", rank, timedelta(seconds=timeout_s), host)
+        connect = timedelta(seconds=connect_timeout_s)
+        self._data = _group(store, f"{name}/data", rank, connect, host)
+        self._pulse = _group(store, f"{name}/pulse", rank, connect, host)
+        self._silence = timedelta(seconds=timeout_s)
         self._timeout_s, self._on_lost = timeout_s, on_lost
         self.inbox = into if into is not None else queue.SimpleQueue()
         self.lost: str | None = None
@@ -263,7 +268,7 @@ class Link:
             while len(self._outgoing) > keep:
                 if self.lost:
                     raise LinkLost(self.lost)
-                self._outgoing[0][1].wait()
+                self._outgoing[0][1].wait(_FOREVER)
                 self._outgoing.popleft()
         except RuntimeError as error:
             if isinstance(error, LinkLost):
@@ -314,7 +319,7 @@ class Link:
         try:
             while True:
                 frame = torch.empty(frame_bytes(), dtype=torch.uint8)
-                self._data.recv([frame], self._peer, 1 - self._tag).wait()
+                self._data.recv([frame], self._peer, 1 - self._tag).wait(_FOREVER)
                 header = Header(*frame[: 8 * len(Header())].view(torch.int64).tolist())
                 if header.op == Op.BYE:
                     self._say_goodbye()
@@ -322,7 +327,7 @@ class Link:
                     return
                 wire = _Wire(header, frame)
                 if wire.body is not None:
-                    self._data.recv([wire.body], self._peer, 1 - self._tag).wait()
+                    self._data.recv([wire.body], self._peer, 1 - self._tag).wait(_FOREVER)
                 self.bytes_received += wire.nbytes
                 self.inbox.put((self, Message(header, wire.tensors)))
                 del frame, wire
@@ -333,11 +338,11 @@ class Link:
         beat = torch.zeros(1, dtype=torch.int64)
         try:
             while not self.lost:
-                self._pulse.send([beat], self._peer, 0).wait()
-                self._pulse.recv([beat], self._peer, 1).wait()
+                self._pulse.send([beat], self._peer, 0).wait(self._silence)
+                self._pulse.recv([beat], self._peer, 1).wait(self._silence)
                 self._over.wait(self._timeout_s / 5)
             beat -= 1
-            self._pulse.send([beat], self._peer, 0).wait()
+            self._pulse.send([beat], self._peer, 0).wait(self._silence)
         except RuntimeError as error:
             self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
 
@@ -345,10 +350,10 @@ class Link:
         beat = torch.zeros(1, dtype=torch.int64)
         try:
             while True:
-                self._pulse.recv([beat], self._peer, 0).wait()
+                self._pulse.recv([beat], self._peer, 0).wait(self._silence)
                 if beat < 0:
                     return
-                self._pulse.send([beat], self._peer, 1).wait()
+                self._pulse.send([beat], self._peer, 1).wait(self._silence)
         except RuntimeError as error:
             self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
 

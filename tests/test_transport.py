@@ -201,14 +201,23 @@ def test_a_dead_or_stopped_end_is_noticed_in_time(how: signal.Signals, limit_s: 
     base.join(5)
 
 
-def test_an_idle_link_stays_up_longer_than_its_timeout() -> None:
+def test_an_idle_link_stays_up_longer_than_its_timeouts() -> None:
     store = make_store()
-    base, pool = link_pair(store, timeout_s=0.5)
+    base, pool = link_pair(store, timeout_s=0.5, connect_timeout_s=1.0)
     time.sleep(2.0)
     base.send(Header(op=Op.HELLO, token=7))
     assert pool.receive().header.token == 7
     assert (base.lost, pool.lost) == (None, None)
     close(base, pool)
+
+
+@pytest.mark.timeout(30)
+def test_an_end_that_never_comes_is_not_waited_for_for_ever() -> None:
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="timeout"):
+        Link(make_store(), "alone", "base", timeout_s=1.0, connect_timeout_s=1.0, host=HOST)
+    took = time.monotonic() - began
+    assert took < 10, f"waited {took:.1f} s"
 
 
 def test_several_links_may_share_an_inbox() -> None:

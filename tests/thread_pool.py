@@ -26,19 +26,21 @@ def link_pair(
     store: dist.TCPStore,
     name: str = "test",
     timeout_s: float = 5.0,
+    connect_timeout_s: float = 30.0,
     inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] | None = None,
 ) -> tuple[Link, Link]:
     """Both ends of one link: (base, pool). Pool ends may share an inbox, as a worker's do."""
     ends: dict[str, Link] = {}
+    patience = {"timeout_s": timeout_s, "connect_timeout_s": connect_timeout_s}
 
     def pool_end() -> None:
         # A store's client waits under a lock: two ends that share one would wait for each other.
         client = dist.TCPStore(HOST, store.port, None, False, timedelta(seconds=30))
-        ends["pool"] = Link(client, name, "pool", timeout_s=timeout_s, host=HOST, into=inbox)
+        ends["pool"] = Link(client, name, "pool", **patience, host=HOST, into=inbox)
 
     thread = threading.Thread(target=pool_end)
     thread.start()
-    base = Link(store, name, "base", timeout_s=timeout_s, host=HOST)
+    base = Link(store, name, "base", **patience, host=HOST)
     thread.join(20)
     return base, ends["pool"]
 
@@ -59,7 +61,7 @@ class ThreadPool:
             if rank not in self.links:
                 self._made += 1
                 inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
-                base, pool = link_pair(self.store, f"r{rank}.{self._made}", self.config.timeout_s, inbox)
+                base, pool = link_pair(self.store, f"r{rank}.{self._made}", self.config.timeout_s, inbox=inbox)
                 worker = Worker(inbox, self.config.memory_limit_mib * 2**20, torch.device("cpu"))
                 thread = threading.Thread(target=worker.serve, args=([pool],), daemon=True)
                 thread.start()
