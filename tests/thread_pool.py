@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def link_pair(
 ) -> tuple[Link, Link]:
     """Both ends of one link: (base, pool). Pool ends may share an inbox, as a worker's do."""
     ends: dict[str, Link] = {}
-    patience = {"timeout_s": timeout_s, "connect_timeout_s": connect_timeout_s}
+    patience: dict[str, Any] = {"timeout_s": timeout_s, "connect_timeout_s": connect_timeout_s}
 
     def pool_end() -> None:
         # A store's client waits under a lock: two ends that share one would wait for each other.
