@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fapool_plugin.kernels import attend, fold_sinks, merge_
+from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Request, within_residency
-from fapool_plugin.resource_manager import Forward, PoolRank, ResourceManager
+from fapool_plugin.resource_manager import Forward, ResourceManager
 from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
 
 
@@ -190,6 +191,8 @@ class _Call:
         if answer is None or answer.header.status != Status.OK:
             if answer is not None:
                 sent.rank.counters.stale += 1
+                if all(request.key_start == 0 for request in sent.requests):
+                    self.sequence.full.add(sent.rank.key)
                 self.sequence.residency.forget(sent.rank.key)
             self._compute(tiles)
             return False

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -36,7 +37,9 @@ class GrowingKV:
     def append(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions; returns views of all keys (B, K, T, D) and values (B, K, T, E)."""
         stop = self.length + k_BKSD.shape[2]
-        if self._k is None or self._v is None or stop > self._k.shape[2]:
+        # A tensor made in inference mode can be written in no other.
+        frozen = self._k is not None and self._k.is_inference() and not torch.is_inference_mode_enabled()
+        if self._k is None or self._v is None or frozen or stop > self._k.shape[2]:
             size = self.capacity if self.capacity >= stop else round_up(stop, self.block)
             self._k, self._v = (self._grown(x, y, size) for x, y in ((self._k, k_BKSD), (self._v, v_BKSE)))
         self._k[:, :, self.length : stop] = k_BKSD
@@ -63,9 +66,8 @@ class GrowingKV:
             k.copy_(k.index_select(0, rows))
             v.copy_(v.index_select(0, rows))
         else:
-            length, self.length = self.length, 0
+            self.length = 0
             self._k = self._v = None
-            self.capacity = max(self.capacity, length)
             self.append(k.index_select(0, rows), v.index_select(0, rows))
 
     def _grown(self, old: Tensor | None, new: Tensor, size: int) -> Tensor:
@@ -131,7 +133,13 @@ class SequenceState:
     starts: tuple[int, ...] | None = None
     """First unpadded column of each row."""
     residency: Residency = field(default_factory=Residency)
+    full: set[int] = field(default_factory=set)
+    """Ranks that assumed nothing and still could not store what they were sent."""
     id: int = field(default_factory=lambda: secrets.randbits(62))
+
+    def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int]]:
+        """Copies and pickles go their own way: under another id, resident nowhere."""
+        return SequenceState, (self.prompt_columns, self.capacity, self.copies)
 
     def place(self, starts: tuple[int, ...]) -> None:
         """Says where rows start. If that changed, positions mean something else and nothing is resident."""
@@ -269,6 +277,8 @@ class PrefixStore:
         size = max(size, capacity if capacity >= stop else round_up(stop, self.block))
         wanted = (last - first) * size * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
         freed = old.nbytes if old is not None else 0
+        if wanted > self.limit_bytes:
+            return None
         while self.nbytes - freed + wanted > self.limit_bytes:
             victim = next((s for s in self._sequences if s != sequence), None)
             if victim is None:

@@ -96,7 +96,7 @@ class LocalPool:
         command = [sys.executable, "-m", "fapool_plugin.worker"]
         command += ["--store", f"{_HOST}:{self._store.port}", "--links", name, "--device", device]
         command += ["--threads", str(config.threads_per_rank), "--parent", str(os.getpid())]
-        command += ["--memory-limit", str(config.memory_limit_mib * 2**20)]
+        command += ["--memory-limit", str(config.memory_limit_mib * 2**20), "--block", str(config.kv_block)]
         command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s))]
         # The OpenMP runtime reads its team's size once, before torch can set it.
         environment = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}

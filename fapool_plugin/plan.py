@@ -63,9 +63,13 @@ class Plan:
     base: Share
     axis: Literal["queries", "keys"]
 
-    def positions_held(self, rank: int, capacity: int) -> int:
-        """Positions of all lanes together that pool rank ``rank`` must have room for, ``capacity`` at least in each."""
-        return sum((tile.head_stop - tile.head_start) * max(tile.k_stop, capacity) for tile in self.shares[rank])
+    def positions_held(self, rank: int, capacity: int, block: int) -> int:
+        """Positions of all lanes together that pool rank ``rank`` must have room for: in each lane ``capacity``, or
+        whole blocks for the keys of its tiles if those are more."""
+        return sum(
+            (tile.head_stop - tile.head_start) * max(capacity, -(-tile.k_stop // block) * block)
+            for tile in self.shares[rank]
+        )
 
 
 def speeds(ranks: int, base_share: float | None) -> list[float]:

@@ -7,23 +7,23 @@ ranks. It does not know models, nor where pool ranks come from: a pool is given 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.kv_cache import SequenceState
-from fapool_plugin.metrics import Counters, Phase, RankCounters
+from fapool_plugin.lease import PoolRank
+from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry, Plan, make_plan, speeds
-from fapool_plugin.transport import PROTOCOL_VERSION, Header, Link, LinkLost, Message, Op, Status
+from fapool_plugin.transport import Link, LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
@@ -40,55 +40,6 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Ends every rank of this pool."""
-
-
-class PoolRank:
-    """One leased pool rank, seen from the base."""
-
-    def __init__(self, number: int, link: Link, token: int, counters: RankCounters) -> None:
-        self.number, self.link, self.token, self.counters = number, link, token, counters
-        self.key = secrets.randbits(62)
-        """Names this rank in this lease, so that residency never outlives the lease."""
-        self.memory_limit = 0
-        self._call = 0
-        self._counted = link.bytes_sent, link.bytes_received
-
-    def open(self) -> None:
-        """Takes the lease. Raises LinkLost if the rank is lost, busy or speaks another protocol."""
-        self.link.send(Header(op=Op.HELLO, token=self.token))
-        reply = self.link.receive().header
-        if reply.version != PROTOCOL_VERSION:
-            raise LinkLost(
-                f"speaks protocol {reply.version}, the base speaks {PROTOCOL_VERSION}: install one version on both"
-            )
-        if reply.status != Status.OK:
-            raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
-        self.memory_limit = reply.extra
-
-    def ask(self, header: Header, tensors: Sequence[Tensor | Sequence[Tensor]]) -> int:
-        """Sends a request; returns its call number."""
-        self._call += 1
-        self.link.send(header._replace(token=self.token, call=self._call), tensors)
-        return self._call
-
-    def answer(self, call: int) -> Message:
-        """Waits for the reply to ``call``; replies to calls that were given up are dropped."""
-        while True:
-            message = self.link.receive()
-            if message.header.call == call:
-                self.link.settle()
-                self._count_bytes()
-                return message
-
-    def _count_bytes(self) -> None:
-        now = self.link.bytes_sent, self.link.bytes_received
-        self.counters.bytes_sent += now[0] - self._counted[0]
-        self.counters.bytes_received += now[1] - self._counted[1]
-        self._counted = now
-
-    def tell(self, op: Op, sequence: int = 0) -> None:
-        """Sends a message that has no reply."""
-        self.link.send(Header(op=op, token=self.token, sequence=sequence))
 
 
 @dataclass
@@ -121,6 +72,8 @@ class ResourceManager:
         self._busy = threading.Lock()
         self._ended: list[int] = []
         self._live: set[int] = set()
+        self._owner = os.getpid()
+        """The process whose pool it is: a forked child has its links, too, and must not touch them."""
         self._current: int | None = None
         self._failed_for: int | None = None
         """The sequence for which no rank was to be had: it is not tried again at every step."""
@@ -134,6 +87,15 @@ class ResourceManager:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether close() was called."""
+        return self.state == "closed"
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._pool is not None and os.getpid() != self._owner
 
     @property
     def in_pooled_forward(self) -> bool:
@@ -161,14 +123,14 @@ class ResourceManager:
             must_be_local: a reason known beforehand.
             lasting: whether a cache keeps the sequence beyond this forward.
         """
-        if not self.config.enabled or self.state == "closed":
+        if not self.config.enabled or self.state == "closed" or self._is_forked:
             return Forward(False, phase)
         local = Forward(False, phase)
         length, geometry = columns, None
         if columns > self.config.threshold:
             seen = must_be_local or look()
             if isinstance(seen, str):
-                self.counters.local_reasons[seen] = self.counters.local_reasons.get(seen, 0) + 1
+                self._stay_local(seen)
             else:
                 geometry = seen
                 waiting = sequence.prompt_columns - geometry.columns
@@ -183,7 +145,9 @@ class ResourceManager:
         try:
             self._reap()
             self._current = sequence.id
-            if wanted:
+            if self.is_closed:
+                wanted = False
+            elif wanted:
                 self._activate(length, sequence)
             elif length < self.config.release_ratio * self.config.threshold:
                 below = self.config.release_ratio * self.config.threshold
@@ -225,21 +189,32 @@ class ResourceManager:
                 few_queries=self.config.kv_block,
             )
             shares, base = list(plan.shares), list(plan.base)
-            room = forward.sequence.capacity if forward.sequence else 0
-            for index, rank in enumerate(forward.ranks):
-                need = plan.positions_held(index, room) * bytes_per_position * layers
-                if need > rank.memory_limit:
+            for index in range(len(forward.ranks)):
+                reason = self._too_large(forward, plan, index, bytes_per_position * layers)
+                if reason:
                     base.extend(shares[index])
                     shares[index] = ()
-                    reason = (
-                        f"pool rank {rank.number}'s share would need {need / 2**20:.0f} MiB of KV memory, it has "
-                        f"{rank.memory_limit / 2**20:.0f}: raise memory_limit_mib or pool_ranks"
-                    )
-                    if reason not in self.counters.local_reasons:
+                    if self._stay_local(reason):
                         self.counters.log("memory", reason)
-                    self.counters.local_reasons[reason] = self.counters.local_reasons.get(reason, 0) + 1
             forward.plans[kv_heads] = Plan(tuple(shares), tuple(base), plan.axis)
         return forward.plans[kv_heads]
+
+    def _too_large(self, forward: Forward, plan: Plan, index: int, bytes_per_position: int) -> str | None:
+        """Why a share's keys do not fit its rank, if so. Room for all that may come is given up first."""
+        assert forward.sequence is not None
+        rank, state, block = forward.ranks[index], forward.sequence, self.config.kv_block
+        if rank.key in state.full:
+            return f"pool rank {rank.number} could not store the keys it was sent: raise memory_limit_mib"
+        need = plan.positions_held(index, state.capacity, block) * bytes_per_position
+        if need > rank.memory_limit and state.capacity:
+            state.capacity = 0
+            need = plan.positions_held(index, 0, block) * bytes_per_position
+        if need <= rank.memory_limit:
+            return None
+        return (
+            f"pool rank {rank.number}'s share would need {need / 2**20:.0f} MiB of KV memory, it has "
+            f"{rank.memory_limit / 2**20:.0f}: raise memory_limit_mib or pool_ranks"
+        )
 
     @contextmanager
     def guard(self, rank: PoolRank) -> Iterator[None]:
@@ -288,22 +263,29 @@ class ResourceManager:
 
     def close(self) -> None:
         """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
-        if self.state == "closed":
+        if self.is_closed or self._is_forked:
             return
-        if self.ranks:
-            self._release("closed")
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        if self._pool is not None:
-            self._pool.close()
-        self._pool = None
-        self.state = "closed"
-        self.counters.log("closed", "close() was called")
+        # A pooled forward under way in another thread ends first; one that was abandoned is not waited for long.
+        waited = self._busy.acquire(timeout=self.config.timeout_s)
+        try:
+            if self.ranks:
+                self._release("closed")
+            self.state = "closed"
+            if self._finalizer is not None:
+                self._finalizer.detach()
+            if self._pool is not None:
+                self._pool.close()
+            self._pool = None
+            self.counters.log("closed", "close() was called")
+        finally:
+            if waited:
+                self._busy.release()
 
     def _sequence_ended(self, sequence_id: int) -> None:
         # Called by the garbage collector at any moment, so the ranks are only told between two forwards.
-        self._ended.append(sequence_id)
-        self.reap()
+        if not self._is_forked:
+            self._ended.append(sequence_id)
+            self.reap()
 
     def _reap(self) -> None:
         while self._ended:
@@ -320,14 +302,19 @@ class ResourceManager:
         for rank in list(self.ranks):
             if rank.link.lost:
                 self.lose(rank, rank.link.lost)
-        if self.ranks or self._failed_for == sequence.id:
+                # It died between two forwards: reason enough to borrow again, not to give up.
+                self._failed_for = None
+        if self.ranks:
+            return
+        if self._failed_for == sequence.id:
+            self._stay_local("no pool rank was to be had for this sequence")
             return
         self.state = "activating"
         self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.config.threshold}")
         began = time.perf_counter()
         try:
             if self._pool is None:
-                self._pool = self._make_pool(self.config)
+                self._pool, self._owner = self._make_pool(self.config), os.getpid()
                 self._finalizer = weakref.finalize(self, self._pool.close)
             token = secrets.randbits(62)
             links = self._pool.acquire(_log.info)
@@ -335,13 +322,17 @@ class ResourceManager:
             for rank in list(self.ranks):
                 with self.guard(rank):
                     rank.open()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            self._stay_local("no pool rank was to be had for this sequence")
             self.counters.log("fault", f"no pool rank could be had: {error}")
             warnings.warn(
                 f"fa_pool: no pool rank could be had, computing locally: {error}",
                 RuntimeWarning,
                 stacklevel=2,
             )
+        except BaseException:
+            self.ranks, self.state = [], "idle"
+            raise
         if not self.ranks:
             self._failed_for = sequence.id
             self.state = "idle"
@@ -351,6 +342,12 @@ class ResourceManager:
         self.state = "active"
         took = time.perf_counter() - began
         self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took * 1e3:.0f} ms")
+
+    def _stay_local(self, reason: str) -> bool:
+        """Counts a reason; whether it is new."""
+        times = self.counters.local_reasons.get(reason, 0)
+        self.counters.local_reasons[reason] = times + 1
+        return not times
 
     def _release(self, reason: str) -> None:
         self.state = "draining"

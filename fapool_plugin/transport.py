@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
@@ -202,6 +202,7 @@ class Link:
         timeout_s: silence, in seconds, after which the other end is lost.
         connect_timeout_s: how long to wait for the other end at first; a RuntimeError after that.
         host: address to bind to; None for the default interface.
+        into: queue to receive into, when several links share one; None for one of its own.
     """
 
     def __init__(
@@ -213,7 +214,6 @@ class Link:
         timeout_s: float,
         connect_timeout_s: float = 60.0,
         host: str | None = None,
-        on_lost: Callable[[], None] | None = None,
         into: queue.SimpleQueue[tuple[Link, Message | LinkLost]] | None = None,
     ) -> None:
         rank = 0 if side == "base" else 1
@@ -222,7 +222,7 @@ class Link:
         self._data = _group(store, f"{name}/data", rank, connect, host)
         self._pulse = _group(store, f"{name}/pulse", rank, connect, host)
         self._silence = timedelta(seconds=timeout_s)
-        self._timeout_s, self._on_lost = timeout_s, on_lost
+        self._timeout_s = timeout_s
         self.inbox = into if into is not None else queue.SimpleQueue()
         self.lost: str | None = None
         self._over, self._lost_lock, self._said_goodbye = threading.Event(), threading.Lock(), False
@@ -291,8 +291,6 @@ class Link:
         self._over.set()
         if first:
             self.inbox.put((self, LinkLost(self.lost)))
-            if self._on_lost:
-                self._on_lost()
         return self.lost
 
     def close(self) -> None:
@@ -331,7 +329,7 @@ class Link:
                 self.bytes_received += wire.nbytes
                 self.inbox.put((self, Message(header, wire.tensors)))
                 del frame, wire
-        except RuntimeError as error:
+        except Exception as error:  # whatever it was, nothing more will be read
             self.fail(f"connection ended: {_first_line(error)}")
 
     def _ask(self) -> None:

@@ -43,6 +43,7 @@ class Worker:
         inbox: what all links receive ahead into.
         memory_limit: bytes of keys and values it may hold.
         device: where it computes.
+        block: positions by which its storage grows.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Worker:
         inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]],
         memory_limit: int,
         device: torch.device,
+        block: int = 256,
     ) -> None:
         self.inbox, self.device = inbox, device
-        self.prefixes = PrefixStore(memory_limit)
+        self.prefixes = PrefixStore(memory_limit, block)
         self.lease: int | None = None
         self._holders: set[Link] = set()
 
@@ -191,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--links", required=True, help="names of the links to serve, separated by commas")
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
     parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
+    parser.add_argument("--block", type=int, default=256, help="positions by which storage grows")
     parser.add_argument(
         "--silence", type=float, default=30.0, help="seconds without a heartbeat after which a lease ends"
     )
@@ -208,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         store.set(f"{name}/ready", str(os.getpid()))
     links = [Link(store, name, "pool", timeout_s=options.silence, host=host, into=inbox) for name in names]
-    Worker(inbox, options.memory_limit, torch.device(options.device)).serve(links)
+    Worker(inbox, options.memory_limit, torch.device(options.device), options.block).serve(links)
     sys.stdout.flush()
     os._exit(0)
 

@@ -23,7 +23,7 @@ MAX_LINES = 400
 ROWS = (
     {"config", "cost", "partition", "metrics"},
     {"kernels", "kv_cache", "transport"},
-    {"plan"},
+    {"plan", "lease"},
     {"resource_manager"},
     {"attention", "worker", "rounds", "calibrate"},
     {"local_pool"},

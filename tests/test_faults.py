@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
-from fapool_plugin.resource_manager import PoolRank, ResourceManager
+from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.transport import Message, frame_bytes
 from tests.models import eager, load_pooled, random_ids, save_model
 

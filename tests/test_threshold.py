@@ -22,6 +22,7 @@ from tests.models import (
     logits_too,
     one_thread,
     padded_batch,
+    padding_mask,
     plain,
     pooled,
     pools,
@@ -222,3 +223,29 @@ def test_attention_weights_stay_local(pair: Pair, asked_by: str) -> None:
     assert len(output.attentions) == pair.layers
     for weights, wanted in zip(output.attentions, expected.attentions, strict=True):
         assert torch.equal(weights, wanted), f"weights differ by {(weights - wanted).abs().max():.3g}"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("entry", ["model", "decoder"])
+def test_an_interrupted_forward_decides_nothing_for_the_next(pair: Pair, entry: str, monkeypatch: Any) -> None:
+    """torch calls no hook after an interrupt: the forward it left behind must not be taken for one around the next."""
+    model = pair.model
+    called = model if entry == "model" else model.model
+    mask = padding_mask([40, 25])
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(model.model.layers[1].mlp, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                called(random_ids(2, 40))
+        if entry == "model":
+            assert not model.fa_pool.in_pooled_forward
+        for other in (called, model):
+            got = other(random_ids(2, 40), attention_mask=mask)[0]
+            reference = pair.reference if other is model else pair.reference.model
+            want = reference(random_ids(2, 40), attention_mask=mask)[0]
+            assert_close(got * mask[..., None], want * mask[..., None])
+    assert not model.fa_pool.in_pooled_forward

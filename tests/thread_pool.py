@@ -63,7 +63,7 @@ class ThreadPool:
                 self._made += 1
                 inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
                 base, pool = link_pair(self.store, f"r{rank}.{self._made}", self.config.timeout_s, inbox=inbox)
-                worker = Worker(inbox, self.config.memory_limit_mib * 2**20, torch.device("cpu"))
+                worker = Worker(inbox, self.config.memory_limit_mib * 2**20, torch.device("cpu"), self.config.kv_block)
                 thread = threading.Thread(target=worker.serve, args=([pool],), daemon=True)
                 thread.start()
                 self.links[rank], self.workers[rank] = base, worker

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 from torch import Tensor, nn
@@ -19,19 +19,15 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig, check_machine
-from fapool_plugin.integrations.huggingface_attention import NAME, Hooks
+from fapool_plugin.integrations.huggingface_attention import NAME, Hooks, leave
 from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.resource_manager import ResourceManager
 
-_REFUSED_LAYERS = {
-    "chunked_attention",
-    "indexed_attention",
-    "compressed_sparse_attention",
-    "heavily_compressed_attention",
-}
-_NOT_FULL = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention", "dummy"}
+_FULL = {"full_attention", "hybrid"}
+_LEFT_ALONE = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention", "dummy"}
+"""Layers that are computed as without the plugin. Any kind in neither set is refused."""
 
 
 class FAPoolForCausalLM:
@@ -91,6 +87,14 @@ class FAPoolForCausalLM:
         model.config.fapool = config.to_dict()
         return model
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            # torch runs its hooks after errors, but not after an interrupt.
+            leave(cast(nn.Module, self))
+            raise
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -103,7 +107,8 @@ class FAPoolForCausalLM:
             None,
             "dynamic",
         )
-        if model_kwargs.get("past_key_values") is not None or not plain or not self.fa_pool.config.enabled:
+        ours = plain and self.fa_pool.config.enabled and self._supports_default_dynamic_cache()  # type: ignore[attr-defined]
+        if model_kwargs.get("past_key_values") is not None or not ours:
             return super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, mode, batch_size, max_length
             )
@@ -138,14 +143,15 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     """Puts FAPoolAttention into every attention layer, and our hooks around every way into the model."""
     local = model.config._attn_implementation
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    hooks = Hooks(manager, local, sum(kind not in _NOT_FULL for kind in kinds))
+    full = sum(kind in _FULL for kind in kinds)
+    hooks = Hooks(manager, local, full, model._supports_default_dynamic_cache())
     for module in attentions:
         module.fa_pool = FAPoolAttention(manager, module.layer_idx, hooks.full_layers, stands_for=local)
-    for module in model.modules():
-        # Not only the outermost: some models call their decoder past the model that holds it.
-        if isinstance(module, PreTrainedModel):
-            module.register_forward_pre_hook(hooks.enter, with_kwargs=True)
-            module.register_forward_hook(hooks.leave, always_call=True)
+    # Not only the outermost: some models call their decoder past the model that holds it. Parents come first.
+    for depth, module in enumerate(m for m in model.modules() if isinstance(m, PreTrainedModel)):
+        module.fapool_depth = depth
+        module.register_forward_pre_hook(hooks.enter, with_kwargs=True)
+        module.register_forward_hook(leave, always_call=True)
     model.set_attn_implementation(NAME)
 
 
@@ -170,7 +176,9 @@ def refuse_model(model: Any, attentions: list[Any]) -> None:
             f"{name} computes attention by itself, not through transformers' attention interface, so fa_pool cannot "
             "take it over. Load it without fa_pool"
         )
-    kinds = sorted(set(getattr(config, "layer_types", None) or ()) & _REFUSED_LAYERS)
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        raise ValueError(f"{name} shares keys between layers, which fa_pool does not pool. Load it without fa_pool")
+    kinds = sorted(set(get_layer_types_and_kwargs(config)[0]) - _FULL - _LEFT_ALONE)
     if getattr(config, "attention_chunk_size", None) and not kinds:
         kinds = ["chunked_attention"]
     if kinds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,16 +29,21 @@ NAME = "fapool"
 """How the attention and the mask function are registered; transformers looks for "flash" in such names."""
 
 
+_KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position"}
+"""Tensors that models hand to attention and that are accounted for; with any other a call is refused."""
+
+
 @dataclass
 class _Scope:
     """One forward of one model, from its outermost module's hook to its end."""
 
     manager: ResourceManager
-    owner: nn.Module
+    owner: Any
     decided: Forward
     cache: Cache | None
     local: str
-    token: Token[_Scope | None] | None = None
+    outside: _Scope | None
+    """The scope around this one: another model's."""
 
 
 _SCOPE: ContextVar[_Scope | None] = ContextVar("fapool_scope", default=None)
@@ -79,19 +84,25 @@ class Hooks:
         manager: decides.
         local: the attention implementation of calls that are not pooled, by its name in transformers.
         full_layers: how many layers attend to everything before them; only those are pooled.
+        makes_cache: whether the model takes a cache of ours, rather than one of its own kind.
     """
 
     manager: ResourceManager
     local: str
     full_layers: int
+    makes_cache: bool
 
     def enter(
-        self, owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: decides pooled or local for everything inside, and hands the model our cache."""
         outer = _SCOPE.get()
         if outer is not None and outer.manager is self.manager:
-            return None
+            if owner.fapool_depth > outer.owner.fapool_depth:
+                return None
+            # Nothing calls the outermost module again from inside: that forward was interrupted and never ended.
+            leave(outer.owner)
+            outer = _SCOPE.get()
         given = _by_name(owner, args, kwargs)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -100,7 +111,7 @@ class Hooks:
         cache, mask, changed = given.get("past_key_values"), given.get("attention_mask"), None
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
         use_cache = _asked(owner, given, "use_cache")
-        if cache is None and use_cache and not grads and not owner.training:
+        if cache is None and use_cache and self.makes_cache and not grads and not owner.training:
             cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
             changed = (), given | {"past_key_values": cache}
         state = cache.state if isinstance(cache, PooledCache) else SequenceState()
@@ -110,6 +121,8 @@ class Hooks:
         reason = None
         if grads or owner.training:
             reason = "training does not use the pool yet; for inference call model.eval() under torch.no_grad()"
+        elif torch.is_autocast_enabled(tokens.device.type):
+            reason = "autocast: q, k and v have dtypes of their own"
         elif _asked(owner, given, "output_attentions"):
             reason = "output_attentions: pool ranks return no attention weights"
         elif cache is not None and not isinstance(cache, PooledCache):
@@ -126,16 +139,17 @@ class Hooks:
             must_be_local=reason,
             lasting=cache is not None,
         )
-        scope = _Scope(self.manager, owner, decided, cache, self.local)
-        scope.token = _SCOPE.set(scope)
+        _SCOPE.set(_Scope(self.manager, owner, decided, cache, self.local, outer))
         return changed
 
-    def leave(self, owner: nn.Module, args: object, output: object) -> None:
-        """Forward hook, called after errors too: ends what ``enter`` began."""
-        scope = _SCOPE.get()
-        if scope is not None and scope.owner is owner and scope.token is not None:
-            _SCOPE.reset(scope.token)
-            self.manager.end(scope.decided)
+
+def leave(owner: nn.Module, *hook_arguments: object) -> None:
+    """Ends what ``enter`` began for ``owner``, if it did. A forward hook, called after errors too; torch does not
+    call it after an interrupt, so who may be interrupted calls it himself."""
+    scope = _SCOPE.get()
+    if scope is not None and scope.owner is owner:
+        _SCOPE.set(scope.outside)
+        scope.manager.end(scope.decided)
 
 
 def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -198,7 +212,7 @@ def _attention(
         key,
         value,
         decided=scope.decided,
-        resident=_is_resident(scope.cache, module, key),
+        resident=_is_resident(scope.cache, module, key, value),
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap=float(kwargs.get("softcap") or 0.0),
         sinks_H=kwargs.get("s_aux"),
@@ -210,7 +224,7 @@ def _refuse_extras(module: nn.Module, query: Tensor, key: Tensor, decided: Forwa
     name = type(module).__name__
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    unknown = [k for k in ("position_bias", "indices", "cu_seq_lens_q", "cu_seq_lens_k") if kwargs.get(k) is not None]
+    unknown = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _KNOWN_TENSORS]
     if not causal:
         unknown.append("is_causal=False")
     if kwargs.get("dropout"):
@@ -218,15 +232,16 @@ def _refuse_extras(module: nn.Module, query: Tensor, key: Tensor, decided: Forwa
     if unknown:
         raise ValueError(f"fa_pool cannot pool {name} with {', '.join(unknown)}: raise threshold to compute it locally")
     geometry = decided.geometry
-    if geometry is None or (len(geometry.starts), geometry.columns) != (key.shape[0], key.shape[2]):
+    shape = (key.shape[0], key.shape[2], query.shape[2])
+    if geometry is None or (len(geometry.starts), geometry.columns, geometry.columns - geometry.q_column) != shape:
         raise ValueError(
-            f"{name} has {key.shape[0]} rows of {key.shape[2]} keys, the forward it belongs to was decided for "
+            f"{name} has {shape[2]} queries for {shape[0]} rows of {shape[1]} keys, its forward was decided for "
             f"{geometry}: raise threshold to compute it locally"
         )
 
 
-def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor) -> bool:
-    """Whether ``key`` is what our cache layer stores, or a pure function of it, position by position."""
+def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor, value: Tensor) -> bool:
+    """Whether these are what our cache layer stores, or a pure function of it, position by position."""
     index = getattr(module, "layer_idx", None)
     if not isinstance(cache, PooledCache) or index is None or index >= len(cache.layers):
         return False
@@ -235,7 +250,10 @@ def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor) -> bool:
         return False
     # Multi-head latent attention caches latents and expands them anew in every call.
     expands = hasattr(module, "expand_kv")
-    return expands or (layer.keys.data_ptr() == key.data_ptr() and layer.keys.shape == key.shape)
+    return expands or all(
+        given.data_ptr() == stored.data_ptr() and given.shape == stored.shape
+        for given, stored in ((key, layer.keys), (value, layer.values))
+    )
 
 
 AttentionInterface.register(NAME, _attention)

@@ -21,8 +21,11 @@ class PooledLayer(DynamicLayer):
 
     def __init__(self, index: int, state: SequenceState, block: int) -> None:
         super().__init__()
+        self.keys: Any
+        self.values: Any
         self.index, self.state = index, state
         self._kv = GrowingKV(block, state.capacity)
+        self._sealed: tuple[object, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -30,7 +33,13 @@ class PooledLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif self._seal() != self._sealed:
+            # Somebody put other keys here, or wrote into ours: those count now, and nobody holds them.
+            self._kv = GrowingKV(self._kv.block, self._kv.capacity)
+            self._kv.append(self.keys, self.values)
+            self.state.residency.forget()
         self.keys, self.values = self._kv.append(key_states, value_states)
+        self._sealed = self._seal()
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -42,6 +51,7 @@ class PooledLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         if self.is_initialized:
             self._kv.crop(self.get_seq_length())
+            self._sealed = self._seal()
             self.state.crop(self.index, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -62,6 +72,12 @@ class PooledLayer(DynamicLayer):
     def _select(self, rows: Tensor) -> None:
         self._kv.select_rows(rows.to(self.keys.device))
         self.keys, self.values = self._kv.views()
+        self._sealed = self._seal()
+
+    def _seal(self) -> tuple[object, ...]:
+        """What changes when somebody else assigns or writes keys or values. (Inference tensors count no writes.)"""
+        both: tuple[torch.Tensor, ...] = (self.keys, self.values)
+        return tuple((x.data_ptr(), x.shape, None if x.is_inference() else x._version) for x in both)
 
 
 class PooledCache(DynamicCache):
