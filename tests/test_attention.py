@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fapool_plugin import attention
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.kv_cache import SequenceState
@@ -212,8 +213,6 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
     manager = managers(pool_ranks=2)
     stream = Stream(manager, (0,))
     check(*stream.call(40), 2e-5)
-    from fapool_plugin import attention
-
     with monkeypatch.context() as patched:
 
         def interrupt(*args: object) -> None:
@@ -225,3 +224,24 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
     for _ in range(3):
         check(*stream.call(1), 2e-5)
     assert manager.counters.faults == 0
+
+
+def test_replies_that_an_earlier_lease_gave_up_are_not_taken_for_later_ones() -> None:
+    """The link outlives the lease, and so do answers that nobody waited for."""
+    with ResourceManager(FAPoolConfig(pool_ranks=1, threshold=0, memory_limit_mib=64), ThreadPool) as manager:
+        original = attention._Call._gather
+
+        def fail(*args: object) -> bool:
+            raise MemoryError
+
+        for _ in range(2):
+            attention._Call._gather = fail  # type: ignore[assignment]
+            try:
+                with pytest.raises(MemoryError):
+                    Stream(manager, (0,)).call(40)
+            finally:
+                attention._Call._gather = original  # type: ignore[method-assign]
+            manager._release("test")
+        check(*Stream(manager, (0,)).call(40), 2e-5)
+        assert manager.ranks[0].memory_limit == 64 * 2**20
+        assert manager.counters.prefill.pooled_calls == 1

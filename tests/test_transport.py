@@ -120,6 +120,15 @@ def test_a_malformed_header_ends_the_link(pair: tuple[Link, Link]) -> None:
         pool.receive()
 
 
+def test_a_header_that_announces_more_than_memory_ends_the_link(pair: tuple[Link, Link]) -> None:
+    base, pool = pair
+    frame = torch.zeros(frame_bytes(), dtype=torch.uint8)
+    frame[: 8 * len(Header())].view(torch.int64).copy_(torch.tensor(Header(op=Op.ATTEND, tiles=2**61)))
+    base._data.send([frame], 1, 0).wait()
+    with pytest.raises(LinkLost, match="connection ended"):
+        pool.receive()
+
+
 def test_a_header_of_another_version_announces_nothing() -> None:
     assert payload(Header(version=99, op=Op.ATTEND, tiles=5)) == []
     assert payload(Header(op=Op.ATTEND, status=Status.STALE, q_elements=5)) == []
