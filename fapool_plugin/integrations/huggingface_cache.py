@@ -48,10 +48,12 @@ class PooledLayer(DynamicLayer):
         self.state.crop(self.index, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
+        ours = self.is_initialized and self._seal() == self._sealed
         super().crop(tokens_to_remove)
-        if self.is_initialized:
+        if ours:
             self._kv.crop(self.get_seq_length())
             self._sealed = self._seal()
+        if self.is_initialized:
             self.state.crop(self.index, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
