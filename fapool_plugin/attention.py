@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fapool_plugin.forward import Forward
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Request, within_residency
-from fapool_plugin.resource_manager import Forward, ResourceManager
+from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
 
 
@@ -74,7 +75,10 @@ class FAPoolAttention(nn.Module):
             counters.local_calls += 1
             return local()
         call = _Call(self, decided, q_BHSD, k_BKTD, v_BKTE, resident, softmax_scale, softcap)
-        pooled = call.run()
+        call.post()
+        if decided.hand_over is not None:
+            decided.hand_over()
+        pooled = call.wait()
         counters.pooled_calls += pooled
         counters.local_calls += not pooled
         out = call.out_BSHE
@@ -118,15 +122,16 @@ class _Call:
         exact = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
         self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=exact)
         self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=exact)
+        self._outstanding: list[_Outstanding] = []
 
-    def run(self) -> bool:
-        """Fills ``out_BSHE`` and ``lse_BHS``; True if a pool rank computed any of it."""
+    def post(self) -> None:
+        """Asks the pool ranks for their shares, and computes the base's."""
         position = (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
-        plan = self.manager.plan(self.decided, self.k.shape[1], position, self.layers)
-        outstanding: list[_Outstanding] = []
+        plan = self.decided.plan(self.k.shape[1], position, self.layers)
+        self._disjoint = plan.axis == "queries"
         mine = list(plan.base)
-        for rank, share in zip(self.decided.ranks, plan.shares, strict=True):
-            if rank not in self.manager.ranks or (not self.keep and plan.axis == "keys"):
+        for rank, share in zip(plan.ranks, plan.shares, strict=True):
+            if rank.lost or (not self.keep and plan.axis == "keys"):
                 mine.extend(share)
                 continue
             requests, left = within_residency(share, self._held(rank), plan.axis, self.manager.config.kv_block)
@@ -135,9 +140,12 @@ class _Call:
             if call is None:
                 mine.extend(request.tile for request in requests)
             else:
-                outstanding.append(_Outstanding(rank, call, requests))
+                self._outstanding.append(_Outstanding(rank, call, requests))
         self._compute(mine)
-        pooled = [self._gather(sent) for sent in outstanding]
+
+    def wait(self) -> bool:
+        """Completes ``out_BSHE`` and ``lse_BHS``; True if a pool rank computed any of it."""
+        pooled = [self._gather(sent) for sent in self._outstanding]
         return any(pooled)
 
     def _held(self, rank: PoolRank) -> Callable[[Tile], int]:
@@ -226,7 +234,10 @@ class _Call:
     def _merge(self, tile: Tile, out_1SHE: Tensor, lse_1HS: Tensor) -> None:
         rows, queries = slice(tile.row, tile.row + 1), self.geometry.q_slice(tile)
         heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
-        merge_(self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries], out_1SHE, lse_1HS)
+        if self._disjoint:
+            self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries] = out_1SHE, lse_1HS
+        else:
+            merge_(self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries], out_1SHE, lse_1HS)
 
     def _queries(self, tile: Tile) -> Tensor:
         heads = slice(tile.head_start * self.group, tile.head_stop * self.group)

@@ -58,6 +58,12 @@ class FAPoolConfig(BaseModel):
         lt=1,
         description="The base's part of a pooled call; null: every rank alike, 1 / (pool_ranks + 1).",
     )
+    blocks: int | None = Field(
+        None,
+        ge=1,
+        description="Blocks of a prompt in flight, so that base and pool work at the same time; 1: no overlap; null: "
+        "as many as pay.",
+    )
     timeout_s: float = Field(5.0, gt=0, description="Seconds; a pool rank silent for this long is lost.")
     start_timeout_s: float = Field(
         120.0, gt=0, description="Seconds; a pool rank not ready this long after its start is given up."

@@ -6,6 +6,8 @@ Knows one link and one lease; not who else is leased, nor what is asked.
 from __future__ import annotations
 
 import secrets
+import time
+from collections import deque
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -21,12 +23,19 @@ class PoolRank:
         self.number, self.link, self.token, self.counters = number, link, token, counters
         self.key = secrets.randbits(62)
         """Names this rank in this lease, so that residency never outlives the lease."""
+        self.lost = False
+        """Given up: nobody asks it any more."""
         self.memory_limit = 0
+        self.clock_offset = 0
+        """Nanoseconds that this process's ``time.perf_counter_ns`` is ahead of the rank's."""
         self._call = 0
+        self._sent: deque[tuple[int, int]] = deque()
+        """(call, messages the link had sent by then): what has gone once the call is answered."""
         self._counted = link.bytes_sent, link.bytes_received
 
     def open(self) -> None:
         """Takes the lease. Raises LinkLost if the rank is lost, busy or speaks another protocol."""
+        asked = time.perf_counter_ns()
         self.link.send(Header(op=Op.HELLO, token=self.token))
         # A link outlives leases: replies to calls that an earlier lease gave up may come first.
         reply = self.link.receive().header
@@ -39,11 +48,14 @@ class PoolRank:
         if reply.status != Status.OK:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
         self.memory_limit = reply.extra
+        # Cristian (1989): the rank read its clock about midway between question and answer.
+        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
 
     def ask(self, header: Header, tensors: Sequence[Tensor | Sequence[Tensor]]) -> int:
         """Sends a request; returns its call number."""
         self._call += 1
         self.link.send(header._replace(token=self.token, call=self._call), tensors)
+        self._sent.append((self._call, self.link.messages_sent))
         return self._call
 
     def answer(self, call: int) -> Message:
@@ -51,7 +63,8 @@ class PoolRank:
         while True:
             message = self.link.receive()
             if (message.header.op, message.header.token, message.header.call) == (Op.ATTEND, self.token, call):
-                self.link.settle()
+                while self._sent and self._sent[0][0] <= call:
+                    self.link.settle(self._sent.popleft()[1])
                 self._count_bytes()
                 return message
 

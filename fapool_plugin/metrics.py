@@ -22,6 +22,8 @@ class PhaseCounters:
     local_calls: int = 0
     pooled_forwards: int = 0
     """Forwards decided as pooled, whatever became of their calls."""
+    overlapped_forwards: int = 0
+    """Pooled forwards whose prompt was cut into blocks in flight."""
     local_forwards: int = 0
 
 
@@ -62,6 +64,13 @@ class Counters:
     local_reasons: dict[str, int] = field(default_factory=dict)
     """Why forwards longer than the threshold were computed locally, and how often."""
 
+    not_overlapped_reasons: dict[str, int] = field(default_factory=dict)
+    """Why pooled prompts were computed as one block, and how often."""
+
+    def not_overlapped(self, reason: str) -> None:
+        """Counts a reason why a pooled prompt was not cut into blocks in flight."""
+        self.not_overlapped_reasons[reason] = self.not_overlapped_reasons.get(reason, 0) + 1
+
     def phase(self, name: Phase) -> PhaseCounters:
         """The counters of one phase."""
         return self.prefill if name == "prefill" else self.decode
@@ -75,6 +84,13 @@ class Counters:
         event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, reason)
         self.events.append(event)
         return event
+
+    def stay_local(self, reason: str) -> bool:
+        """Counts a reason why a forward longer than the threshold, or a part of it, is computed by the base; whether
+        it is new."""
+        times = self.local_reasons.get(reason, 0)
+        self.local_reasons[reason] = times + 1
+        return not times
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts: a copy."""
@@ -90,5 +106,6 @@ class Counters:
             "bytes_received": sum(rank["bytes_received"] for rank in ranks),
             "ranks": ranks,
             "local_reasons": dict(self.local_reasons),
+            "not_overlapped_reasons": dict(self.not_overlapped_reasons),
             "events": [asdict(event) for event in self.events],
         }

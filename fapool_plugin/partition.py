@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from math import ceil, isfinite
 from typing import Literal, NamedTuple, get_args
 
@@ -21,6 +21,7 @@ Axis = Literal["queries", "keys"]
 Mode = Literal["line", "query_blocks"]
 
 UNBOUNDED = -1
+_NOTHING, _ALL = Fraction(0), Fraction(1)
 
 
 class Tile(NamedTuple):
@@ -76,6 +77,12 @@ class _Lane(NamedTuple):
         """Allowed pairs in the lane's first `end` positions."""
         return allowed_pairs(self.tile(0, 1, 0, end), self.window_size)
 
+    def part(self, fraction: Fraction, work: int, block: int) -> int:
+        """The cut that leaves `fraction` of the lane's `work` before it."""
+        if fraction in (_NOTHING, _ALL):
+            return 0 if fraction == _NOTHING else self.extent
+        return self.cut(fraction * work, block)
+
     def cut(self, target: Fraction, block: int) -> int:
         """The multiple of `block` (or the lane's end) whose work is nearest to `target`.
 
@@ -92,14 +99,6 @@ class _Lane(NamedTuple):
             return 0
         low, high = position(reaching - 1), position(reaching)
         return low if target - self.work(low) <= self.work(high) - target else high
-
-
-class _Cut(NamedTuple):
-    """A point on the line: `offset` positions into lane `head` of the `lane`-th row that has work."""
-
-    lane: int
-    head: int
-    offset: int
 
 
 def allowed_pairs(tile: Tile, window_size: tuple[int, int]) -> int:
@@ -152,6 +151,7 @@ def partition(
     axis: Axis = "queries",
     mode: Mode = "line",
     block: int = 64,
+    whole: Sequence[Row] | None = None,
 ) -> list[Share]:
     """Cut all attention work of one call into one share for each entry of `speeds`.
 
@@ -169,6 +169,9 @@ def partition(
         without a mask, p ranks of equal speed get b = ceil(n / p) positions each, the last ones maybe fewer.
     block: a cut inside a lane falls on the multiple of this many positions, from the start of the lane's cut
         range, whose work is nearest to the ideal (not for the ceil(n / p) blocks).
+    whole: the rows of the whole prompt that `rows` is a run of positions of. Then the line is laid out for the
+        prompt, and every run cuts a lane at the same fractions: a rank works on the same lanes in all of them, and
+        is sent no keys of others. None: `rows` is all there is.
 
     Raises ValueError for input that describes no call.
 
@@ -188,8 +191,15 @@ def partition(
     if not lanes:
         return [() for _ in speeds]
     if mode == "query_blocks":
-        return _query_block_shares(lanes, kv_heads, speeds, block)
-    return _line_shares(lanes, kv_heads, speeds, block)
+        working = {speed for speed in speeds if speed > 0}
+        if window_size == (UNBOUNDED, UNBOUNDED) and len(working) == 1:
+            even = [_even_positions(lane, kv_heads, speeds) for lane in lanes]
+            return [sum(share, ()) for share in zip(*even, strict=True)]
+        everywhere = [_cumulative_fractions(speeds)] * kv_heads
+        return _shares(lanes, {lane.row: everywhere for lane in lanes}, len(speeds), block)
+    line = lanes if whole is None else [_lane(index, row, window_size, axis) for index, row in enumerate(whole)]
+    fractions = _line_fractions([lane for lane in line if lane.extent > 0], kv_heads, speeds)
+    return _shares(lanes, fractions, len(speeds), block)
 
 
 def _lane(index: int, row: Row, window_size: tuple[int, int], axis: Axis) -> _Lane:
@@ -211,61 +221,54 @@ def _cumulative_fractions(speeds: Sequence[float]) -> list[Fraction]:
     return [end / ends[-1] for end in ends]
 
 
-def _line_shares(lanes: list[_Lane], kv_heads: int, speeds: Sequence[float], block: int) -> list[Share]:
-    """Cut the whole line at the cumulative fractions."""
+def _line_fractions(lanes: list[_Lane], kv_heads: int, speeds: Sequence[float]) -> dict[int, list[list[Fraction]]]:
+    """Where the whole line is cut, lane by lane: by row and head, the part of the lane's work before each cut."""
     works = [lane.work(lane.extent) for lane in lanes]
-    ends = list(accumulate(work * kv_heads for work in works))
-
-    def cut(target: Fraction) -> _Cut:
-        index = bisect_left(ends, ceil(target))
-        head, inside = divmod(target - (ends[index] - works[index] * kv_heads), works[index])
-        offset = lanes[index].cut(inside, block)
-        return _Cut(index, head + 1, 0) if offset == lanes[index].extent else _Cut(index, head, offset)
-
-    cuts = [_Cut(0, 0, 0), *(cut(fraction * ends[-1]) for fraction in _cumulative_fractions(speeds))]
-    return [_between(lanes, kv_heads, start, stop) for start, stop in pairwise(cuts)]
-
-
-def _between(lanes: list[_Lane], kv_heads: int, start: _Cut, stop: _Cut) -> Share:
-    """The tiles from one point of the line to another: at most three for each row."""
-    tiles: list[Tile] = []
-    for index in range(start.lane, stop.lane + 1):
-        lane = lanes[index]
-        head, offset = (start.head, start.offset) if index == start.lane else (0, 0)
-        last_head, last_offset = (stop.head, stop.offset) if index == stop.lane else (kv_heads, 0)
-        if offset > 0 and head < last_head:
-            tiles.append(lane.tile(head, head + 1, offset, lane.extent))
-            head, offset = head + 1, 0
-        if head < last_head:
-            tiles.append(lane.tile(head, last_head, 0, lane.extent))
-        if offset < last_offset:
-            tiles.append(lane.tile(last_head, last_head + 1, offset, last_offset))
-    return tuple(tiles)
+    total, before = sum(works) * kv_heads, 0
+    targets = [fraction * total for fraction in _cumulative_fractions(speeds)]
+    fractions: dict[int, list[list[Fraction]]] = {}
+    for lane, work in zip(lanes, works, strict=True):
+        heads = []
+        for _ in range(kv_heads):
+            heads.append([min(max((target - before) / work, _NOTHING), _ALL) for target in targets])
+            before += work
+        fractions[lane.row] = heads
+    return fractions
 
 
-def _query_block_shares(lanes: list[_Lane], kv_heads: int, speeds: Sequence[float], block: int) -> list[Share]:
-    """Cut every lane at the same fractions of its work."""
-    shares: list[list[Tile]] = [[] for _ in speeds]
-    cuts_of: dict[Row, list[int]] = {}
+def _shares(lanes: list[_Lane], fractions: dict[int, list[list[Fraction]]], ranks: int, block: int) -> list[Share]:
+    """Cuts every lane at its fractions of its own work. Neighbouring heads with the same cuts share a tile."""
+    shares: list[list[Tile]] = [[] for _ in range(ranks)]
     for lane in lanes:
-        cuts = cuts_of.get(lane.geometry)
-        if cuts is None:
-            cuts = cuts_of[lane.geometry] = _lane_cuts(lane, speeds, block)
-        for share, (begin, end) in zip(shares, pairwise(cuts), strict=True):
-            if begin < end:
-                share.append(lane.tile(0, kv_heads, begin, end))
-    return [tuple(share) for share in shares]
+        work, head = lane.work(lane.extent), 0
+        for same, group in groupby(fractions[lane.row]):
+            stop = head + len(list(group))
+            cuts = [0, *(lane.part(fraction, work, block) for fraction in same)]
+            for share, (begin, end) in zip(shares, pairwise(cuts), strict=True):
+                if begin < end:
+                    share.append(lane.tile(head, stop, begin, end))
+            head = stop
+    return [_joined(share) for share in shares]
 
 
-def _lane_cuts(lane: _Lane, speeds: Sequence[float], block: int) -> list[int]:
-    """Offsets in `lane` where the shares of "query_blocks" begin and end: from 0 to the lane's extent."""
-    working = [speed for speed in speeds if speed > 0]
-    if lane.window_size == (UNBOUNDED, UNBOUNDED) and len(set(working)) == 1:
-        positions = -(-lane.extent // len(working))
-        ranks_so_far = accumulate(int(speed > 0) for speed in speeds)
-        return [0, *(min(count * positions, lane.extent) for count in ranks_so_far)]
-    work = lane.work(lane.extent)
-    return [0, *(lane.cut(fraction * work, block) for fraction in _cumulative_fractions(speeds))]
+def _joined(tiles: list[Tile]) -> Share:
+    """The same tiles; neighbouring heads whose cuts came out alike are one."""
+    joined: list[Tile] = []
+    for tile in tiles:
+        last = joined[-1] if joined else None
+        if last and last.row == tile.row and last.head_stop == tile.head_start and last[3:] == tile[3:]:
+            joined[-1] = last._replace(head_stop=tile.head_stop)
+        else:
+            joined.append(tile)
+    return tuple(joined)
+
+
+def _even_positions(lane: _Lane, kv_heads: int, speeds: Sequence[float]) -> list[Share]:
+    """Without a mask, equal ranks get b = ceil(n / p) positions of a lane each, the last ones maybe fewer."""
+    positions = -(-lane.extent // sum(speed > 0 for speed in speeds))
+    ranks_so_far = accumulate(int(speed > 0) for speed in speeds)
+    cuts = [0, *(min(count * positions, lane.extent) for count in ranks_so_far)]
+    return [(lane.tile(0, kv_heads, begin, end),) if begin < end else () for begin, end in pairwise(cuts)]
 
 
 def _check(

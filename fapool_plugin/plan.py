@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fapool_plugin.partition import Row, Share, Tile, partition
 
 _BLOCK = 64
 """Cuts fall on multiples of this many positions: the row block of the flash kernels."""
+
+SHORTEST_BLOCK, MOST_BLOCKS = 64, 8
+"""Of a prompt in flight: shorter blocks waste the kernels, more of them only cost memory and messages."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Geometry:
     stops: tuple[int, ...]
     q_column: int
     columns: int
+
+    def block(self, start: int, stop: int) -> Geometry:
+        """The run of columns [start, stop) of this call as a call of its own."""
+        return Geometry(self.starts, tuple(min(end, stop) for end in self.stops), start, stop)
 
     def row(self, index: int) -> Row:
         """Row ``index`` in lane-relative positions."""
@@ -62,6 +69,8 @@ class Plan:
     shares: tuple[Share, ...]
     base: Share
     axis: Literal["queries", "keys"]
+    ranks: tuple[Any, ...] = ()
+    """Whose the shares are, in their order; what names a rank is the caller's matter."""
 
     def positions_held(self, rank: int, capacity: int, block: int) -> int:
         """Positions of all lanes together that pool rank ``rank`` must have room for: in each lane ``capacity``, or
@@ -75,7 +84,7 @@ class Plan:
 def speeds(ranks: int, base_share: float | None) -> list[float]:
     """Relative speeds of ``ranks`` pool ranks and, last, the base, which takes ``base_share`` of the whole
     (None: as much as any other)."""
-    if base_share is None:
+    if base_share is None or not ranks:
         return [1.0] * (ranks + 1)
     return [(1.0 - base_share) / ranks] * ranks + [base_share]
 
@@ -87,18 +96,22 @@ def make_plan(
     *,
     mode: Literal["line", "query_blocks"] = "line",
     few_queries: int = 256,
+    whole: Geometry | None = None,
 ) -> Plan:
     """Cuts a causal call into shares, the base's last: on the line its keys then are those at a lane's end.
 
     Up to ``few_queries`` new queries against a past are cut along the keys (decode), others along the queries.
+    ``whole`` is the call that this one is a block of: its lengths decide who works on which lanes.
     """
     rows = geometry.rows
     queries = max((row.q_stop - row.q_start for row in rows), default=0)
-    by_keys = any(row.q_start for row in rows) and queries <= few_queries
+    by_keys = whole is None and any(row.q_start for row in rows) and queries <= few_queries
     extent = max((row.keys for row in rows), default=0) if by_keys else queries
     block = _BLOCK if extent >= 4 * _BLOCK * len(relative_speeds) else 1
     axis: Literal["queries", "keys"] = "keys" if by_keys else "queries"
-    shares = partition(rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block)
+    shares = partition(
+        rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block, whole=whole.rows if whole else None
+    )
     return Plan(tuple(shares[:-1]), shares[-1], axis)
 
 

@@ -15,14 +15,15 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.forward import Forward
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.metrics import Counters, Phase
-from fapool_plugin.plan import Geometry, Plan, make_plan, speeds
+from fapool_plugin.plan import MOST_BLOCKS, SHORTEST_BLOCK, Geometry
 from fapool_plugin.transport import Link, LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
@@ -40,21 +41,6 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Ends every rank of this pool."""
-
-
-@dataclass
-class Forward:
-    """What was decided for one forward, and holds for all its layers."""
-
-    pooled: bool
-    phase: Phase
-    geometry: Geometry | None = None
-    sequence: SequenceState | None = None
-    ranks: list[PoolRank] = field(default_factory=list)
-    plans: dict[int, Plan] = field(default_factory=dict)
-    """By number of KV heads."""
-    lasting: bool = True
-    """False: no cache outlives this forward, so nothing stays resident."""
 
 
 class ResourceManager:
@@ -111,6 +97,7 @@ class ResourceManager:
         *,
         must_be_local: str | None = None,
         lasting: bool = True,
+        one_block: str | None = None,
     ) -> Forward:
         """Decides pooled or local for one forward; :meth:`end` must follow.
 
@@ -122,15 +109,16 @@ class ResourceManager:
             sequence: the batch this forward continues.
             must_be_local: a reason known beforehand.
             lasting: whether a cache keeps the sequence beyond this forward.
+            one_block: why this forward cannot be cut into blocks in flight; None if it can.
         """
         if not self.config.enabled or self.state == "closed" or self._is_forked:
-            return Forward(False, phase)
-        local = Forward(False, phase)
+            return Forward(self.config, self.counters, phase)
+        local = Forward(self.config, self.counters, phase)
         length, geometry = columns, None
         if columns > self.config.threshold:
             seen = must_be_local or look()
             if isinstance(seen, str):
-                self._stay_local(seen)
+                self.counters.stay_local(seen)
             else:
                 geometry = seen
                 waiting = sequence.prompt_columns - geometry.columns
@@ -160,7 +148,26 @@ class ResourceManager:
             return local
         sequence.place(geometry.starts)
         self._live.add(sequence.id)
-        return Forward(True, phase, geometry, sequence, list(self.ranks), lasting=lasting)
+        return replace(
+            local,
+            pooled=True,
+            geometry=geometry,
+            sequence=sequence,
+            ranks=tuple(self.ranks),
+            lasting=lasting,
+            base_share=self.config.base_share,
+            blocks=self._blocks(geometry, phase, one_block),
+        )
+
+    def _blocks(self, geometry: Geometry, phase: Phase, one_block: str | None) -> int:
+        """How many blocks of a prompt to keep in flight."""
+        if phase == "decode" or self.config.blocks == 1:
+            return 1
+        if one_block is not None:
+            self.counters.not_overlapped(one_block)
+            return 1
+        most = (geometry.columns - geometry.q_column) // SHORTEST_BLOCK
+        return max(1, min(self.config.blocks or MOST_BLOCKS, most))
 
     def end(self, forward: Forward) -> None:
         """Ends what :meth:`begin` returned."""
@@ -169,52 +176,13 @@ class ResourceManager:
             counters.local_forwards += 1
             return
         counters.pooled_forwards += 1
+        counters.overlapped_forwards += forward.blocks > 1
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
         self._reap()
         self._busy.release()
         if self._ended:
             self.reap()
-
-    def plan(self, forward: Forward, kv_heads: int, bytes_per_position: int, layers: int) -> Plan:
-        """The forward's plan for layers with this many KV heads. A share whose keys would not fit a pool rank's
-        memory goes to the base."""
-        if kv_heads not in forward.plans:
-            assert forward.geometry is not None
-            plan = make_plan(
-                forward.geometry,
-                kv_heads,
-                speeds(len(forward.ranks), self.config.base_share),
-                mode=self.config.partition,
-                few_queries=self.config.kv_block,
-            )
-            shares, base = list(plan.shares), list(plan.base)
-            for index in range(len(forward.ranks)):
-                reason = self._too_large(forward, plan, index, bytes_per_position * layers)
-                if reason:
-                    base.extend(shares[index])
-                    shares[index] = ()
-                    if self._stay_local(reason):
-                        self.counters.log("memory", reason)
-            forward.plans[kv_heads] = Plan(tuple(shares), tuple(base), plan.axis)
-        return forward.plans[kv_heads]
-
-    def _too_large(self, forward: Forward, plan: Plan, index: int, bytes_per_position: int) -> str | None:
-        """Why a share's keys do not fit its rank, if so. Room for all that may come is given up first."""
-        assert forward.sequence is not None
-        rank, state, block = forward.ranks[index], forward.sequence, self.config.kv_block
-        if rank.key in state.full:
-            return f"pool rank {rank.number} could not store the keys it was sent: raise memory_limit_mib"
-        need = plan.positions_held(index, state.capacity, block) * bytes_per_position
-        if need > rank.memory_limit and state.capacity:
-            state.capacity = 0
-            need = plan.positions_held(index, 0, block) * bytes_per_position
-        if need <= rank.memory_limit:
-            return None
-        return (
-            f"pool rank {rank.number}'s share would need {need / 2**20:.0f} MiB of KV memory, it has "
-            f"{rank.memory_limit / 2**20:.0f}: raise memory_limit_mib or pool_ranks"
-        )
 
     @contextmanager
     def guard(self, rank: PoolRank) -> Iterator[None]:
@@ -229,6 +197,7 @@ class ResourceManager:
         if rank not in self.ranks:
             return
         self.ranks.remove(rank)
+        rank.lost = True
         rank.counters.faults += 1
         self.counters.faults += 1
         who = self._pool.discard(rank.number, reason) if self._pool else ""
@@ -307,7 +276,7 @@ class ResourceManager:
         if self.ranks:
             return
         if self._failed_for == sequence.id:
-            self._stay_local("no pool rank was to be had for this sequence")
+            self.counters.stay_local("no pool rank was to be had for this sequence")
             return
         self.state = "activating"
         self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.config.threshold}")
@@ -323,7 +292,7 @@ class ResourceManager:
                 with self.guard(rank):
                     rank.open()
         except (RuntimeError, OSError) as error:
-            self._stay_local("no pool rank was to be had for this sequence")
+            self.counters.stay_local("no pool rank was to be had for this sequence")
             self.counters.log("fault", f"no pool rank could be had: {error}")
             warnings.warn(
                 f"fa_pool: no pool rank could be had, computing locally: {error}",
@@ -342,12 +311,6 @@ class ResourceManager:
         self.state = "active"
         took = time.perf_counter() - began
         self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took * 1e3:.0f} ms")
-
-    def _stay_local(self, reason: str) -> bool:
-        """Counts a reason; whether it is new."""
-        times = self.counters.local_reasons.get(reason, 0)
-        self.counters.local_reasons[reason] = times + 1
-        return not times
 
     def _release(self, reason: str) -> None:
         self.state = "draining"

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 TILE_FIELDS = 9
 INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
@@ -89,6 +89,8 @@ class Header(NamedTuple):
     softcap_bits: int = 0
     extra: int = 0
     """HELLO's reply: the rank's KV memory limit in bytes. ATTEND's reply: nanoseconds spent computing."""
+    clock: int = 0
+    """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO."""
 
 
 def float_bits(value: float) -> int:
@@ -226,7 +228,8 @@ class Link:
         self.inbox = into if into is not None else queue.SimpleQueue()
         self.lost: str | None = None
         self._over, self._lost_lock, self._said_goodbye = threading.Event(), threading.Lock(), False
-        self._outgoing: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        self._outgoing: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
+        self.messages_sent = 0
         self.bytes_sent = self.bytes_received = 0
         beat = self._ask if side == "base" else self._answer
         self._threads = [
@@ -250,9 +253,10 @@ class Link:
         _fill(wire, header, tensors)
         if self.lost:
             raise LinkLost(self.lost)
+        self.messages_sent += 1
         try:
             for transfer in wire.transfers:
-                self._outgoing.append((transfer, self._data.send([transfer], self._peer, self._tag)))
+                self._post(transfer)
         except BaseException as error:
             # Half a message may be out: nothing after it could be understood.
             reason = self.fail(f"send failed: {_first_line(error)}")
@@ -261,14 +265,14 @@ class Link:
             raise
         self.bytes_sent += wire.nbytes
 
-    def settle(self, keep: int = 0) -> None:
-        """Waits until at most ``keep`` sends are under way. Call it after the reply, not before: a large send ends
-        only when the other end posts its receive."""
+    def settle(self, through: int) -> None:
+        """Waits until the first ``through`` messages have gone. Call it after the reply, not before: a large send
+        ends only when the other end posts its receive."""
         try:
-            while len(self._outgoing) > keep:
+            while self._outgoing and self._outgoing[0][0] <= through:
                 if self.lost:
                     raise LinkLost(self.lost)
-                self._outgoing[0][1].wait(_FOREVER)
+                self._outgoing[0][2].wait(_FOREVER)
                 self._outgoing.popleft()
         except RuntimeError as error:
             if isinstance(error, LinkLost):
@@ -304,6 +308,10 @@ class Link:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _post(self, transfer: torch.Tensor) -> None:
+        # A send reads its tensor until it has ended: both are kept until then.
+        self._outgoing.append((self.messages_sent, transfer, self._data.send([transfer], self._peer, self._tag)))
+
     def _say_goodbye(self) -> None:
         with self._lost_lock:
             said, self._said_goodbye = self._said_goodbye, True
@@ -311,7 +319,7 @@ class Link:
             goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8)
             _fill(_Wire(Header(), goodbye), Header(op=Op.BYE), ())
             with suppress(RuntimeError):
-                self._outgoing.append((goodbye, self._data.send([goodbye], self._peer, self._tag)))
+                self._post(goodbye)
 
     def _read(self) -> None:
         try:

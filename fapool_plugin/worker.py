@@ -81,7 +81,7 @@ class Worker:
                 link.send(header._replace(status=Status.STALE))
         elif header.op == Op.ATTEND:
             link.send(*self.attend(message))
-            link.settle(_UNSETTLED)
+            link.settle(link.messages_sent - _UNSETTLED)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
         elif header.op == Op.RELEASE:
@@ -94,7 +94,8 @@ class Worker:
             return Header(op=Op.HELLO, status=Status.BUSY, token=header.token)
         self.lease = header.token
         self._holders.add(link)
-        return Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=self.prefixes.limit_bytes)
+        limit, clock = self.prefixes.limit_bytes, time.perf_counter_ns()
+        return Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=limit, clock=clock)
 
     def _leave(self, link: Link) -> None:
         """One base rank gives the lease back; with the last one everything it left here goes."""
@@ -142,6 +143,7 @@ class Worker:
             q_elements=sum(out.numel() for out in outs),
             lse_elements=sum(lse.numel() for lse in lses),
             extra=time.perf_counter_ns() - began,
+            clock=began,
         )
         return header, (outs, lses)
 

@@ -84,7 +84,7 @@ def test_what_is_sent_arrives_in_order(pair: tuple[Link, Link], dtype: torch.dty
         for got, want in zip(message.tensors, tensors, strict=True):
             assert got.dtype == want.dtype
             assert torch.equal(got, want)
-    base.settle()
+    base.settle(base.messages_sent)
     assert base.bytes_sent == pool.bytes_received > 0
 
 
@@ -92,7 +92,7 @@ def test_messages_are_received_ahead_of_use(pair: tuple[Link, Link]) -> None:
     base, pool = pair
     large = torch.zeros(4_000_000)
     base.send(*request(large, large, large))
-    base.settle()  # would wait for ever if nobody received before receive() is called
+    base.settle(base.messages_sent)  # would wait for ever if nobody received before receive() is called
     assert pool.receive().tensors[1].numel() == 4_000_000
 
 

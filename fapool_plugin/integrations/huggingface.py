@@ -1,7 +1,7 @@
 """Hugging Face: a real transformers model whose attention layers may borrow pool ranks.
 
-One subclass of the loaded model's own class, and what it refuses. What happens inside a forward is in
-huggingface_attention, what generate() fills in huggingface_cache; everything about pooling itself is decided elsewhere.
+One subclass of the loaded model's own class, and what it refuses. A forward's way is in huggingface_forward, masks and
+attention in huggingface_attention, what generate() fills in huggingface_cache; pooling itself is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig, check_machine
-from fapool_plugin.integrations.huggingface_attention import NAME, Hooks, leave
+from fapool_plugin.integrations.huggingface_attention import NAME
 from fapool_plugin.integrations.huggingface_cache import PooledCache
+from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, one_block_model
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.resource_manager import ResourceManager
@@ -30,7 +31,7 @@ _LEFT_ALONE = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention"
 """Layers that are computed as without the plugin. Any kind in neither set is refused."""
 
 
-class FAPoolForCausalLM:
+class FAPoolForCausalLM(Entrance):
     """A causal language model that borrows attention ranks for long sequences.
 
     ``from_pretrained`` returns a real transformers model: an instance of the class that AutoModelForCausalLM would
@@ -38,7 +39,6 @@ class FAPoolForCausalLM:
     """
 
     fa_pool: ResourceManager
-    _fapool_base: type[PreTrainedModel]
 
     @classmethod
     def from_pretrained(
@@ -82,18 +82,10 @@ class FAPoolForCausalLM:
         if config.enabled:
             _install(model, manager, attentions)
         kind: Any = type(model)
-        model.__class__ = _subclass(kind)
+        model.__class__ = _subclass(FAPoolForCausalLM, kind)
         model.fa_pool = manager
         model.config.fapool = config.to_dict()
         return model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        except BaseException:
-            # torch runs its hooks after errors, but not after an interrupt.
-            leave(cast(nn.Module, self))
-            raise
 
     def _prepare_cache_for_generation(
         self,
@@ -135,23 +127,27 @@ class FAPoolForCausalLM:
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (self._fapool_base,), self.__dict__
-
 
 def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> None:
-    """Puts FAPoolAttention into every attention layer, and our hooks around every way into the model."""
+    """Puts FAPoolAttention into every attention layer, and an entrance at every way into the model."""
     local = model.config._attn_implementation
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     full = sum(kind in _FULL for kind in kinds)
-    hooks = Hooks(manager, local, full, model._supports_default_dynamic_cache())
     for module in attentions:
-        module.fa_pool = FAPoolAttention(manager, module.layer_idx, hooks.full_layers, stands_for=local)
-    # Not only the outermost: some models call their decoder past the model that holds it. Parents come first.
-    for depth, module in enumerate(m for m in model.modules() if isinstance(m, PreTrainedModel)):
-        module.fapool_depth = depth
-        module.register_forward_pre_hook(hooks.enter, with_kwargs=True)
-        module.register_forward_hook(leave, always_call=True)
+        module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local)
+    # Not only the outermost: some models call their decoder past the model that holds it.
+    entrances = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    holding = [module for module in entrances if set(attentions) <= set(module.modules())]
+    makes_cache = model._supports_default_dynamic_cache()
+    one_block = one_block_model(model, holding[-1], set(kinds))
+    if not makes_cache:
+        one_block = one_block or "it takes a cache of its own kind only"
+    forwards = Forwards(manager, local, full, makes_cache, one_block)
+    for module in entrances:
+        if module is not model:
+            kind: Any = type(module)
+            module.__class__ = _subclass(Entrance, kind)
+        module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
     model.set_attn_implementation(NAME)
 
 
@@ -189,13 +185,17 @@ def refuse_model(model: Any, attentions: list[Any]) -> None:
 
 
 @functools.cache
-def _subclass(base: Any) -> Any:
+def _subclass(ours: Any, base: Any) -> Any:
     """A class that is both; under the base's own name, so that saving, pipelines and PEFT see what they know."""
-    members = {"__module__": base.__module__, "__doc__": base.__doc__, "_fapool_base": base}
-    return type(base.__name__, (FAPoolForCausalLM, base), members)
+    members = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": lambda self, protocol: (_blank, (ours, base), self.__dict__),
+    }
+    return type(base.__name__, (ours, base), members)
 
 
-def _blank(base: Any) -> Any:
+def _blank(ours: Any, base: Any) -> Any:
     """An empty instance for copies and pickles."""
-    kind = _subclass(base)
+    kind = _subclass(ours, base)
     return object.__new__(kind)

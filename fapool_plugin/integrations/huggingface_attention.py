@@ -1,175 +1,55 @@
-"""Hugging Face: what happens inside one forward of a pooled model.
+"""Hugging Face: masks and attention of one forward, as it was decided.
 
-Hooks decide pooled or local before any mask is built; a mask function and an attention function, registered with
-transformers, follow that decision. Knows transformers' contracts, not how work is shared out.
+A mask function and an attention function, registered with transformers, find the forward they belong to in a context
+variable. Knows transformers' contracts, not how a forward is decided, nor how work is shared out.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fapool_plugin.forward import Forward
 from fapool_plugin.integrations.huggingface_cache import PooledCache, PooledLayer
-from fapool_plugin.kv_cache import SequenceState
-from fapool_plugin.metrics import Phase
-from fapool_plugin.plan import Geometry
-from fapool_plugin.resource_manager import Forward, ResourceManager
+from fapool_plugin.resource_manager import ResourceManager
 
 NAME = "fapool"
 """How the attention and the mask function are registered; transformers looks for "flash" in such names."""
-
 
 _KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position"}
 """Tensors that models hand to attention and that are accounted for; with any other a call is refused."""
 
 
-@dataclass
-class _Scope:
-    """One forward of one model, from its outermost module's hook to its end."""
+@dataclass(frozen=True)
+class Scope:
+    """One forward of one model, or one block of it."""
 
     manager: ResourceManager
-    owner: Any
     decided: Forward
     cache: Cache | None
     local: str
-    outside: _Scope | None
-    """The scope around this one: another model's."""
+    """The attention implementation of calls that are not pooled, by its name in transformers."""
 
 
-_SCOPE: ContextVar[_Scope | None] = ContextVar("fapool_scope", default=None)
+SCOPE: ContextVar[Scope | None] = ContextVar("fapool_scope", default=None)
 """transformers hands masks and attention only its own arguments: the forward they belong to travels beside them."""
-
-
-def _padding(mask: Tensor | None, batch: int, past: int, columns: int) -> Geometry:
-    """Where the real tokens lie. Raises ValueError for masks that are more than padding on either side."""
-    if mask is None:
-        return Geometry((0,) * batch, (columns,) * batch, past, columns)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        kind = f"{mask.ndim}-dimensional" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"fa_pool cannot pool a call with a custom attention mask ({kind}): pass the 2-D padding mask, or raise "
-            f"threshold above {columns} to compute it without the pool"
-        )
-    if mask.shape[1] < columns:
-        raise ValueError(f"attention_mask has {mask.shape[1]} columns, the sequences have {columns} with their past")
-    real = mask[:, :columns] != 0
-    counts = real.sum(1)
-    starts = torch.where(counts > 0, real.int().argmax(1), columns)
-    stops = torch.where(counts > 0, columns - real.flip(1).int().argmax(1), columns)
-    holes = ((stops - starts) != counts).nonzero()
-    if holes.numel():
-        row = int(holes[0])
-        raise ValueError(
-            f"attention_mask has a hole: row {row} has {int(counts[row])} tokens between columns {int(starts[row])} "
-            f"and {int(stops[row])}. Pad on one side only, or raise threshold above {columns}"
-        )
-    return Geometry(tuple(starts.tolist()), tuple(stops.tolist()), past, columns)
-
-
-@dataclass
-class Hooks:
-    """What a model's forwards pass through. Holds no model, so that models die as they would without it.
-
-    Args:
-        manager: decides.
-        local: the attention implementation of calls that are not pooled, by its name in transformers.
-        full_layers: how many layers attend to everything before them; only those are pooled.
-        makes_cache: whether the model takes a cache of ours, rather than one of its own kind.
-    """
-
-    manager: ResourceManager
-    local: str
-    full_layers: int
-    makes_cache: bool
-
-    def enter(
-        self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: decides pooled or local for everything inside, and hands the model our cache."""
-        outer = _SCOPE.get()
-        if outer is not None and outer.manager is self.manager:
-            if owner.fapool_depth > outer.owner.fapool_depth:
-                return None
-            # Nothing calls the outermost module again from inside: that forward was interrupted and never ended.
-            leave(outer.owner)
-            outer = _SCOPE.get()
-        given = _by_name(owner, args, kwargs)
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor):
-            return None
-        cache, mask, changed = given.get("past_key_values"), given.get("attention_mask"), None
-        grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
-        use_cache = _asked(owner, given, "use_cache")
-        if cache is None and use_cache and self.makes_cache and not grads and not owner.training:
-            cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
-            changed = (), given | {"past_key_values": cache}
-        state = cache.state if isinstance(cache, PooledCache) else SequenceState()
-        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-        batch, new = tokens.shape[:2]
-        columns = past + new
-        reason = None
-        if grads or owner.training:
-            reason = "training does not use the pool yet; for inference call model.eval() under torch.no_grad()"
-        elif torch.is_autocast_enabled(tokens.device.type):
-            reason = "autocast: q, k and v have dtypes of their own"
-        elif _asked(owner, given, "output_attentions"):
-            reason = "output_attentions: pool ranks return no attention weights"
-        elif cache is not None and not isinstance(cache, PooledCache):
-            reason = f"a cache of type {type(cache).__name__} is not pooled"
-        elif not self.full_layers:
-            reason = "no layer has full attention"
-        in_prompt = columns <= state.prompt_columns
-        phase: Phase = "prefill" if past == 0 or in_prompt or new > self.manager.config.kv_block else "decode"
-        decided = self.manager.begin(
-            phase,
-            state.prompt_columns if in_prompt else columns,
-            lambda: _padding(mask, batch, past, columns),
-            state,
-            must_be_local=reason,
-            lasting=cache is not None,
-        )
-        _SCOPE.set(_Scope(self.manager, owner, decided, cache, self.local, outer))
-        return changed
-
-
-def leave(owner: nn.Module, *hook_arguments: object) -> None:
-    """Ends what ``enter`` began for ``owner``, if it did. A forward hook, called after errors too; torch does not
-    call it after an interrupt, so who may be interrupted calls it himself."""
-    scope = _SCOPE.get()
-    if scope is not None and scope.owner is owner:
-        _SCOPE.set(scope.outside)
-        scope.manager.end(scope.decided)
-
-
-def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All of a forward's arguments under their names."""
-    if not args:
-        return kwargs
-    return dict(zip(inspect.signature(owner.forward).parameters, args, strict=False)) | kwargs
-
-
-def _asked(owner: PreTrainedModel, given: dict[str, Any], name: str) -> bool:
-    """A switch as this call or, if it says nothing, the model's configuration has it."""
-    value = given.get(name)
-    return bool(getattr(owner.config, name, False) if value is None else value)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
     """Mask function: the local implementation's own, except for full attention of a pooled forward, whose padding
     is known already. Raises ValueError for a pattern that is not plain causal."""
-    scope = _SCOPE.get()
+    scope = SCOPE.get()
     if scope is None or not scope.decided.pooled or kwargs.get("local_size") is not None:
+        if scope is not None and scope.decided.hand_over is not None:
+            kwargs |= _block_sizes(scope.decided, kwargs.get("local_size"))
         return ALL_MASK_ATTENTION_FUNCTIONS[scope.local if scope else "sdpa"](*args, **kwargs)
     causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
     if not causal or not kwargs.get("allow_is_causal_skip", True):
@@ -180,6 +60,14 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     return None
 
 
+def _block_sizes(decided: Forward, window: int | None) -> dict[str, int]:
+    """Where a block's queries and keys lie. The cache cannot say: other blocks are at other layers."""
+    assert decided.geometry is not None
+    start, stop = decided.geometry.q_column, decided.geometry.columns
+    kept = start if window is None else min(start, window - 1)
+    return {"q_length": stop - start, "q_offset": start, "kv_length": kept + stop - start, "kv_offset": start - kept}
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +75,7 @@ def _attention(
 
     query (B, H, S, D), key (B, K, T, D) and value (B, K, T, E) with the past; returns (B, S, H, E) and no weights.
     """
-    scope, core = _SCOPE.get(), getattr(module, "fa_pool", None)
+    scope, core = SCOPE.get(), getattr(module, "fa_pool", None)
 
     def local() -> Any:
         name = scope.local if scope else core.stands_for if core else "sdpa"

@@ -42,6 +42,19 @@ class PooledLayer(DynamicLayer):
         self._sealed = self._seal()
         return self.keys, self.values
 
+    def reserve(self, positions: int) -> None:
+        """Makes room for so many positions at once, if nothing is stored yet."""
+        if not self.is_initialized:
+            self._kv.capacity = max(self._kv.capacity, positions)
+
+    def rewind(self, length: int) -> None:
+        """Forgets what an interrupted forward has appended."""
+        if self.is_initialized and self.get_seq_length() > length:
+            self._kv.crop(length)
+            self.keys, self.values = self._kv.views()
+            self._sealed = self._seal()
+            self.state.crop(self.index, length)
+
     def reset(self) -> None:
         super().reset()
         self._kv = GrowingKV(self._kv.block, self.state.capacity)
@@ -94,6 +107,18 @@ class PooledCache(DynamicCache):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PooledLayer(index, state, block)
         manager.watch(self, state)
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for so many positions at once where nothing is stored yet."""
+        for layer in self.layers:
+            if isinstance(layer, PooledLayer):
+                layer.reserve(positions)
+
+    def rewind(self, length: int) -> None:
+        """Pooled layers forget what an interrupted forward has appended."""
+        for layer in self.layers:
+            if isinstance(layer, PooledLayer):
+                layer.rewind(length)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PooledCache:
         twin = copy.copy(self)

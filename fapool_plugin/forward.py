@@ -1,0 +1,94 @@
+"""What was decided for one forward, and the plans that follow from it, layer by layer and block by block.
+
+Decided once, before any mask is built; a rank lost on the way changes shares only. Who decides, and who computes, is
+not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.lease import PoolRank
+from fapool_plugin.metrics import Counters, Phase
+from fapool_plugin.plan import Geometry, Plan, make_plan, speeds
+
+
+@dataclass
+class Forward:
+    """One forward of a model."""
+
+    config: FAPoolConfig
+    counters: Counters
+    phase: Phase
+    pooled: bool = False
+    geometry: Geometry | None = None
+    sequence: SequenceState | None = None
+    ranks: tuple[PoolRank, ...] = ()
+    lasting: bool = True
+    """False: no cache outlives this forward, so nothing stays resident."""
+    base_share: float | None = None
+    """The base's part of the attention work; None: as much as any other rank."""
+    blocks: int = 1
+    """Blocks of the prompt to keep in flight."""
+    whole: Geometry | None = None
+    """The prompt's, if this is one block of it."""
+    hand_over: Callable[[], None] | None = None
+    """Lets the other blocks go on, between asking and waiting for the answers."""
+    _plans: dict[tuple[int, tuple[int, ...]], Plan] = field(default_factory=dict)
+
+    def block(self, start: int, stop: int, hand_over: Callable[[], None]) -> Forward:
+        """The columns [start, stop) of this forward as one block in flight."""
+        assert self.geometry is not None
+        part = self.geometry.block(start, stop)
+        return replace(self, geometry=part, whole=self.geometry, hand_over=hand_over, blocks=1, _plans={})
+
+    def plan(self, kv_heads: int, bytes_per_position: int, layers: int) -> Plan:
+        """The plan for layers with so many KV heads, over the ranks that are left. A share whose keys would not fit
+        a pool rank's memory goes to the base."""
+        ranks = tuple(rank for rank in self.ranks if not rank.lost)
+        key = kv_heads, tuple(rank.key for rank in ranks)
+        if key not in self._plans:
+            self._plans[key] = self._plan(ranks, kv_heads, bytes_per_position * layers)
+        return self._plans[key]
+
+    def _plan(self, ranks: tuple[PoolRank, ...], kv_heads: int, bytes_per_position: int) -> Plan:
+        assert self.geometry is not None
+        plan = make_plan(
+            self.geometry,
+            kv_heads,
+            speeds(len(ranks), self.base_share),
+            mode=self.config.partition,
+            few_queries=self.config.kv_block,
+            whole=self.whole,
+        )
+        shares, base = list(plan.shares), list(plan.base)
+        for index, rank in enumerate(ranks):
+            reason = self._too_large(rank, plan.positions_held(index, 0, self.config.kv_block) * bytes_per_position)
+            need = self._positions_to_come(plan, index) * bytes_per_position
+            if not reason and self.sequence is not None and need > rank.memory_limit:
+                # Room for all that may come is given up first.
+                self.sequence.capacity = 0
+            if reason:
+                base.extend(shares[index])
+                shares[index] = ()
+                if self.counters.stay_local(reason):
+                    self.counters.log("memory", reason)
+        return replace(plan, ranks=ranks, shares=tuple(shares), base=tuple(base))
+
+    def _positions_to_come(self, plan: Plan, index: int) -> int:
+        capacity = self.sequence.capacity if self.sequence is not None else 0
+        return plan.positions_held(index, capacity, self.config.kv_block)
+
+    def _too_large(self, rank: PoolRank, need: int) -> str | None:
+        """Why a share's keys do not fit its rank, if so."""
+        if self.sequence is not None and rank.key in self.sequence.full:
+            return f"pool rank {rank.number} could not store the keys it was sent: raise memory_limit_mib"
+        if need <= rank.memory_limit:
+            return None
+        return (
+            f"pool rank {rank.number}'s share would need {need / 2**20:.0f} MiB of KV memory, it has "
+            f"{rank.memory_limit / 2**20:.0f}: raise memory_limit_mib or pool_ranks"
+        )

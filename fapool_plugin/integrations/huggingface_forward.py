@@ -1,0 +1,265 @@
+"""Hugging Face: one forward of a pooled model, from the outermost module that is given tokens to its end.
+
+Decides pooled or local before any mask is built, hands the model a cache of ours, and runs a long prompt's blocks
+in flight. What happens at an attention call is in huggingface_attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.output_capturing import _active_collector
+
+from fapool_plugin.integrations.huggingface_attention import SCOPE, Scope
+from fapool_plugin.integrations.huggingface_cache import PooledCache
+from fapool_plugin.kv_cache import SequenceState, round_up
+from fapool_plugin.metrics import Phase
+from fapool_plugin.plan import Geometry
+from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.rounds import block_edges, run_rounds
+
+_BLOCK_MULTIPLE = 64
+"""Blocks begin at multiples of this many positions: the row block of the flash kernels."""
+_CUT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}
+"""Arguments of a decoder that have the prompt's positions, and in which dimension."""
+_WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "output_hidden_states"}
+"""Arguments that blocks know how to treat."""
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class Entrance:
+    """Mixed into the classes of a pooled model's modules that may be given tokens: the way into a forward."""
+
+    fapool_forwards: Forwards | None = None
+    fapool_in_rounds = False
+    """Whether this module holds all layers and no other such module does: its forward may run in blocks."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        enter: Callable[..., Any] = super().__call__  # type: ignore[misc]
+        if self.fapool_forwards is None:
+            return enter(*args, **kwargs)
+        return self.fapool_forwards.run(self, enter, args, kwargs)
+
+
+@dataclass
+class Forwards:
+    """What a model's forwards pass through. Holds no model, so that models die as they would without it.
+
+    Args:
+        manager: decides.
+        local: the attention implementation of calls that are not pooled, by its name in transformers.
+        full_layers: how many layers attend to everything before them; only those are pooled.
+        makes_cache: whether the model takes a cache of ours, rather than one of its own kind.
+        one_block: why this model's prompts cannot be cut into blocks in flight; None if they can.
+    """
+
+    manager: ResourceManager
+    local: str
+    full_layers: int
+    makes_cache: bool
+    one_block: str | None
+
+    def run(self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs ``enter``, which is ``owner``'s own forward with its hooks, as it is decided."""
+        scope = SCOPE.get()
+        if scope is not None and scope.manager is self.manager:
+            return self._inside(owner, enter, args, kwargs, scope)
+        given = _by_name(owner, args, kwargs)
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor):
+            return enter(*args, **kwargs)
+        given, scope = self._decide(owner, given, tokens)
+        before = SCOPE.set(scope)
+        try:
+            return self._inside(owner, enter, (), given, scope)
+        finally:
+            SCOPE.reset(before)
+            self.manager.end(scope.decided)
+
+    def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Scope]:
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
+        ours = self.makes_cache and not grads and not owner.training
+        if cache is None and ours and _asked(owner, given, "use_cache"):
+            cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
+            given = given | {"past_key_values": cache}
+        state = cache.state if isinstance(cache, PooledCache) else SequenceState()
+        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        batch, new = tokens.shape[:2]
+        columns = past + new
+        reason = None
+        if grads or owner.training:
+            reason = "training does not use the pool yet; for inference call model.eval() under torch.no_grad()"
+        elif torch.is_autocast_enabled(tokens.device.type):
+            reason = "autocast: q, k and v have dtypes of their own"
+        elif _asked(owner, given, "output_attentions"):
+            reason = "output_attentions: pool ranks return no attention weights"
+        elif cache is not None and not isinstance(cache, PooledCache):
+            reason = f"a cache of type {type(cache).__name__} is not pooled"
+        elif not self.full_layers:
+            reason = "no layer has full attention"
+        in_prompt = columns <= state.prompt_columns
+        phase: Phase = "prefill" if past == 0 or in_prompt or new > self.manager.config.kv_block else "decode"
+        decided = self.manager.begin(
+            phase,
+            state.prompt_columns if in_prompt else columns,
+            lambda: _padding(mask, batch, past, columns),
+            state,
+            must_be_local=reason,
+            lasting=cache is not None,
+            one_block=self.one_block or one_block_reason(owner, given) if phase == "prefill" else "decode",
+        )
+        if decided.blocks > 1 and cache is None:
+            # Later blocks need the keys of earlier ones; this cache ends with the forward.
+            cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, state)
+            decided = replace(decided, lasting=True)
+        if decided.pooled and isinstance(cache, PooledCache):
+            cache.reserve(max(state.capacity, round_up(columns, self.manager.config.kv_block)))
+        return given, Scope(self.manager, decided, cache, self.local)
+
+    def _inside(
+        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
+    ) -> Any:
+        decided, cache = scope.decided, scope.cache
+        if not owner.fapool_in_rounds or decided.blocks == 1 or not isinstance(cache, PooledCache):
+            return enter(*args, **kwargs)
+        reason = _not_in_blocks(_by_name(owner, args, kwargs))
+        if reason:
+            self.manager.counters.not_overlapped(reason)
+            return enter(*args, **kwargs)
+        return _run_blocks(owner, enter, _by_name(owner, args, kwargs), scope, cache)
+
+
+def _run_blocks(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, cache: PooledCache) -> Any:
+    """One decoder's forward as blocks in flight: the same output as of one forward."""
+    decided, geometry = scope.decided, scope.decided.geometry
+    assert geometry is not None
+    past = geometry.q_column
+    as_tuple = not _asked(owner, given, "return_dict") and given.get("return_dict") is not None
+
+    def block(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
+        mine = given | {"past_key_values": cache, "use_cache": True, "return_dict": True}
+        for name, dim in _CUT.items():
+            if isinstance(mine.get(name), Tensor):
+                mine[name] = mine[name].narrow(dim, start - past, stop - start)
+        if mine.get("attention_mask") is not None:
+            mine["attention_mask"] = mine["attention_mask"][:, :stop]
+
+        def run(hand_over: Callable[[], None]) -> Any:
+            SCOPE.set(replace(scope, decided=decided.block(start, stop, hand_over), cache=cache))
+            return enter(**mine)
+
+        return run
+
+    edges = block_edges(past, geometry.columns, decided.blocks, _BLOCK_MULTIPLE)
+    try:
+        outputs = run_rounds([block(start, stop) for start, stop in edges])
+    except BaseException:
+        # Layers are at different lengths now; none of them is one that the caller knows.
+        cache.rewind(past)
+        raise
+    kept = given.get("past_key_values")
+    joined = type(outputs[0])(**{name: _joined(name, [o[name] for o in outputs], kept) for name in outputs[0]})
+    return joined.to_tuple() if as_tuple else joined
+
+
+def _joined(name: str, parts: list[Any], cache: Any) -> Any:
+    """One output field of all blocks, along the positions."""
+    if name == "past_key_values":
+        return cache
+    if isinstance(parts[0], Tensor) and parts[0].ndim == 3:
+        return torch.cat(parts, dim=1)
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(name, list(layer), cache) for layer in zip(*parts, strict=True))
+    if parts[0] is None:
+        return None
+    raise ValueError(f"fa_pool cannot join output {name} of a prompt's blocks: set blocks to 1, or do not ask for it")
+
+
+def one_block_model(model: Any, decoder: Any, kinds: set[str]) -> str | None:
+    """Why prompts of this model cannot be cut into blocks in flight, beforehand; None if they can."""
+    config = model.config.get_text_config(decoder=True)
+    across = sorted(kinds - {"full_attention", "sliding_attention"})
+    mixing = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))}
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    if decoder is None or decoder is model:
+        return "the decoder is not a module of its own"
+    if across or mixing:
+        return f"layers of kind {', '.join(across or sorted(mixing))} carry something from position to position"
+    if any(table.get("rope_type") in _LENGTH_DEPENDENT_ROPE for table in tables):
+        return "its position encoding depends on the length of the whole forward"
+    return None
+
+
+def one_block_reason(owner: Any, given: dict[str, Any]) -> str | None:
+    """Why this forward cannot be cut into blocks in flight; None if it can."""
+    if torch.compiler.is_compiling() or owner._compiled_call_impl is not None:
+        return "the model is compiled"
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    for module in owner.modules():
+        if hasattr(module, "_hf_hook"):
+            return "its weights are moved in and out by hooks (offload)"
+    if any(hasattr(parameter, "ds_id") for parameter in owner.parameters()):
+        return "its weights are partitioned (ZeRO-3)"
+    if _asked(owner, given, "output_router_logits"):
+        return "output_router_logits was asked for"
+    return None
+
+
+def _not_in_blocks(given: dict[str, Any]) -> str | None:
+    """Why a decoder's arguments cannot be cut into blocks."""
+    for name, value in given.items():
+        if isinstance(value, Tensor | dict | list | tuple) and name not in _CUT.keys() | _WHOLE:
+            return f"argument {name} is not known to have a part for each block"
+    if _active_collector.get() is not None:
+        return "outputs are collected outside the decoder"
+    return None
+
+
+def _padding(mask: Tensor | None, batch: int, past: int, columns: int) -> Geometry:
+    """Where the real tokens lie. Raises ValueError for masks that are more than padding on either side."""
+    if mask is None:
+        return Geometry((0,) * batch, (columns,) * batch, past, columns)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        kind = f"{mask.ndim}-dimensional" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"fa_pool cannot pool a call with a custom attention mask ({kind}): pass the 2-D padding mask, or raise "
+            f"threshold above {columns} to compute it without the pool"
+        )
+    if mask.shape[1] < columns:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns, the sequences have {columns} with their past")
+    real = mask[:, :columns] != 0
+    counts = real.sum(1)
+    starts = torch.where(counts > 0, real.int().argmax(1), columns)
+    stops = torch.where(counts > 0, columns - real.flip(1).int().argmax(1), columns)
+    holes = ((stops - starts) != counts).nonzero()
+    if holes.numel():
+        row = int(holes[0])
+        raise ValueError(
+            f"attention_mask has a hole: row {row} has {int(counts[row])} tokens between columns {int(starts[row])} "
+            f"and {int(stops[row])}. Pad on one side only, or raise threshold above {columns}"
+        )
+    return Geometry(tuple(starts.tolist()), tuple(stops.tolist()), past, columns)
+
+
+def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All of a forward's arguments under their names."""
+    if not args:
+        return kwargs
+    return dict(zip(inspect.signature(owner.forward).parameters, args, strict=False)) | kwargs
+
+
+def _asked(owner: PreTrainedModel, given: dict[str, Any], name: str) -> bool:
+    """A switch as this call or, if it says nothing, the model's configuration has it."""
+    value = given.get(name)
+    return bool(getattr(owner.config, name, False) if value is None else value)
