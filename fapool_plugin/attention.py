@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fapool_plugin.cost import share_s
 from fapool_plugin.forward import Forward
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Request, within_residency
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
 from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
 
 
@@ -79,6 +81,7 @@ class FAPoolAttention(nn.Module):
         if decided.hand_over is not None:
             decided.hand_over()
         pooled = call.wait()
+        self.manager.timeline.switch(LINEAR)
         counters.pooled_calls += pooled
         counters.local_calls += not pooled
         out = call.out_BSHE
@@ -123,9 +126,11 @@ class _Call:
         self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=exact)
         self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=exact)
         self._outstanding: list[_Outstanding] = []
+        self._timeline = module.manager.timeline
 
     def post(self) -> None:
         """Asks the pool ranks for their shares, and computes the base's."""
+        self._timeline.switch(SEND)
         position = (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
         plan = self.decided.plan(self.k.shape[1], position, self.layers)
         self._disjoint = plan.axis == "queries"
@@ -142,6 +147,7 @@ class _Call:
             else:
                 self._outstanding.append(_Outstanding(rank, call, requests))
         self._compute(mine)
+        self._timeline.switch(LINEAR)
 
     def wait(self) -> bool:
         """Completes ``out_BSHE`` and ``lse_BHS``; True if a pool rank computed any of it."""
@@ -193,8 +199,10 @@ class _Call:
     def _gather(self, sent: _Outstanding) -> bool:
         """Merges one rank's part, or computes it here if the rank is lost or no longer holds the keys."""
         answer = None
+        self._timeline.switch(WAIT)
         with self.manager.guard(sent.rank):
             answer = sent.rank.answer(sent.call)
+        self._timeline.switch(MERGE)
         tiles = [request.tile for request in sent.requests]
         if answer is None or answer.header.status != Status.OK:
             if answer is not None:
@@ -205,7 +213,14 @@ class _Call:
             self._compute(tiles)
             return False
         sent.rank.counters.calls += 1
-        sent.rank.counters.compute_s += answer.header.extra / 1e9
+        took_ns = answer.header.extra
+        sent.rank.counters.compute_s += took_ns / 1e9
+        details: dict[str, float] = {"layer": self.layer, "queries": self.q.shape[2], "tiles": len(tiles)}
+        if self.decided.rank_cost is not None:
+            predicted_s = share_s(self.decided.rank_cost, self.k.shape[1], tiles)
+            sent.rank.counters.predicted_s += predicted_s
+            details["predicted_ms"] = predicted_s * 1e3
+        self._timeline.rank(sent.rank.number, answer.header.clock + sent.rank.clock_offset, took_ns, **details)
         out, lse = (tensor.to(self.q.device) for tensor in answer.tensors)
         out_at = lse_at = 0
         for tile in tiles:
@@ -217,6 +232,7 @@ class _Call:
         return True
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
+        self._timeline.switch(ATTENTION)
         for tile in tiles:
             k = self._keys(self.k, tile, tile.k_start, tile.k_stop)[None].transpose(1, 2)
             v = self._keys(self.v, tile, tile.k_start, tile.k_stop)[None].transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The command line: ``fapool generate``, ``fapool demo``, ``fapool doctor``.
+"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``doctor``.
 
 Checks what was typed before anything is loaded, and turns every error of the user's into one line and exit
 code 2. What the commands do is not known here.
@@ -19,7 +19,9 @@ import typer
 
 from fapool_plugin import demo as screens
 from fapool_plugin import doctor as examination
+from fapool_plugin import planning
 from fapool_plugin.config import FAPoolConfig, check_machine
+from fapool_plugin.forecast import Cores
 
 app = typer.Typer(
     help="Attention of long sequences on borrowed ranks that hold no weights.",
@@ -48,6 +50,15 @@ Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads of the base; default: torch's number less one for each pool rank, at least 1."),
 ]
+BaseThreads = Annotated[
+    int | None,
+    typer.Option("--threads", help="CPU threads of the base while it has no ranks; default: torch's number."),
+]
+ThreadsPerRank = Annotated[
+    int, typer.Option(help="CPU threads that move from the base to each pool rank; 0: ranks have their own devices.")
+]
+RankCounts = Annotated[str, typer.Option("--pool-ranks", help="Numbers of pool ranks at hand, such as 1,2,4.")]
+ModelDtype = Annotated[Dtype, typer.Option(help="What the model computes in.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write tokens, times and stats to this file.")]
 
 
@@ -155,6 +166,72 @@ def demo(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder in Hugging Face format; default: the demo model.")
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="What fapool calibrate --out wrote; default: the one kept for machine and model."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of the sequence, each planned for.")
+    ] = "512,1024,2048,4096,8192,16384,32768,65536,131072",
+    pool_ranks: RankCounts = "1,2,4",
+    threads: BaseThreads = None,
+    threads_per_rank: ThreadsPerRank = 1,
+    max_blocks: Annotated[int, typer.Option(help="Blocks of a prompt in flight, at most; 1: no overlap.")] = 8,
+    dtype: ModelDtype = Dtype.float32,
+    plot: Annotated[Path | None, typer.Option(help="Draw times, ranks and shares into this picture.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions to this file.")] = None,
+) -> None:
+    """Predict, length by length, what pooling a prompt would take, and from where on it pays.
+
+    Without a profile for this machine and model a quick one is measured first, in seconds.
+    Exit codes: 0 done, 2 an error.
+    """
+    with _one_line_errors():
+        sizes = _numbers("--lengths", lengths)
+        setting = _setting(pool_ranks, threads, threads_per_rank, max_blocks, dtype)
+        _check_output(json_file)
+        _check_output(plot, "--plot")
+        if plot is not None:
+            planning.check_picture(plot)
+        known = planning.find_profile(model, profile, setting)
+        found = planning.outlooks(known, sizes, setting)
+        planning.show_plan(found)
+        if json_file is not None:
+            planning.write_plan(json_file, known, found, setting)
+        if plot is not None:
+            planning.draw(plot, found)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder in Hugging Face format; default: the demo model.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: where fapool looks for this machine's and model's.")
+    ] = None,
+    pool_ranks: RankCounts = "1",
+    threads: BaseThreads = None,
+    threads_per_rank: ThreadsPerRank = 1,
+    dtype: ModelDtype = Dtype.float32,
+    quick: Annotated[bool, typer.Option("--quick", help="A few seconds instead of a minute.")] = False,
+) -> None:
+    """Measure what attention, the rest of the model and a link take on this machine, and keep it as a profile.
+
+    Measures with as many threads as the base has without and with so many pool ranks.
+    Exit codes: 0 done, 2 an error.
+    """
+    with _one_line_errors():
+        setting = _setting(pool_ranks, threads, threads_per_rank, 1, dtype)
+        _check_output(out, "--out")
+        planning.show_profile(planning.measure(model, setting, quick=quick, out=out))
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -192,15 +269,37 @@ def _config(pool_ranks: int, threshold: int | None, partition: Partition) -> FAP
     return config
 
 
-def _check_output(path: Path | None) -> None:
+def _numbers(option: str, text: str) -> list[int]:
+    """Counts separated by commas, ascending, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 1)]
+    if wrong:
+        raise ValueError(f"{option} {text}: {wrong[0]!r} is no whole number of at least 1; give such as 1,2,4")
+    return sorted({int(part) for part in parts})
+
+
+def _setting(
+    pool_ranks: str, threads: int | None, threads_per_rank: int, max_blocks: int, dtype: Dtype
+) -> planning.Setting:
+    _check_counts({"--threads": threads, "--max-blocks": max_blocks})
+    if threads_per_rank < 0:
+        raise ValueError(f"--threads-per-rank is {threads_per_rank}; give at least 0")
+    counts = tuple(_numbers("--pool-ranks", pool_ranks))
+    from fapool_plugin.integrations.huggingface_runs import default_threads
+
+    cores = Cores(total=threads or default_threads(0), per_rank=threads_per_rank)
+    return planning.Setting(cores, counts, max_blocks, dtype.value)
+
+
+def _check_output(path: Path | None, option: str = "--json") -> None:
     if path is None:
         return
     if path.is_dir():
-        raise IsADirectoryError(f"--json {path} is a folder; give a file's name")
+        raise IsADirectoryError(f"{option} {path} is a folder; give a file's name")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--json {path}: there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"--json {path} cannot be written; give another file")
+        raise PermissionError(f"{option} {path} cannot be written; give another file")
 
 
 def _read_prompt(path: Path) -> str:

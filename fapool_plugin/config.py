@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -39,8 +39,19 @@ class FAPoolConfig(BaseModel):
         "local", description="Where pool ranks come from; local: started by the base process on this machine."
     )
     pool_ranks: int = Field(1, ge=0, description="How many pool ranks to start in all.")
-    threshold: int = Field(
-        4096, ge=0, description="Tokens; a call whose longest sequence is longer than this may be pooled."
+    activation: Literal["cost", "length"] = Field(
+        "cost",
+        description="cost: above the threshold, pooled where the plan predicts that to be faster; length: always.",
+    )
+    threshold: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        4096,
+        description="Tokens; a call whose longest sequence is longer than this may be pooled; auto: where attention "
+        "takes longer than the rest of the model and the overhead of pooling, as measured.",
+    )
+    profile: str | None = Field(
+        None,
+        description="A file written by `fapool calibrate`; null: the one kept for this machine and model, or a quick "
+        "measurement at the first activation.",
     )
     release_ratio: float = Field(
         0.5,
@@ -64,13 +75,32 @@ class FAPoolConfig(BaseModel):
         description="Blocks of a prompt in flight, so that base and pool work at the same time; 1: no overlap; null: "
         "as many as pay.",
     )
+    reduction: Literal["auto", "direct", "tree", "two_level"] = Field(
+        "auto",
+        description="How partial results of one query return: each to the base, merged on the way by a tree of pool "
+        "ranks, or first within each node; auto: the cheapest by the profile.",
+    )
+    reduction_fan_in: int = Field(2, ge=2, description="Partial results that a rank of a tree merges with its own.")
+    key_distribution: Literal["auto", "direct", "chain"] = Field(
+        "auto",
+        description="How keys that several ranks need reach them: from the base to each, or from rank to rank; auto: "
+        "the cheaper by the profile.",
+    )
     timeout_s: float = Field(5.0, gt=0, description="Seconds; a pool rank silent for this long is lost.")
     start_timeout_s: float = Field(
         120.0, gt=0, description="Seconds; a pool rank not ready this long after its start is given up."
     )
     kv_block: int = Field(256, ge=1, description="Positions; keys are stored and flushed in blocks of this many.")
     memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
-    threads_per_rank: int = Field(1, ge=1, description="CPU threads of each pool rank.")
+    threads_per_rank: int = Field(
+        1, ge=1, description="CPU threads of each pool rank; the base gives them up while it uses the rank."
+    )
+    trace: str | None = Field(
+        None, description="Write a Chrome/Perfetto trace of base and pool ranks to this file; null: none."
+    )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Serve counters to Prometheus on this port of 127.0.0.1; 0: any; null: none."
+    )
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -190,6 +220,7 @@ def _rule(schema: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
     names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    names["string"] = "a text"
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[name]:g}" for name, sign in signs.items() if name in schema]
     return " ".join([names[schema["type"]], " and ".join(bounds)]).strip()

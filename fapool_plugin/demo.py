@@ -121,8 +121,8 @@ def explain(run: Run, reference: Run | None, config: FAPoolConfig) -> int:
     stats = run.stats or {}
     longest = run.prompt_tokens + len(run.tokens) - 1
     if config.enabled and not stats["prefill"]["pooled_calls"] + stats["decode"]["pooled_calls"]:
-        why = f"no forward was longer than the threshold ({longest} <= {config.threshold} tokens)"
-        if longest > config.threshold:
+        why = f"no forward was longer than the threshold ({longest} <= {stats['threshold']} tokens)"
+        if longest > stats["threshold"]:
             told = [*stats["local_reasons"], *(e["reason"] for e in stats["events"] if e["kind"] == "fault")]
             why = "; ".join(told) or "see the events in stats()"
         print(f"note: nothing was pooled: {why}", file=sys.stderr)

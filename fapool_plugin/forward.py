@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.cost import AttentionCost
+from fapool_plugin.forecast import Choice
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.metrics import Counters, Phase
-from fapool_plugin.plan import Geometry, Plan, make_plan, speeds
+from fapool_plugin.plan import Geometry, Plan, make_plan, shortened, speeds
 
 
 @dataclass
@@ -29,6 +31,13 @@ class Forward:
     ranks: tuple[PoolRank, ...] = ()
     lasting: bool = True
     """False: no cache outlives this forward, so nothing stays resident."""
+    choice: Choice | None = None
+    """What the forecast said, if it was asked."""
+    rank_cost: AttentionCost | None = None
+    """What attention costs a pool rank, if there is a profile."""
+    began_s: float = 0.0
+    took_s: float | None = None
+    """Seconds that the planned part of it took, where that is less than from beginning to end."""
     base_share: float | None = None
     """The base's part of the attention work; None: as much as any other rank."""
     blocks: int = 1
@@ -56,14 +65,18 @@ class Forward:
 
     def _plan(self, ranks: tuple[PoolRank, ...], kv_heads: int, bytes_per_position: int) -> Plan:
         assert self.geometry is not None
-        plan = make_plan(
-            self.geometry,
-            kv_heads,
-            speeds(len(ranks), self.base_share),
-            mode=self.config.partition,
-            few_queries=self.config.kv_block,
-            whole=self.whole,
-        )
+        line = now = tuple(speeds(len(ranks), self.base_share))
+        few, prompt, state = self.config.kv_block, None, self.sequence
+        if self.whole is not None:
+            few, prompt = 0, tuple(self.whole.rows)
+        elif state is not None and self.phase == "decode" and len(state.line) == len(line):
+            # Whoever holds a lane's keys goes on with them, whatever its part is now.
+            line, prompt = state.line, state.prompt
+        plan = make_plan(self.geometry, kv_heads, line, mode=self.config.partition, few_queries=few, prompt=prompt)
+        if plan.axis == "keys":
+            plan = shortened(plan, (1 - now[-1]) / (1 - line[-1]) if line[-1] < 1 else 1.0, few)
+        elif state is not None:
+            state.line, state.prompt = line, prompt or tuple(self.geometry.rows)
         shares, base = list(plan.shares), list(plan.base)
         for index, rank in enumerate(ranks):
             reason = self._too_large(rank, plan.positions_held(index, 0, self.config.kv_block) * bytes_per_position)

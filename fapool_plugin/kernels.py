@@ -13,11 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fapool_plugin.kernel_torch import flash_piece
 
 _DENSE_ROWS = 256  # queries in one score block of the dense kernel, at most
 _DENSE_SCORES = 1 << 22  # scores in one such block: 16 MiB in fp32
@@ -57,12 +59,12 @@ def attend(
     empty = min(B, rows, keys.stop - keys.start) == 0
     windowed = not empty and band.hides_left(rows)
     device, dtype = q_BSHD.device.type, q_BSHD.dtype
-    name = pick_kernel(device, dtype, max(D, E), left_window=windowed, softcap=softcap > 0, kernel=kernel)
+    pick = _best_kernel if kernel is None else partial(pick_kernel, kernel=kernel)
+    name = pick(device, dtype, max(D, E), left_window=windowed, softcap=softcap > 0)
 
     if not empty:
-        part_out, part_lse = _KERNELS[name].run(
-            q_BSHD[:, queries], k_BTKD[:, keys], v_BTKE[:, keys], softmax_scale, band, softcap
-        )
+        q, k, v = _cut(q_BSHD, queries), _cut(k_BTKD, keys), _cut(v_BTKE, keys)
+        part_out, part_lse = _KERNELS[name].run(q, k, v, softmax_scale, band, softcap)
         if rows == S:
             return part_out, part_lse.contiguous()
     out_BSHE = q_BSHD.new_zeros(B, S, H, E)
@@ -152,8 +154,18 @@ def pick_kernel(
     return kernel
 
 
-@dataclass(frozen=True)
-class _Band:
+@cache
+def _best_kernel(device_type: str, dtype: torch.dtype, head_dim: int, *, left_window: bool, softcap: bool) -> str:
+    # What is installed does not change, and a decode step asks once for each layer.
+    return pick_kernel(device_type, dtype, head_dim, left_window=left_window, softcap=softcap)
+
+
+def _cut(x_BTHD: Tensor, positions: slice) -> Tensor:
+    whole = positions.stop - positions.start == x_BTHD.shape[1]
+    return x_BTHD if whole else x_BTHD[:, positions]
+
+
+class _Band(NamedTuple):
     """What a rectangle's mask lets through: query i sees key j if i + low <= j <= i + high."""
 
     low: int
@@ -218,52 +230,20 @@ def _torch_flash(
     S, T, E, offset = q_BSHD.shape[1], k_BTKD.shape[1], v_BTKE.shape[3], band.high
     q, k, v = _one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=8 if q_BSHD.is_cuda else 1)
     if not band.hides_right(T):
-        out, lse_BHS = _torch_flash_piece(q, k, v, softmax_scale, causal=False)
+        out, lse_BHS = flash_piece(q, k, v, softmax_scale, causal=False)
         return out[..., :E], lse_BHS
 
     side = T - offset
-    out, lse_BHS = _torch_flash_piece(q[:, :side], k[:, offset:], v[:, offset:], softmax_scale, causal=True)
+    out, lse_BHS = flash_piece(q[:, :side], k[:, offset:], v[:, offset:], softmax_scale, causal=True)
     if offset > 0:
-        before = _torch_flash_piece(q[:, :side], k[:, :offset], v[:, :offset], softmax_scale, causal=False)
+        before = flash_piece(q[:, :side], k[:, :offset], v[:, :offset], softmax_scale, causal=False)
         total = out.to(lse_BHS.dtype)
         merge_(total, lse_BHS, *before)
         out = total.to(out.dtype)
     if side < S:  # queries past the last key see every key
-        after_out, after_lse = _torch_flash_piece(q[:, side:], k, v, softmax_scale, causal=False)
+        after_out, after_lse = flash_piece(q[:, side:], k, v, softmax_scale, causal=False)
         out, lse_BHS = torch.cat([out, after_out], dim=1), torch.cat([lse_BHS, after_lse], dim=2)
     return out[..., :E], lse_BHS
-
-
-def _torch_flash_piece(
-    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, softmax_scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    flash = partial(_torch_flash_on_cuda if q_BSHD.is_cuda else on_cpu, scale=softmax_scale)
-    S, H, K = q_BSHD.shape[1], q_BSHD.shape[2], k_BTKD.shape[2]
-    k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-    if S == 1:
-        # One query sees every key it is given. With a group's heads as rows, their keys are read once.
-        q_BKGD = q_BSHD[:, 0].unflatten(1, (K, H // K))
-        out_BKGD, lse_BKG = flash(q_BKGD, k_BKTD, v_BKTD, 0.0, False)
-        return out_BKGD.flatten(1, 2).unsqueeze(1), lse_BKG.flatten(1, 2).unsqueeze(2)
-    out_BHSD, lse_BHS = flash(q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, 0.0, causal)
-    return out_BHSD.transpose(1, 2), lse_BHS
-
-
-def _torch_flash_on_cuda(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout_p: float, causal: bool, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The CUDA operator, which wants as many KV heads as query heads. Untried on a GPU."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    B, H, K = q_BHSD.shape[0], q_BHSD.shape[1], k_BKTD.shape[1]
-    if H == K:
-        out_BHSD, lse_BHS, *_ = flash(q_BHSD, k_BKTD, v_BKTD, dropout_p, causal, scale=scale)
-        return out_BHSD, lse_BHS
-    # Each KV head becomes a batch entry that its group of query heads shares: expanding it costs no memory.
-    q = q_BHSD.unflatten(1, (K, H // K)).flatten(0, 1)
-    k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
-    out, lse, *_ = flash(q, k, v, dropout_p, causal, scale=scale)
-    return out.unflatten(0, (B, K)).flatten(1, 2), lse.unflatten(0, (B, K)).flatten(1, 2)
 
 
 def _dense(
@@ -366,21 +346,17 @@ def _one_head_dim(*tensors: Tensor, multiple: int) -> list[Tensor]:
 
     torch's CPU operator takes contiguity for granted: called directly, it reads wrong numbers without it.
     """
-    head_dim = max(x.shape[-1] for x in tensors)
+    head_dim = max([x.shape[-1] for x in tensors])
     head_dim += -head_dim % multiple
-    padded = [F.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x for x in tensors]
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in padded]
+    return [
+        x if x.shape[-1] == head_dim and x.stride(-1) == 1 else F.pad(x, (0, head_dim - x.shape[-1])).contiguous()
+        for x in tensors
+    ]
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], softcap: float) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(f"{shapes}: give four dimensions each, [batch, length, heads, head dim]")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes}: q is [B, S, H, D], k [B, T, K, D], v [B, T, K, E] with B, T, K and D in common")
-    H, K = q.shape[2], k.shape[2]
-    if H == 0 or K == 0 or H % K:
-        raise ValueError(f"{shapes}: {H} query heads cannot share {K} KV heads; H must be a multiple of K")
+    if problem := _misfit(q.shape, k.shape, v.shape):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {problem}")
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: convert q, k and v to one float dtype")
     if not q.device == k.device == v.device:
@@ -389,3 +365,14 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int],
         raise ValueError(f"window_size {window_size}: use -1 for no limit, else 0 or more")
     if not softcap >= 0:
         raise ValueError(f"softcap {softcap}: use 0 for none, else a positive number")
+
+
+def _misfit(q: torch.Size, k: torch.Size, v: torch.Size) -> str:
+    if not len(q) == len(k) == len(v) == 4:
+        return "give four dimensions each, [batch, length, heads, head dim]"
+    if q[0] != k[0] or k[:3] != v[:3] or q[3] != k[3]:
+        return "q is [B, S, H, D], k [B, T, K, D], v [B, T, K, E] with B, T, K and D in common"
+    H, K = q[2], k[2]
+    if H == 0 or K == 0 or H % K:
+        return f"{H} query heads cannot share {K} KV heads; H must be a multiple of K"
+    return ""

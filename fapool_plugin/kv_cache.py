@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fapool_plugin.partition import Row
+
 
 def round_up(length: int, block: int) -> int:
     """The smallest multiple of ``block`` that is at least ``length``."""
@@ -92,6 +94,15 @@ class Residency:
             return 0
         return min((lanes.get((row, head), 0) for head in range(head_start, head_stop)), default=0)
 
+    def by_row(self, rank: int, rows: Sequence[int]) -> list[int]:
+        """Positions held of each row by ``rank``, summed over heads, in a layer of which it holds any."""
+        held = dict.fromkeys(rows, 0)
+        lanes = next((lanes for (key, _), lanes in self._held.items() if key == rank), {})
+        for (row, _), positions in lanes.items():
+            if row in held:
+                held[row] += positions
+        return list(held.values())
+
     def advance(self, rank: int, layer: int, row: int, head_start: int, head_stop: int, length: int) -> None:
         """These lanes now have exactly ``length`` positions on ``rank``."""
         lanes = self._held.setdefault((rank, layer), {})
@@ -132,6 +143,10 @@ class SequenceState:
     """Rows r // copies are copies of one prompt (beams)."""
     starts: tuple[int, ...] | None = None
     """First unpadded column of each row."""
+    line: tuple[float, ...] = ()
+    """The ranks' parts of the line that its prompt was cut by, the base's last."""
+    prompt: tuple[Row, ...] | None = None
+    """The rows of that prompt."""
     residency: Residency = field(default_factory=Residency)
     full: set[int] = field(default_factory=set)
     """Ranks that assumed nothing and still could not store what they were sent."""
@@ -156,7 +171,7 @@ class SequenceState:
 
     def rows_changed(self) -> None:
         """The batch has other rows now: nobody holds anything of them, and who copies whom is not known."""
-        self.copies = 1
+        self.copies, self.line, self.prompt = 1, (), None
         self.residency.forget()
 
     def reorder(self, layer: int, rows: Sequence[int]) -> None:

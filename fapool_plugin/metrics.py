@@ -24,6 +24,12 @@ class PhaseCounters:
     """Forwards decided as pooled, whatever became of their calls."""
     overlapped_forwards: int = 0
     """Pooled forwards whose prompt was cut into blocks in flight."""
+    predicted_s: float = 0.0
+    """Seconds that planned forwards were to take."""
+    measured_s: float = 0.0
+    """Seconds that the same forwards took."""
+    base_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of pooled forwards by what the base did: linear, send, attention, wait, merge."""
     local_forwards: int = 0
 
 
@@ -39,6 +45,8 @@ class RankCounters:
     bytes_received: int = 0
     compute_s: float = 0.0
     """Seconds this rank spent computing, as it measured them."""
+    predicted_s: float = 0.0
+    """Seconds that the profile predicted for the same tiles; 0 without a profile."""
 
 
 @dataclass(frozen=True)
@@ -107,5 +115,5 @@ class Counters:
             "ranks": ranks,
             "local_reasons": dict(self.local_reasons),
             "not_overlapped_reasons": dict(self.not_overlapped_reasons),
-            "events": [asdict(event) for event in self.events],
+            "events": [asdict(event) for event in list(self.events)],
         }

@@ -197,7 +197,7 @@ def partition(
             return [sum(share, ()) for share in zip(*even, strict=True)]
         everywhere = [_cumulative_fractions(speeds)] * kv_heads
         return _shares(lanes, {lane.row: everywhere for lane in lanes}, len(speeds), block)
-    line = lanes if whole is None else [_lane(index, row, window_size, axis) for index, row in enumerate(whole)]
+    line = lanes if whole is None else [_lane(index, row, window_size, "queries") for index, row in enumerate(whole)]
     fractions = _line_fractions([lane for lane in line if lane.extent > 0], kv_heads, speeds)
     return _shares(lanes, fractions, len(speeds), block)
 

@@ -6,7 +6,7 @@ Knows neither tensors nor links. What a plan costs in seconds is not known here 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from fapool_plugin.partition import Row, Share, Tile, partition
@@ -82,10 +82,10 @@ class Plan:
 
 
 def speeds(ranks: int, base_share: float | None) -> list[float]:
-    """Relative speeds of ``ranks`` pool ranks and, last, the base, which takes ``base_share`` of the whole
+    """Parts of the line for ``ranks`` pool ranks and, last, the base, which takes ``base_share`` of the whole
     (None: as much as any other)."""
     if base_share is None or not ranks:
-        return [1.0] * (ranks + 1)
+        return [1.0 / (ranks + 1)] * (ranks + 1)
     return [(1.0 - base_share) / ranks] * ranks + [base_share]
 
 
@@ -96,23 +96,46 @@ def make_plan(
     *,
     mode: Literal["line", "query_blocks"] = "line",
     few_queries: int = 256,
-    whole: Geometry | None = None,
+    prompt: Sequence[Row] | None = None,
 ) -> Plan:
     """Cuts a causal call into shares, the base's last: on the line its keys then are those at a lane's end.
 
     Up to ``few_queries`` new queries against a past are cut along the keys (decode), others along the queries.
-    ``whole`` is the call that this one is a block of: its lengths decide who works on which lanes.
+    ``prompt`` has the rows of the prompt that this call belongs to: its lengths decide who works on which lanes, so
+    that every block of it, and every step after it, finds the keys where they are.
     """
     rows = geometry.rows
     queries = max((row.q_stop - row.q_start for row in rows), default=0)
-    by_keys = whole is None and any(row.q_start for row in rows) and queries <= few_queries
+    by_keys = any(row.q_start for row in rows) and queries <= few_queries
     extent = max((row.keys for row in rows), default=0) if by_keys else queries
     block = _BLOCK if extent >= 4 * _BLOCK * len(relative_speeds) else 1
     axis: Literal["queries", "keys"] = "keys" if by_keys else "queries"
-    shares = partition(
-        rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block, whole=whole.rows if whole else None
-    )
+    whole = prompt if _fits(prompt, rows) else None
+    shares = partition(rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block, whole=whole)
     return Plan(tuple(shares[:-1]), shares[-1], axis)
+
+
+def _fits(prompt: Sequence[Row] | None, rows: Sequence[Row]) -> bool:
+    """Whether these are rows of that prompt."""
+    if prompt is None or len(prompt) != len(rows):
+        return False
+    return all(before.q_stop > before.q_start for before, row in zip(prompt, rows, strict=True) if row.keys)
+
+
+def shortened(plan: Plan, part: float, block: int) -> Plan:
+    """A plan along the keys in which pool ranks keep the first ``part`` of each tile's keys, to a multiple of
+    ``block``; the base, which holds all keys, takes the rest."""
+    if part >= 1:
+        return plan
+    shares, base = [], list(plan.base)
+    for share in plan.shares:
+        kept = []
+        for tile in share:
+            stop = tile.k_start + int((tile.k_stop - tile.k_start) * part) // block * block
+            kept += [tile._replace(k_stop=stop)] if stop > tile.k_start else []
+            base.append(tile._replace(k_start=stop))
+        shares.append(tuple(kept))
+    return replace(plan, shares=tuple(shares), base=tuple(base))
 
 
 class Request(NamedTuple):

@@ -9,21 +9,26 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
+import torch
+
+from fapool_plugin.advisor import Advisor, Profiler
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forward import Forward
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.metrics import Counters, Phase
-from fapool_plugin.plan import MOST_BLOCKS, SHORTEST_BLOCK, Geometry
+from fapool_plugin.plan import Geometry
+from fapool_plugin.timeline import Timeline
 from fapool_plugin.transport import Link, LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
@@ -43,15 +48,37 @@ class Pool(Protocol):
         """Ends every rank of this pool."""
 
 
+_LOCAL, _ALONE, _POOLED = range(3)
+"""As the model does without the plugin; our attention on the base; pool ranks, too."""
+Agree = Callable[[tuple[int, int]], tuple[int, int]]
+"""Makes all base ranks of a job decide alike, as their collectives need it: called by each once in every forward above
+the threshold with (mode, blocks), returns what the first of them said."""
+
+
+def _unasked(decision: tuple[int, int]) -> tuple[int, int]:
+    """One base rank agrees with itself."""
+    return decision
+
+
 class ResourceManager:
     """The plugin's handle on one model: ``model.fa_pool``. A context manager; closes itself at interpreter exit.
 
     Copies and pickles carry the configuration only: a copy has its own pool, started when it needs one.
     """
 
-    def __init__(self, config: FAPoolConfig, make_pool: Callable[[FAPoolConfig], Pool]) -> None:
-        self.config, self._make_pool = config, make_pool
-        self.counters = Counters()
+    def __init__(
+        self, config: FAPoolConfig, make_pool: Callable[[FAPoolConfig], Pool], agree: Agree = _unasked
+    ) -> None:
+        self.config, self._make_pool, self._agree = config, make_pool, agree
+        self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
+        """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
+        self.counters, self.timeline = Counters(), Timeline()
+        self.advisor = Advisor(config, self.counters)
+        self.closing = ExitStack()
+        """What ends with it: a trace, a server of metrics."""
+        self._measuring = False
+        self._threads: int | None = None
+        """The base's, while some of them are lent to pool ranks."""
         self.state: State = "idle"
         self.ranks: list[PoolRank] = []
         self._pool: Pool | None = None
@@ -65,8 +92,8 @@ class ResourceManager:
         """The sequence for which no rank was to be had: it is not tried again at every step."""
         self._finalizer: weakref.finalize[Any, ResourceManager] | None = None
 
-    def __reduce__(self) -> tuple[type[ResourceManager], tuple[FAPoolConfig, Callable[[FAPoolConfig], Pool]]]:
-        return ResourceManager, (self.config, self._make_pool)
+    def __reduce__(self) -> tuple[type[ResourceManager], tuple[FAPoolConfig, Callable[[FAPoolConfig], Pool], Agree]]:
+        return ResourceManager, (self.config, self._make_pool, self._agree)
 
     def __enter__(self) -> ResourceManager:
         return self
@@ -98,6 +125,7 @@ class ResourceManager:
         must_be_local: str | None = None,
         lasting: bool = True,
         one_block: str | None = None,
+        profiler: Profiler | None = None,
     ) -> Forward:
         """Decides pooled or local for one forward; :meth:`end` must follow.
 
@@ -110,12 +138,13 @@ class ResourceManager:
             must_be_local: a reason known beforehand.
             lasting: whether a cache keeps the sequence beyond this forward.
             one_block: why this forward cannot be cut into blocks in flight; None if it can.
+            profiler: knows or measures what the model costs; None: every long forward is pooled.
         """
-        if not self.config.enabled or self.state == "closed" or self._is_forked:
-            return Forward(self.config, self.counters, phase)
-        local = Forward(self.config, self.counters, phase)
+        local = Forward(self.config, self.counters, phase, began_s=time.perf_counter())
+        if not self.config.enabled or self.state == "closed" or self._is_forked or self._measuring:
+            return local
         length, geometry = columns, None
-        if columns > self.config.threshold:
+        if columns > self.threshold:
             seen = must_be_local or look()
             if isinstance(seen, str):
                 self.counters.stay_local(seen)
@@ -123,60 +152,108 @@ class ResourceManager:
                 geometry = seen
                 waiting = sequence.prompt_columns - geometry.columns
                 length = geometry.longest + max(0, waiting)
-        wanted = geometry is not None and length > self.config.threshold
+        wanted = geometry is not None and length > self.threshold
         if not wanted and not self.ranks:
             return local
         if not wanted and not self._busy.acquire(blocking=False):
             return local
         if wanted:
             self._busy.acquire()
+        decided = local
         try:
             self._reap()
             self._current = sequence.id
-            if self.is_closed:
-                wanted = False
-            elif wanted:
-                self._activate(length, sequence)
-            elif length < self.config.release_ratio * self.config.threshold:
-                below = self.config.release_ratio * self.config.threshold
+            if wanted and geometry is not None and not self.is_closed:
+                asked = replace(local, geometry=geometry, sequence=sequence, lasting=lasting)
+                decided = self._decide(asked, length, one_block, profiler)
+            elif not self.is_closed and length < self.config.release_ratio * self.threshold:
+                below = self.config.release_ratio * self.threshold
                 self._release(f"a forward of {length} tokens, below {below:g}")
         except BaseException:
             self._busy.release()
             raise
-        if not wanted or not self.ranks or geometry is None:
+        if not decided.pooled:
             self._busy.release()
-            return local
-        sequence.place(geometry.starts)
-        self._live.add(sequence.id)
+            return decided
+        sequence.place(decided.geometry.starts if decided.geometry else ())
+        if decided.ranks:
+            self._live.add(sequence.id)
+            self._lend_cores(len(decided.ranks))
+        self.timeline.begin(self.counters.phase(phase))
+        return replace(decided, began_s=time.perf_counter())
+
+    def _decide(self, forward: Forward, length: int, one_block: str | None, profiler: Profiler | None) -> Forward:
+        """Pooled, the base alone, or local: by length, or by what each is predicted to take."""
+        if self.advisor.needs_profile and profiler is not None:
+            self._profile(profiler, length, forward.sequence)
+        choice = self.advisor.choose(forward, self.ranks, one_block is None)
+        alone = choice is not None and self.config.activation == "cost" and choice.alone_s <= choice.seconds
+        mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
+        blocks = self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1
+        mode, blocks = self._agree((mode, blocks))
+        if mode == _POOLED:
+            self._activate(length, forward.sequence)
+            if not self.ranks:
+                return forward
+        elif choice is not None:
+            told = f"the plan: {forward.phase} is predicted to be faster without pool ranks"
+            self.counters.stay_local(told)
+        if mode == _LOCAL:
+            return replace(forward, choice=choice)
+        ranks = self.ranks[: choice.ranks] if choice is not None else self.ranks
         return replace(
-            local,
+            forward,
             pooled=True,
-            geometry=geometry,
-            sequence=sequence,
-            ranks=tuple(self.ranks),
-            lasting=lasting,
-            base_share=self.config.base_share,
-            blocks=self._blocks(geometry, phase, one_block),
+            ranks=tuple(ranks) if mode == _POOLED else (),
+            blocks=blocks,
+            choice=choice,
+            base_share=choice.base_share if choice is not None else self.config.base_share,
+            rank_cost=self.advisor.rank_cost(),
         )
 
-    def _blocks(self, geometry: Geometry, phase: Phase, one_block: str | None) -> int:
-        """How many blocks of a prompt to keep in flight."""
-        if phase == "decode" or self.config.blocks == 1:
-            return 1
-        if one_block is not None:
-            self.counters.not_overlapped(one_block)
-            return 1
-        most = (geometry.columns - geometry.q_column) // SHORTEST_BLOCK
-        return max(1, min(self.config.blocks or MOST_BLOCKS, most))
+    def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
+        """Takes the profile there is, or measures a quick one with the first leased rank."""
+        self.advisor.profile = profiler.known()
+        if self.advisor.profile is not None:
+            return
+        began = time.perf_counter()
+        self._activate(length, sequence)
+        start_s = time.perf_counter() - began
+        if not self.ranks:
+            return
+        self._measuring, rank = True, self.ranks[0]
+        try:
+            with self.guard(rank):
+                rank.open()
+                activation_s = time.perf_counter() - began - start_s
+                self.advisor.profile = profiler.measure(rank, start_s, activation_s)
+                took = time.perf_counter() - began - start_s
+                self.counters.log("profile", f"a quick profile was measured in {took:.1f} s")
+        finally:
+            self._measuring = False
+
+    def _lend_cores(self, ranks: int) -> None:
+        """Local pool ranks on the CPU compute on cores that the base leaves to them."""
+        if not torch.cuda.is_available():
+            self._threads = threads = torch.get_num_threads()
+            torch.set_num_threads(self.advisor.cores(threads, False).base(ranks))
 
     def end(self, forward: Forward) -> None:
         """Ends what :meth:`begin` returned."""
         counters = self.counters.phase(forward.phase)
+        took_s = forward.took_s or time.perf_counter() - forward.began_s
         if not forward.pooled:
             counters.local_forwards += 1
+            self.advisor.learn(forward, took_s)
             return
-        counters.pooled_forwards += 1
+        self.timeline.end()
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+            self._threads = None
+        counters.pooled_forwards += bool(forward.ranks)
+        counters.local_forwards += not forward.ranks
         counters.overlapped_forwards += forward.blocks > 1
+        self.advisor.learn(forward, took_s)
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
         self._reap()
@@ -226,7 +303,7 @@ class ResourceManager:
         held = [rank.number for rank in self.ranks]
         return {
             "state": self.state,
-            "threshold": self.config.threshold,
+            "threshold": self.threshold,
             "leased_ranks": held,
         } | self.counters.as_dict()
 
@@ -245,6 +322,7 @@ class ResourceManager:
             if self._pool is not None:
                 self._pool.close()
             self._pool = None
+            self.closing.close()
             self.counters.log("closed", "close() was called")
         finally:
             if waited:
@@ -267,7 +345,7 @@ class ResourceManager:
                 if not self._live and self.ranks:
                     self._release("the last long sequence ended")
 
-    def _activate(self, length: int, sequence: SequenceState) -> None:
+    def _activate(self, length: int, sequence: SequenceState | None) -> None:
         for rank in list(self.ranks):
             if rank.link.lost:
                 self.lose(rank, rank.link.lost)
@@ -275,11 +353,11 @@ class ResourceManager:
                 self._failed_for = None
         if self.ranks:
             return
-        if self._failed_for == sequence.id:
+        if sequence is not None and self._failed_for == sequence.id:
             self.counters.stay_local("no pool rank was to be had for this sequence")
             return
         self.state = "activating"
-        self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.config.threshold}")
+        self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.threshold}")
         began = time.perf_counter()
         try:
             if self._pool is None:
@@ -303,7 +381,7 @@ class ResourceManager:
             self.ranks, self.state = [], "idle"
             raise
         if not self.ranks:
-            self._failed_for = sequence.id
+            self._failed_for = sequence.id if sequence is not None else None
             self.state = "idle"
             return
         self._failed_for = None

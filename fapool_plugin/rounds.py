@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
-from greenlet import greenlet
+from greenlet import GreenletExit, greenlet
 
 T = TypeVar("T")
 
@@ -23,12 +24,16 @@ def run_rounds(blocks: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
     """Runs all ``blocks`` in rotation; each is given the function that hands over.
 
     Returns their results, in order. Raises what the first failing block raises, after the others have been cancelled
-    where they stood (their ``finally`` clauses run).
+    where they stood: their ``finally`` clauses run, and no error of those takes the first one's place.
     """
     hub = greenlet.getcurrent()
     results: dict[int, T] = {}
+    cancelled = False
 
     def hand_over() -> None:
+        if cancelled:
+            # A cancelled block that still hands over would be left suspended for ever.
+            raise GreenletExit
         hub.switch()
 
     def runner(index: int, block: Callable[[Callable[[], None]], T]) -> greenlet:
@@ -48,9 +53,11 @@ def run_rounds(blocks: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
                 if runs.dead:
                     rotation.remove(runs)
     finally:
+        cancelled = True
         for runs in rotation:
-            if not runs.dead and runs:
-                runs.throw()
+            if runs:  # has begun and not ended
+                with suppress(BaseException):
+                    runs.throw()
     return [results[index] for index in range(len(blocks))]
 
 

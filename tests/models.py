@@ -141,7 +141,8 @@ def eager(folder: Path, **arguments: Any) -> Any:
 def load_pooled(folder: Path, arguments: dict[str, Any] | None = None, **settings: Any) -> Any:
     """The model with the plugin: threshold 16, two pool ranks, blocks of 4, prompts in one piece and every long
     call pooled, unless ``settings`` say otherwise."""
-    ours = {"threshold": THRESHOLD, "pool_ranks": 2, "kv_block": 4, "memory_limit_mib": 64, "blocks": 1}
+    ours: dict[str, Any] = {"threshold": THRESHOLD, "pool_ranks": 2, "kv_block": 4, "memory_limit_mib": 64}
+    ours |= {"blocks": 1, "activation": "length"}
     fa_pool = ours | settings
     return FAPoolForCausalLM.from_pretrained(folder, fa_pool=fa_pool, **(arguments or {})).eval()
 

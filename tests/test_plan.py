@@ -23,7 +23,7 @@ def test_geometry_turns_columns_into_positions() -> None:
 
 
 def test_shares_of_the_base() -> None:
-    assert speeds(3, None) == [1, 1, 1, 1]
+    assert speeds(3, None) == [0.25] * 4
     assert speeds(2, 0.2) == [0.4, 0.4, 0.2]
     assert speeds(2, 0.0)[-1] == 0
 

@@ -13,20 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig, check_machine
+from fapool_plugin.cost import Profile
 from fapool_plugin.integrations.huggingface_attention import NAME
 from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, one_block_model
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.prometheus import serve
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.trace import Trace
 
 _FULL = {"full_attention", "hybrid"}
+_LONGEST = 1 << 20
+"""Tokens up to which a threshold is looked for, if the model does not say how many it can have."""
 _LEFT_ALONE = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention", "dummy"}
 """Layers that are computed as without the plugin. Any kind in neither set is refused."""
 
@@ -80,6 +86,7 @@ class FAPoolForCausalLM(Entrance):
         refuse_model(model, attentions)
         manager = ResourceManager(config, LocalPool)
         if config.enabled:
+            _observe(model, manager)
             _install(model, manager, attentions)
         kind: Any = type(model)
         model.__class__ = _subclass(FAPoolForCausalLM, kind)
@@ -142,13 +149,40 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     one_block = one_block_model(model, holding[-1], set(kinds))
     if not makes_cache:
         one_block = one_block or "it takes a cache of its own kind only"
-    forwards = Forwards(manager, local, full, makes_cache, one_block)
+    profiler = functools.partial(_profiler, manager.config)
+    forwards = Forwards(manager, local, full, makes_cache, one_block, profiler)
     for module in entrances:
         if module is not model:
             kind: Any = type(module)
             module.__class__ = _subclass(Entrance, kind)
         module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
     model.set_attn_implementation(NAME)
+
+
+def _profiler(config: FAPoolConfig, module: Any) -> Any:
+    # Measuring is a module's matter that most programs never need.
+    from fapool_plugin.integrations.huggingface_profile import ModelProfiler
+
+    return ModelProfiler(module, config)
+
+
+def _observe(model: Any, manager: ResourceManager) -> None:
+    """Opens what the configuration wants written or served, and finds the threshold if it is to be measured."""
+    config = manager.config
+    if config.profile is not None:
+        Profile.load(config.profile)
+    if config.trace is not None:
+        manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
+    if config.metrics_port is not None:
+        manager.closing.enter_context(serve(manager.stats, config.metrics_port))
+    if config.threshold == "auto":
+        profiler = _profiler(config, model)
+        manager.advisor.profile = profiler.known() or profiler.measure_alone()
+        text = model.config.get_text_config(decoder=True)
+        longest = getattr(text, "max_position_embeddings", None) or _LONGEST
+        cores = manager.advisor.cores(torch.get_num_threads(), torch.cuda.is_available())
+        manager.threshold = manager.advisor.threshold(cores, longest)
+        manager.counters.log("threshold", f"measured: {manager.threshold} tokens")
 
 
 def _attention_modules(model: nn.Module) -> Iterator[Any]:

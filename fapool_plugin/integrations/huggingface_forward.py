@@ -7,6 +7,7 @@ in flight. What happens at an attention call is in huggingface_attention.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import _active_collector
 
+from fapool_plugin.advisor import Profiler
 from fapool_plugin.integrations.huggingface_attention import SCOPE, Scope
 from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.kv_cache import SequenceState, round_up
@@ -58,6 +60,7 @@ class Forwards:
         full_layers: how many layers attend to everything before them; only those are pooled.
         makes_cache: whether the model takes a cache of ours, rather than one of its own kind.
         one_block: why this model's prompts cannot be cut into blocks in flight; None if they can.
+        profiler: makes what knows or measures a module's costs.
     """
 
     manager: ResourceManager
@@ -65,6 +68,7 @@ class Forwards:
     full_layers: int
     makes_cache: bool
     one_block: str | None
+    profiler: Callable[[Any], Profiler]
 
     def run(self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``enter``, which is ``owner``'s own forward with its hooks, as it is decided."""
@@ -116,6 +120,7 @@ class Forwards:
             must_be_local=reason,
             lasting=cache is not None,
             one_block=self.one_block or one_block_reason(owner, given) if phase == "prefill" else "decode",
+            profiler=self.profiler(owner),
         )
         if decided.blocks > 1 and cache is None:
             # Later blocks need the keys of earlier ones; this cache ends with the forward.
@@ -126,6 +131,16 @@ class Forwards:
         return given, Scope(self.manager, decided, cache, self.local)
 
     def _inside(
+        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
+    ) -> Any:
+        decided, began = scope.decided, time.perf_counter()
+        output = self._run(owner, enter, args, kwargs, scope)
+        if owner.fapool_in_rounds and decided.phase == "prefill":
+            # A head over every position, and a loss, are not the plan's.
+            decided.took_s = time.perf_counter() - began
+        return output
+
+    def _run(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
         decided, cache = scope.decided, scope.cache

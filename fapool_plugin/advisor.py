@@ -1,0 +1,185 @@
+"""Asks the forecast, with the profile there is and what is true now, and corrects it by what forwards really take.
+
+Knows seconds and lengths. It decides nothing: whoever asks does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from fapool_plugin.clocks import Cores
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.cost import AttentionCost, Profile
+from fapool_plugin.forecast import Choice, auto_threshold, choose_decode, choose_prefill
+from fapool_plugin.forward import Forward
+from fapool_plugin.lease import PoolRank
+from fapool_plugin.metrics import Counters, Phase
+from fapool_plugin.plan import MOST_BLOCKS, SHORTEST_BLOCK, Geometry
+
+MARGIN = 0.15
+"""A pooled forward may take this much longer than the base alone was to take before anybody is warned."""
+_STEPS = 16
+"""Decode steps are judged together: one is short, and may carry keys for many."""
+_WEIGHT = 0.5
+"""Of a new measurement against all earlier ones."""
+
+
+class Profiler(Protocol):
+    """Measures the model at hand; the host's matter."""
+
+    def known(self) -> Profile | None:
+        """The profile kept for this machine and model, if it holds."""
+
+    def measure(self, rank: PoolRank, start_s: float, activation_s: float) -> Profile:
+        """A quick profile, with a leased rank; it is kept for later."""
+
+
+@dataclass
+class _Record:
+    """Forwards of one phase and kind since they were last judged."""
+
+    forwards: int = 0
+    tokens: int = 0
+    predicted_s: float = 0.0
+    alone_s: float = 0.0
+    measured_s: float = 0.0
+    factor: float = 1.0
+    """Measured over predicted seconds, lately."""
+
+
+@dataclass
+class Advisor:
+    """What is known of one model's costs."""
+
+    config: FAPoolConfig
+    counters: Counters
+    profile: Profile | None = None
+    _records: dict[tuple[Phase, bool], _Record] = field(default_factory=dict)
+    _steps: dict[tuple[object, ...], Choice] = field(default_factory=dict)
+
+    def cores(self, threads: int, on_own_devices: bool) -> Cores:
+        """How threads move, if the base has ``threads`` of them without a lease."""
+        return Cores(threads, 0 if on_own_devices else self.config.threads_per_rank)
+
+    def threshold(self, cores: Cores, longest: int) -> int:
+        """``threshold: "auto"``, in tokens; ``longest`` if attention never dominates."""
+        assert self.profile is not None
+        found = auto_threshold(
+            self.profile, ranks=self.config.pool_ranks, cores=cores, longest=longest, max_blocks=MOST_BLOCKS
+        )
+        return longest if found.auto is None else found.auto
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether plans wait for a profile that is not here yet."""
+        return self.profile is None and (self.config.activation == "cost" or self.config.profile is not None)
+
+    def choose(self, forward: Forward, ranks: Sequence[PoolRank], overlap: bool) -> Choice | None:
+        """The best pooled way for a forward beside the base alone; None without a profile. ``ranks`` are leased."""
+        if self.profile is None:
+            return None
+        assert forward.geometry is not None
+        assert forward.sequence is not None
+        cores = self.cores(torch.get_num_threads(), torch.cuda.is_available())
+        if forward.phase == "prefill":
+            return self.prefill(forward.geometry, cores, overlap=overlap)
+        rows = [index for index, row in enumerate(forward.geometry.rows) if row.keys]
+        held = [forward.sequence.residency.by_row(rank.key, rows) for rank in ranks]
+        return self.decode(forward.geometry, cores, held or [[0] * len(rows)] * self.config.pool_ranks)
+
+    def blocks(self, forward: Forward, one_block: str | None, choice: Choice | None) -> int:
+        """How many blocks of a prompt to keep in flight."""
+        if forward.phase == "decode" or self.config.blocks == 1:
+            return 1
+        if one_block is not None:
+            self.counters.not_overlapped(one_block)
+            return 1
+        assert forward.geometry is not None
+        most = (forward.geometry.columns - forward.geometry.q_column) // SHORTEST_BLOCK
+        wanted = self.config.blocks or (choice.blocks if choice is not None else MOST_BLOCKS)
+        return max(1, min(wanted, most))
+
+    def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool) -> Choice:
+        """The best pooled way for a prompt, beside what the base alone would take."""
+        assert self.profile is not None
+        rows = [row for row in geometry.rows if row.keys]
+        return self._corrected(
+            "prefill",
+            choose_prefill(
+                self.profile,
+                [row.keys for row in rows],
+                past=[row.q_start for row in rows],
+                ranks=self.config.pool_ranks,
+                cores=cores,
+                max_blocks=self.config.blocks or MOST_BLOCKS,
+                overlap=overlap,
+                base_share=self.config.base_share,
+                alone=False,
+            ),
+        )
+
+    def decode(self, geometry: Geometry, cores: Cores, held: Sequence[Sequence[int]]) -> Choice:
+        """The best pooled way for a step of one token, with what each rank holds of each row, summed over KV heads.
+        Asked anew whenever lengths or prefixes have grown by a block."""
+        assert self.profile is not None
+        block = self.config.kv_block
+        lengths = [row.keys for row in geometry.rows if row.keys]
+        key = tuple(length // block for length in lengths), tuple(tuple(n // block for n in rows) for rows in held)
+        if key not in self._steps:
+            if len(self._steps) > 64:
+                self._steps.clear()
+            self._steps[key] = choose_decode(
+                self.profile,
+                lengths,
+                resident=held,
+                ranks=len(held),
+                cores=cores,
+                steps=block,
+                base_share=self.config.base_share,
+                alone=False,
+            )
+        return self._corrected("decode", self._steps[key])
+
+    def rank_cost(self) -> AttentionCost | None:
+        """What attention costs a pool rank."""
+        return self.profile.attention_for(self.config.threads_per_rank) if self.profile is not None else None
+
+    def learn(self, forward: Forward, measured_s: float) -> None:
+        """Compares a planned forward with what it took; warns where pooling lost, and plans accordingly from now."""
+        if forward.choice is None:
+            return
+        pooled = bool(forward.ranks)
+        predicted_s = forward.choice.seconds if pooled else forward.choice.alone_s
+        counters = self.counters.phase(forward.phase)
+        counters.predicted_s += predicted_s
+        counters.measured_s += measured_s
+        record = self._records.setdefault((forward.phase, pooled), _Record())
+        record.forwards += 1
+        record.tokens = forward.geometry.longest if forward.geometry is not None else 0
+        record.predicted_s += predicted_s
+        record.alone_s += forward.choice.alone_s
+        record.measured_s += measured_s
+        if forward.phase == "prefill" or record.forwards == _STEPS:
+            self._judge(forward.phase, pooled, record)
+
+    def _judge(self, phase: Phase, pooled: bool, record: _Record) -> None:
+        # Predictions were corrected already: what is left over corrects the correction.
+        factor = record.factor * (record.measured_s / record.predicted_s) ** _WEIGHT
+        if pooled and record.measured_s > record.alone_s * (1 + MARGIN):
+            text = (
+                f"{phase} at {record.tokens} tokens took {record.measured_s:.3g} s with the pool ({record.forwards} "
+                f"forward(s)); predicted were {record.predicted_s:.3g} s, and {record.alone_s:.3g} s without. "
+                f"The plan now expects {factor:.2f} times what the profile says; `fapool calibrate` measures anew"
+            )
+            self.counters.log("slow", text)
+            warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
+        self._records[phase, pooled] = _Record(factor=factor)
+
+    def _corrected(self, phase: Phase, choice: Choice) -> Choice:
+        pooled, alone = (self._records.get((phase, kind), _Record()).factor for kind in (True, False))
+        return replace(choice, seconds=choice.seconds * pooled, alone_s=choice.alone_s * alone)

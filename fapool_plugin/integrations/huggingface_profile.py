@@ -1,0 +1,80 @@
+"""Hugging Face: where a running model's profile comes from: a file of the user's, the one kept, or a quick measurement.
+
+Knows files and when they hold; how to measure is in huggingface_calibrate.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fapool_plugin.calibrate import machine
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.cost import Profile, ProfileError
+from fapool_plugin.integrations.huggingface_calibrate import QUICK_S, calibrate_model, default_path, keep, make_profile
+from fapool_plugin.integrations.huggingface_linear import shape_of
+from fapool_plugin.lease import PoolRank
+
+
+@dataclass(frozen=True)
+class ModelProfiler:
+    """Knows or measures what ``model`` costs on this machine."""
+
+    model: Any
+    config: FAPoolConfig
+
+    def known(self) -> Profile | None:
+        """The user's profile, or the one kept; None, with a warning, if it is of something else."""
+        on, shape = machine(), shape_of(self.model)
+        path = Path(self.config.profile) if self.config.profile else default_path(on, shape)
+        if not self.config.profile and not path.exists():
+            return None
+        try:
+            profile = Profile.load(path)
+        except ProfileError as error:
+            warnings.warn(f"fa_pool: {error}; it is measured anew", RuntimeWarning, stacklevel=2)
+            return None
+        misfit = profile.misfit(on, shape)
+        if misfit:
+            warnings.warn(
+                f"fa_pool: the profile {path} does not hold here ({misfit}); it is measured anew",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        return profile
+
+    def measure(self, rank: PoolRank, start_s: float, activation_s: float) -> Profile:
+        """A quick profile with a leased rank; it is kept."""
+        self._say()
+        profile = make_profile(
+            self.model,
+            rank,
+            threads=self._threads(),
+            budget_s=QUICK_S,
+            quick=True,
+            start_s=start_s,
+            activation_s=activation_s,
+        )
+        keep(profile)
+        return profile
+
+    def measure_alone(self) -> Profile:
+        """A quick profile with a rank started for it; it is kept."""
+        self._say()
+        per_rank = self.config.threads_per_rank
+        profile = calibrate_model(self.model, threads=self._threads(), threads_per_rank=per_rank, quick=True)
+        keep(profile)
+        return profile
+
+    def _threads(self) -> list[int]:
+        total, per_rank = torch.get_num_threads(), self.config.threads_per_rank
+        return sorted({total, max(1, total - self.config.pool_ranks * per_rank), per_rank})
+
+    def _say(self) -> None:
+        print(f"fa_pool: measuring this machine once, about {QUICK_S:g} seconds ...", file=sys.stderr, flush=True)

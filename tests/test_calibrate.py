@@ -1,0 +1,433 @@
+"""Measured costs are those that were made, under a clock that the tests turn; and a measured model is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fapool_plugin import calibrate
+from fapool_plugin.cost import Fit, Profile, Shape
+from fapool_plugin.integrations import huggingface_calibrate, huggingface_linear
+from fapool_plugin.integrations.huggingface_calibrate import calibrate_model, default_path, keep, shape_of_path
+from fapool_plugin.integrations.huggingface_linear import measure_linear, shape_of
+from fapool_plugin.transport import Header, LinkLost, Message, Status
+from tests.models import FAMILIES, load_pooled, plain, random_ids, save_model, workers
+
+SHAPE = Shape(hidden=48, layers=2, heads=6, kv_heads=3, head_dim=8, v_head_dim=12, dtype="float32", parameters=1)
+NO_GROUPS = {"gpt2", "gpt_neox", "opt", "deepseek_v3"}
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def after(self, seconds: Callable[..., float]) -> Callable[..., None]:
+        """A hook that lets time pass."""
+
+        def hook(*args: Any) -> None:
+            self.now += seconds(*args)
+
+        return hook
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (calibrate, huggingface_linear):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_fit(found: Fit, **expected: float) -> None:
+    for name in "abc":
+        wanted = expected.get(name, 0.0)
+        assert getattr(found, name) == pytest.approx(wanted, rel=1e-6, abs=1e-12), f"{name} of {found}, not {wanted}"
+    assert found.error < 1e-6, f"largest relative error {found.error:.3g} of exact points"
+
+
+# Samples.
+
+
+def test_a_sample_is_a_median_with_its_spread() -> None:
+    seconds = iter([9.0, 3.0, 1.0, 2.0])  # the first warms up
+    assert calibrate.sample(7, lambda: next(seconds)) == (7, 2.0, 1.0)
+
+
+def test_short_runs_are_repeated() -> None:
+    runs = []
+    calibrate.sample(1, lambda: runs.append(0) or 0.001)
+    assert len(runs) >= 3 * 10
+
+
+def test_sizes_grow_until_the_budget_is_spent(clock: Clock) -> None:
+    def timed_at(size: int) -> Callable[[], float]:
+        def timed() -> float:
+            clock.now += size**2
+            return float(size**2)
+
+        return timed
+
+    def taken(budget_s: float, at_least: int = 1) -> list[float]:
+        return [s.n for s in calibrate.ascend([1, 2, 4, 8], timed_at, budget_s, at_least, growth=2)]
+
+    assert taken(4 * (1 + 4 + 16 + 64)) == [1, 2, 4, 8]
+    assert taken(4 * (1 + 4 + 16 + 64) - 1) == [1, 2, 4]
+    assert taken(1) == [1]
+    assert taken(1, at_least=3) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("threads", "budget_s"), [([], 1.0), ([1, 0], 1.0), ([1], 0.0), ([1], float("nan"))])
+def test_bad_efforts_are_refused(threads: list[int], budget_s: float) -> None:
+    with pytest.raises(ValueError, match="give"):
+        calibrate.measure_attention(SHAPE, threads, budget_s)
+
+
+def test_this_machine() -> None:
+    here = calibrate.machine()
+    assert here.processor
+    assert (here.torch, here.fapool) == (torch.__version__, "0.1.0")
+    assert here.cores >= 1
+    assert calibrate.machine() == here
+
+
+# Attention.
+
+
+def test_attention_costs_what_the_kernel_takes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a kernel that is told how long to take; also sees what it is given."""
+    given = set()
+
+    def attend(q_BSHD: Any, k_BTKD: Any, v_BTKE: Any, *, causal: bool, softmax_scale: float, **others: Any) -> None:
+        queries, keys = q_BSHD.shape[1], k_BTKD.shape[1]
+        given.add((q_BSHD.shape[2:], k_BTKD.shape[2:], v_BTKE.shape[2:], causal, q_BSHD.dtype, softmax_scale))
+        threads = torch.get_num_threads()
+        clock.now += (1e-5 + 1e-7 * keys if queries == 1 else 2e-6 * queries + 1e-9 * queries**2) / threads
+
+    monkeypatch.setattr(calibrate, "attend", attend)
+    costs = calibrate.measure_attention(SHAPE, [1, 2], 1e9)
+    found = [(cost.kernel, cost.dtype, cost.threads) for cost in costs]
+    assert found == [
+        (kernel, dtype, threads)
+        for dtype in ("float32", "bfloat16")
+        for kernel in ("torch_flash", "dense")
+        for threads in (1, 2)
+    ]
+    for cost in costs:
+        assert_fit(cost.prefill, b=2e-6 / cost.threads, c=1e-9 / cost.threads)
+        assert_fit(cost.decode, a=1e-5 / cost.threads, b=1e-7 / cost.threads)
+    assert given == {((6, 8), (3, 8), (3, 12), True, dtype, 8**-0.5) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def test_decode_meets_other_keys_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(calibrate, "attend", lambda q, k, v, **_: seen.append(k.data_ptr()))
+    timed = calibrate._Attention(SHAPE, "dense", torch.float32, torch.device("cpu"), 0.0).decode(100)
+    for _ in range(4):
+        timed()
+    assert seen[0] != seen[1]
+    assert seen[:2] == seen[2:], "as many as the shape has layers, then again"
+
+
+def test_real_kernels_are_measured_and_threads_restored() -> None:
+    stages: list[tuple[str, int, int | None]] = []
+    torch.set_num_threads(3)
+    costs = calibrate.measure_attention(SHAPE, [1, 2], 0.01, lambda *told: stages.append(told), quick=True)
+    assert torch.get_num_threads() == 3
+    assert [(cost.kernel, cost.dtype, cost.threads) for cost in costs] == [
+        ("torch_flash", "float32", 1),
+        ("torch_flash", "float32", 2),
+    ]
+    assert all(cost.prefill.at(1000) > 0 and cost.decode.at(1000) > 0 for cost in costs)
+    assert [(done, total) for _, done, total in stages] == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_softcap_leaves_kernels_out() -> None:
+    """A profile must not promise what the model's attention cannot use."""
+    for quick in (True, False):
+        costs = calibrate.measure_attention(SHAPE, [1], 0.01, quick=quick, softcap=30.0)
+        assert {cost.kernel for cost in costs} == {"dense"}, costs
+
+
+def test_threads_are_restored_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "attend", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate.measure_attention(SHAPE, [1], 1.0)
+    assert torch.get_num_threads() == 2
+
+
+# Links.
+
+
+class FakeRank:
+    """A pool rank whose messages take a known time."""
+
+    number = 0
+
+    def __init__(self, clock: Clock, latency_s: float, there_s: float, back_s: float, status: Status) -> None:
+        self.clock, self.latency_s, self.there_s, self.back_s, self.status = (
+            clock,
+            latency_s,
+            there_s,
+            back_s,
+            status,
+        )
+        self._reply = Header()
+
+    def ask(self, header: Header, tensors: Any) -> int:
+        tiles, *payload = tensors
+        assert [t.numel() for t in payload] == [header.q_elements, header.k_elements, header.v_elements]
+        assert len(tiles) == header.tiles
+        self.clock.now += self.latency_s + self.there_s * sum(4 * t.numel() for t in payload)
+        computing_s, nbytes = 0.5, 0
+        for _, head_start, head_stop, q_start, q_stop, *_ in tiles.tolist():
+            assert header.q_elements == (q_stop - q_start) * header.head_dim
+            nbytes += 4 * (head_stop - head_start) * header.group * (q_stop - q_start) * (header.v_head_dim + 1)
+        self.clock.now += computing_s + self.latency_s + self.back_s * nbytes
+        self._reply = header._replace(status=self.status, extra=int(computing_s * 1e9))
+        return 1
+
+    def answer(self, call: int) -> Message:
+        return Message(self._reply, [])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_link_costs_what_its_messages_take(clock: Clock, quick: bool) -> None:
+    link = calibrate.measure_link(FakeRank(clock, 3e-4, 7e-10, 5e-10, Status.OK), quick=quick)  # type: ignore[arg-type]
+    assert_fit(link.to_rank, a=3e-4, b=7e-10)
+    assert_fit(link.to_base, a=3e-4, b=5e-10)
+
+
+def test_a_rank_without_a_lease_is_told_of(clock: Clock) -> None:
+    with pytest.raises(RuntimeError, match="STALE.*open it again"):
+        calibrate.measure_link(FakeRank(clock, 1.0, 0.0, 0.0, Status.STALE))  # type: ignore[arg-type]
+
+
+# Models.
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.full_layers])
+def test_shapes_of_all_families(tmp_path: Path, name: str) -> None:
+    folder = save_model(name, tmp_path)
+    model = plain(folder)
+    latent = name == "deepseek_v3"
+    shape = shape_of(model)
+    assert shape == Shape(
+        hidden=48,
+        layers=FAMILIES[name].full_layers,
+        heads=6,
+        kv_heads=6 if name in NO_GROUPS else 3,
+        head_dim=16 if latent else 8,
+        v_head_dim=12 if latent else 8,
+        dtype="float32",
+        parameters=model.num_parameters(),
+    )
+    assert shape_of(load_pooled(folder)) == shape
+    assert shape_of_path(folder, "bfloat16") == shape.model_copy(update={"dtype": "bfloat16"})
+
+
+def timed_model(tmp_path: Path, clock: Clock, name: str = "llama", layers: int = 6) -> Any:
+    """A tiny model in which only embedding and FFNs take time: 1 ms a forward, and 10 us a token and layer."""
+    model = plain(save_model(name, tmp_path, num_hidden_layers=layers))
+    model.get_input_embeddings().register_forward_hook(clock.after(lambda *_: 1e-3))
+    for module in model.modules():
+        if type(module).__name__.endswith("MLP"):
+            module.register_forward_hook(clock.after(lambda module, args, out: 1e-5 * args[0].shape[:2].numel()))
+    return model
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_linear_part_costs_what_the_model_takes(tmp_path: Path, clock: Clock, quick: bool) -> None:
+    model = timed_model(tmp_path, clock)
+    costs = measure_linear(model, [1, 2], 1e9, quick=quick)
+    assert [cost.threads for cost in costs] == [1, 2]
+    for cost in costs:
+        assert_fit(cost.prefill, a=1e-3, b=6e-5)
+        assert_fit(cost.decode, a=1e-3, b=6e-5)
+
+
+def test_a_forward_that_is_broken_off_is_extrapolated(tmp_path: Path, clock: Clock) -> None:
+    model, seen = timed_model(tmp_path, clock), []
+    model.model.layers[2].mlp.register_forward_hook(lambda *_: seen.append("third layer"))
+    cost = measure_linear(model, [1], 1e-9)[0]
+    assert not seen, "the forward went on after two whole layers"
+    assert_fit(cost.prefill, a=1e-3, b=6e-5)
+    with torch.no_grad():
+        out = model(random_ids(1, 8), output_hidden_states=True)
+    assert len(out.hidden_states) == 7, "the break left something behind"
+
+
+def test_attention_does_not_count(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timed_model(tmp_path, clock)
+    monkeypatch.setattr(
+        torch.Tensor, "new_zeros", lambda self, *sizes: clock.after(lambda: 7.0)() or self.new_empty(sizes).zero_()
+    )
+    assert_fit(measure_linear(model, [1], 1e9, quick=True)[0].prefill, a=1e-3, b=6e-5)
+
+
+def test_sliding_layers_are_computed(tmp_path: Path) -> None:
+    """They are local in every plan, so their attention belongs to the linear part: it must be the real one."""
+    model = plain(save_model("gemma2", tmp_path))
+    ids, seen = random_ids(1, 12), []
+    sliding = model.model.layers[0].self_attn.o_proj
+    sliding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+        with huggingface_linear._Model.opened(model) as opened:
+            opened.run(ids, 1e9)
+    assert torch.equal(seen[0], seen[1]), f"largest difference {(seen[0] - seen[1]).abs().max():.3g}, not 0"
+
+
+class Everything:
+    """What measuring must leave alone."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self.state = (
+            config.to_dict(),
+            config._attn_implementation,
+            {name: module.training for name, module in model.named_modules()},
+            {name: sorted(vars(module)) for name, module in model.named_modules()},
+            {name: vars(module).get("fapool_forwards") for name, module in model.named_modules()},
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+            model.fa_pool.stats() if hasattr(model, "fa_pool") else None,
+        )
+        self.grads = [parameter.grad is None and parameter.requires_grad for parameter in model.parameters()]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Everything) and (self.state, self.grads) == (other.state, other.grads)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["plain", "pooled"])
+def test_a_model_is_left_as_it_was(tmp_path: Path, name: str, kind: str) -> None:
+    folder, ranks = save_model(name, tmp_path), workers()
+    model = plain(folder) if kind == "plain" else load_pooled(folder)
+    model.train()
+    next(m for m in model.modules() if isinstance(m, nn.Embedding)).eval()  # not all alike
+    before = Everything(model)
+    measure_linear(model, [1], 1e-9)
+    assert Everything(model) == before
+    assert shape_of(model).layers == FAMILIES[name].full_layers
+
+    def interrupt(stage: str, done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_linear(model, [1], 1e-9, interrupt)
+    assert Everything(model) == before
+    assert workers() == ranks, "measuring a pooled model's linear part started pool ranks"
+
+    reference = plain(folder)
+    ids = random_ids(1, 12)
+    with torch.no_grad():
+        got, expected = model.eval()(ids).logits, reference(ids).logits
+    assert torch.equal(got, expected), f"largest difference {(got - expected).abs().max():.3g}, not 0"
+
+
+def test_models_that_cannot_be_pooled_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no layer of full attention"):
+        shape_of(plain(save_model("mistral_window", tmp_path)))
+    with pytest.raises(ValueError, match="not a transformers model"):
+        shape_of(nn.Linear(2, 2))
+
+
+# Profiles.
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("name", "kernel"), [("llama", "torch_flash"), ("gemma2", "dense")])
+def test_calibrate_a_model(tmp_path: Path, name: str, kernel: str) -> None:
+    folder, before = save_model(name, tmp_path), workers()
+    stages: list[str] = []
+    profile = calibrate_model(
+        folder, threads=[2, 1], quick=True, budget_s=0.1, progress=lambda stage, done, total: stages.append(stage)
+    )
+    assert workers() == before, "the pool rank was left behind"
+    assert torch.get_num_threads() == 2
+    assert profile.quick
+    assert profile.misfit(calibrate.machine(), shape_of_path(folder, "float32")) is None
+    assert [(cost.kernel, cost.threads) for cost in profile.attention] == [(kernel, 1), (kernel, 2)]
+    assert [cost.threads for cost in profile.linear] == [1, 2]
+    seconds = [
+        profile.attention_for(1).prefill.at(1000),
+        profile.attention_for(1).decode.at(1000),
+        profile.linear_for(1).prefill.at(1000),
+        profile.linear_for(1).decode.at(1),
+        profile.link.to_rank.at(1e6),
+        profile.link.to_base.at(1e6),
+        profile.start_s,
+        profile.activation_s,
+    ]
+    assert all(value > 0 for value in seconds), seconds
+    assert {stage.split(":")[0] for stage in stages} >= {"loading the model", "starting a pool rank", "link", "linear"}
+    profile.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_an_error_ends_the_pool_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*args: Any, **kwargs: Any) -> None:
+        assert workers()
+        raise LinkLost("gone")
+
+    monkeypatch.setattr(huggingface_calibrate, "measure_link", lose)
+    with pytest.raises(LinkLost):
+        calibrate_model(plain(save_model("llama", tmp_path)), budget_s=0.1)
+    assert not workers()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({"threads": [0]}, "threads"), ({"budget_s": -1.0}, "budget_s"), ({"threads_per_rank": 0}, "threads_per_rank")],
+)
+def test_bad_input_starts_nothing(monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], told: str) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(huggingface_calibrate, "LocalPool", started.append)
+    loaded = SimpleNamespace(from_pretrained=lambda *_, **__: started.append("loading"))
+    monkeypatch.setattr(huggingface_calibrate, "AutoModelForCausalLM", loaded)
+    with pytest.raises(ValueError, match=told):
+        calibrate_model("nowhere", **arguments)
+    assert not started
+
+
+def test_profiles_are_kept_by_machine_and_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_cost import profile
+
+    monkeypatch.setattr(huggingface_calibrate, "user_cache_dir", lambda name: str(tmp_path / name))
+    mine = profile()
+    path = default_path(mine.machine, mine.shape)
+    assert tmp_path in path.parents
+    assert not path.exists()
+    assert keep(mine) == path
+    assert Profile.load(path) == mine
+    others = {
+        default_path(mine.machine.model_copy(update={"torch": "9"}), mine.shape),
+        default_path(mine.machine, mine.shape.model_copy(update={"layers": 9})),
+        path,
+    }
+    assert len(others) == 3
