@@ -100,6 +100,8 @@ def decode(
 ) -> None:
     """Decode steps alone, on caches filled with copies of a shorter real prompt's keys.
 
+    So --tokens may exceed the model's positions: the time is that of a model with more.
+
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
     with _one_line_errors():
@@ -112,8 +114,7 @@ def decode(
         with _prepared(model, min(tokens, _SEED_TOKENS)) as (screen, work):
             work |= {"tokens": tokens, "batch": batch, "steps": steps}
             contenders = _ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
-            if by_cost != by_length:
-                contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
+            contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
             results = compare([[contender] for contender in contenders], runs, screen)
         options = {"model": model or "demo", "tokens": tokens, "batch": batch, "steps": steps}
         _finish(Report("decode", options, "a step", results), json_file, plot_file)
@@ -285,7 +286,7 @@ def _check(counts: dict[str, int], json_file: Path | None, plot_file: Path | Non
         if plot_file.suffix not in _PICTURES:
             raise ValueError(f"--plot {plot_file} is no picture that can be drawn; give one of {', '.join(_PICTURES)}")
         if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib; pip install matplotlib, or leave it out")
+            raise ValueError("--plot needs matplotlib: pip install fapool-plugin[plot], or leave it out")
 
 
 def _check_longer(tokens: int, threshold: int) -> None:
@@ -298,6 +299,5 @@ def _check_longer(tokens: int, threshold: int) -> None:
 
 def _fa_pool(**settings: Any) -> dict[str, Any]:
     """The plugin's settings, checked against this machine. Raises FAPoolConfigError."""
-    known = {key: value for key, value in settings.items() if key != "activation" or key in FAPoolConfig.model_fields}
-    check_machine(FAPoolConfig(**known), psutil.virtual_memory().available)
-    return known
+    check_machine(FAPoolConfig(**settings), psutil.virtual_memory().available)
+    return settings

@@ -271,7 +271,7 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
     """Messages to a leased pool rank and back, timed at the base; what the rank computes is taken off.
 
     The way there is a request without tiles, answered with nothing. The way back is the answer to narrow queries
-    with wide values. An empty round trip is shared evenly between the two.
+    with wide values. Both are timed as round trips, and so are the errors.
 
     Args:
         rank: leased and opened; its link must be idle.
@@ -284,24 +284,24 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
     """
     sizes = _LINK_BYTES[::3] if quick else _LINK_BYTES
     progress("link: to the pool rank", 0, 2)
-    half_s = sample(0, _request(rank, 0)).seconds / 2
-
-    def there(nbytes: int) -> Callable[[], float]:
-        request = _request(rank, nbytes)
-        return lambda: request() - half_s
-
-    to_rank = fitted([sample(size, there(size)) for size in sizes], (0, 1))
+    there = fitted([sample(size, _request(rank, size)) for size in sizes], (0, 1))
     progress("link: back to the base", 1, 2)
 
     def back(nbytes: int) -> Callable[[], float]:
-        queries = -(-nbytes // (4 * (_WIDE + 1)))
+        queries = nbytes // (4 * (_WIDE + 1))
         request = _request(rank, 4 * _NARROW * queries, queries)
-        spent_s = half_s + to_rank.b * 4 * (_NARROW * queries + _NARROW + _WIDE)
-        # The way there may have been quicker than its fit.
-        return lambda: max(request() - spent_s, half_s / 2)
+        asking_s = there.b * 4 * (_NARROW * queries + _NARROW + _WIDE)
 
-    to_base = fitted([sample(size, back(size)) for size in sizes], (0, 1))
+        def timed() -> float:
+            seconds = request()
+            return max(seconds - asking_s, seconds / 2)  # asking may have been quicker than its fit
+
+        return timed
+
+    back_again = fitted([sample(size, back(size)) for size in sizes], (0, 1))
     progress("link", 2, 2)
+    # An empty message takes half an empty round trip.
+    to_rank, to_base = (fit.model_copy(update={"a": fit.a / 2}) for fit in (there, back_again))
     return LinkCost(to_rank=to_rank, to_base=to_base)
 
 

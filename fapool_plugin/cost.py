@@ -42,11 +42,11 @@ def _version_in(text: str) -> Any:
 class Fit(_Measured):
     """``seconds = a + b * n + c * n * n``, by least squares of relative errors over measured points."""
 
-    a: float = Field(0.0, ge=0)
-    b: float = Field(0.0, ge=0)
-    c: float = Field(0.0, ge=0)
-    error: float = Field(0.0, ge=0, description="Largest relative error over the points it was fitted to.")
-    spread: float = Field(0.0, ge=0, description="Largest (max - min) / median over the repeats of one point.")
+    a: float = Field(default=0.0, ge=0)
+    b: float = Field(default=0.0, ge=0)
+    c: float = Field(default=0.0, ge=0)
+    error: float = Field(default=0.0, ge=0, description="Largest relative error over the points it was fitted to.")
+    spread: float = Field(default=0.0, ge=0, description="Largest (max - min) / median over the repeats of one point.")
 
     def at(self, n: float) -> float:
         """Seconds at ``n``."""
@@ -122,7 +122,7 @@ class Profile(_Measured):
     linear: tuple[LinearCost, ...] = Field(min_length=1)
     link: LinkCost
     activation_s: float = Field(ge=0, description="Seconds from wanting ranks that run already to having them.")
-    start_s: float = Field(0.0, ge=0, description="Seconds to start local pool ranks the first time.")
+    start_s: float = Field(default=0.0, ge=0, description="Seconds to start local pool ranks the first time.")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

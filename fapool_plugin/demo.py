@@ -110,7 +110,9 @@ def show(run: Run, reference: Run | None) -> None:
     table.add_row("activations / releases", f"{stats['activations']} / {stats['releases']}")
     table.add_row("faults", str(stats["faults"]))
     table.add_row("bytes sent / received", f"{decimal(stats['bytes_sent'])} / {decimal(stats['bytes_received'])}")
-    table.add_row("threads, base + pool", f"{run.threads} + {run.pool_threads}", *(str(r.threads) for r in runs[1:]))
+    table.add_row(
+        "threads, lent to the pool", f"{run.threads}, {run.pool_threads}", *(str(r.threads) for r in runs[1:])
+    )
     Console().print(table)
 
 

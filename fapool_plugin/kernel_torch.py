@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 _ROW_BLOCK = 32  # rows of q that the CPU operator takes at a time, when they are few
-# Keys that are not cut any more: reading them takes hardly longer than one more small operation.
-_LEAST_KEYS = 1024
+# No chunk has fewer keys: three blocks of the CPU operator. Shorter ones cost more to merge than they save.
+_LEAST_KEYS = 1536
 # A busiest thread within this factor of the shortest possible is good enough: more chunks are more to merge.
 _NEARLY = 1.125
 
@@ -35,7 +35,8 @@ def flash_piece(
         return out_BHSD.transpose(1, 2), lse_BHS
 
     # With the queries of a group's heads as rows, their keys are read once.
-    q_BKRD = q_BSHD.view(B, S, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, rows, D)
+    q_BSKGD = q_BSHD.view(B, S, K, H // K, D)
+    q_BKRD = q_BSKGD[:, 0] if S == 1 else q_BSKGD.permute(0, 2, 3, 1, 4).reshape(B, K, rows, D)
     units = B * K * -(-rows // _ROW_BLOCK)
     chunks = chunk_count(units, torch.get_num_threads(), T // _LEAST_KEYS) if on_cpu else 1
     if chunks == 1:
@@ -44,6 +45,8 @@ def flash_piece(
         sequences = zip(q_BKRD.split(1), k_BKTD.split(1), v_BKTD.split(1), strict=True)
         parts = [_in_chunks(*one, softmax_scale, chunks) for one in sequences]
         out_BKRD, lse_BKR = parts[0] if B == 1 else map(torch.cat, zip(*parts, strict=True))
+    if S == 1:
+        return out_BKRD.reshape(B, 1, H, D), lse_BKR.reshape(B, H, 1)
     out_BSKGD = out_BKRD.view(B, K, H // K, S, D).permute(0, 3, 1, 2, 4)
     return out_BSKGD.reshape(B, S, H, D), lse_BKR.reshape(B, H, S)
 

@@ -11,7 +11,7 @@ kernel ever meets an empty or fully masked row, where they answer differently or
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -50,29 +50,24 @@ def attend(
     Raises ValueError for shapes, dtypes or devices that do not fit together, and for a kernel that is
     unknown, unavailable, or unable to do what is asked.
     """
-    _check_inputs(q_BSHD, k_BTKD, v_BTKE, window_size, softcap)
-    B, S, H, D = q_BSHD.shape
-    T, E = v_BTKE.shape[1], v_BTKE.shape[3]
-    offset = T - S if q_offset is None else q_offset
-    queries, keys, band = _Band.of(S, T, offset, causal, window_size).trim(S, T)
-    rows = queries.stop - queries.start
-    empty = min(B, rows, keys.stop - keys.start) == 0
-    windowed = not empty and band.hides_left(rows)
-    device, dtype = q_BSHD.device.type, q_BSHD.dtype
-    pick = _best_kernel if kernel is None else partial(pick_kernel, kernel=kernel)
-    name = pick(device, dtype, max(D, E), left_window=windowed, softcap=softcap > 0)
+    dtype, device = q_BSHD.dtype, q_BSHD.device
+    if not (dtype == k_BTKD.dtype == v_BTKE.dtype and dtype.is_floating_point):
+        raise ValueError(f"dtypes {dtype}, {k_BTKD.dtype}, {v_BTKE.dtype}: convert q, k and v to one float dtype")
+    if not device == k_BTKD.device == v_BTKE.device:
+        raise ValueError(f"devices {device}, {k_BTKD.device}, {v_BTKE.device}: move q, k and v to one device")
+    shapes = q_BSHD.shape, k_BTKD.shape, v_BTKE.shape
+    job = _prepare(*shapes, dtype, device.type, causal, q_offset, window_size, softcap, kernel)
+    if job.whole:
+        out_BSHE, lse_BHS = _KERNELS[job.kernel].run(q_BSHD, k_BTKD, v_BTKE, softmax_scale, job.band, softcap)
+        return out_BSHE, lse_BHS.contiguous()
 
-    if not empty:
-        q, k, v = _cut(q_BSHD, queries), _cut(k_BTKD, keys), _cut(v_BTKE, keys)
-        part_out, part_lse = _KERNELS[name].run(q, k, v, softmax_scale, band, softcap)
-        if rows == S:
-            return part_out, part_lse.contiguous()
-    out_BSHE = q_BSHD.new_zeros(B, S, H, E)
+    B, S, H, _ = q_BSHD.shape
+    out_BSHE = q_BSHD.new_zeros(B, S, H, v_BTKE.shape[3])
     lse_BHS = q_BSHD.new_full((B, H, S), -torch.inf, dtype=_accumulator(dtype))
-    if empty:
-        return out_BSHE, lse_BHS
-    out_BSHE[:, queries] = part_out
-    lse_BHS[:, :, queries] = part_lse
+    if not job.empty:
+        q, k, v = q_BSHD[:, job.queries], k_BTKD[:, job.keys], v_BTKE[:, job.keys]
+        part = _KERNELS[job.kernel].run(q, k, v, softmax_scale, job.band, softcap)
+        out_BSHE[:, job.queries], lse_BHS[:, :, job.queries] = part
     return out_BSHE, lse_BHS
 
 
@@ -154,17 +149,6 @@ def pick_kernel(
     return kernel
 
 
-@cache
-def _best_kernel(device_type: str, dtype: torch.dtype, head_dim: int, *, left_window: bool, softcap: bool) -> str:
-    # What is installed does not change, and a decode step asks once for each layer.
-    return pick_kernel(device_type, dtype, head_dim, left_window=left_window, softcap=softcap)
-
-
-def _cut(x_BTHD: Tensor, positions: slice) -> Tensor:
-    whole = positions.stop - positions.start == x_BTHD.shape[1]
-    return x_BTHD if whole else x_BTHD[:, positions]
-
-
 class _Band(NamedTuple):
     """What a rectangle's mask lets through: query i sees key j if i + low <= j <= i + high."""
 
@@ -193,6 +177,55 @@ class _Band(NamedTuple):
 
     def hides_right(self, T: int) -> bool:
         return self.high < T - 1
+
+
+class _Job(NamedTuple):
+    """The trimmed rectangle of one call, its band, and the kernel that computes it."""
+
+    kernel: str
+    queries: slice
+    keys: slice
+    band: _Band
+    whole: bool  # nothing was trimmed
+    empty: bool  # nothing is left
+
+
+@lru_cache(maxsize=256)
+def _prepare(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    dtype: torch.dtype,
+    device_type: str,
+    causal: bool,
+    q_offset: int | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    kernel: str | None,
+) -> _Job:
+    """What follows from shapes and arguments alone. Kept, because all layers of a forward ask for the same.
+
+    Raises ValueError as `attend` does.
+    """
+    shapes = f"q {tuple(q)}, k {tuple(k)}, v {tuple(v)}"
+    if not len(q) == len(k) == len(v) == 4:
+        raise ValueError(f"{shapes}: give four dimensions each, [batch, length, heads, head dim]")
+    (B, S, H, D), (_, T, K, _) = q, k
+    if k[0] != B or k[:3] != v[:3] or k[3] != D:
+        raise ValueError(f"{shapes}: q is [B, S, H, D], k [B, T, K, D], v [B, T, K, E] with B, T, K and D in common")
+    if H == 0 or K == 0 or H % K:
+        raise ValueError(f"{shapes}: {H} query heads cannot share {K} KV heads; H must be a multiple of K")
+    if min(window_size) < -1:
+        raise ValueError(f"window_size {window_size}: use -1 for no limit, else 0 or more")
+    if not softcap >= 0:
+        raise ValueError(f"softcap {softcap}: use 0 for none, else a positive number")
+    offset = T - S if q_offset is None else q_offset
+    queries, keys, band = _Band.of(S, T, offset, causal, window_size).trim(S, T)
+    rows, columns = queries.stop - queries.start, keys.stop - keys.start
+    empty = min(B, rows, columns) == 0
+    windowed = not empty and band.hides_left(rows)
+    name = pick_kernel(device_type, dtype, max(D, v[3]), left_window=windowed, softcap=softcap > 0, kernel=kernel)
+    return _Job(name, queries, keys, band, whole=not empty and (rows, columns) == (S, T), empty=empty)
 
 
 def _flash_attn(
@@ -352,27 +385,3 @@ def _one_head_dim(*tensors: Tensor, multiple: int) -> list[Tensor]:
         x if x.shape[-1] == head_dim and x.stride(-1) == 1 else F.pad(x, (0, head_dim - x.shape[-1])).contiguous()
         for x in tensors
     ]
-
-
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], softcap: float) -> None:
-    if problem := _misfit(q.shape, k.shape, v.shape):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: {problem}")
-    if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
-        raise ValueError(f"dtypes {q.dtype}, {k.dtype}, {v.dtype}: convert q, k and v to one float dtype")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"devices {q.device}, {k.device}, {v.device}: move q, k and v to one device")
-    if min(window_size) < -1:
-        raise ValueError(f"window_size {window_size}: use -1 for no limit, else 0 or more")
-    if not softcap >= 0:
-        raise ValueError(f"softcap {softcap}: use 0 for none, else a positive number")
-
-
-def _misfit(q: torch.Size, k: torch.Size, v: torch.Size) -> str:
-    if not len(q) == len(k) == len(v) == 4:
-        return "give four dimensions each, [batch, length, heads, head dim]"
-    if q[0] != k[0] or k[:3] != v[:3] or q[3] != k[3]:
-        return "q is [B, S, H, D], k [B, T, K, D], v [B, T, K, E] with B, T, K and D in common"
-    H, K = q[2], k[2]
-    if H == 0 or K == 0 or H % K:
-        return f"{H} query heads cannot share {K} KV heads; H must be a multiple of K"
-    return ""

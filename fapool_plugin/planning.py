@@ -95,6 +95,14 @@ def find_profile(model: Path | None, given: Path | None, setting: Setting) -> Pr
     return found
 
 
+def kept_profile(model: Path, setting: Setting) -> str:
+    """The file of the profile kept for this machine and model, measured quickly if there is none."""
+    from fapool_plugin.integrations.huggingface_calibrate import default_path
+
+    profile = find_profile(model, None, setting)
+    return str(default_path(profile.machine, profile.shape))
+
+
 def measure(model: Path | None, setting: Setting, *, quick: bool, out: Path | None = None) -> Profile:
     """Measures a profile, with progress, and writes it to ``out`` or, for None, where plans look for it.
 

@@ -301,11 +301,7 @@ class ResourceManager:
         """What happened so far: state, pooled and local calls of prefill and decode, activations, releases, faults,
         ranks, bytes and the event log. A copy; see :mod:`fapool_plugin.metrics` for what each number counts."""
         held = [rank.number for rank in self.ranks]
-        return {
-            "state": self.state,
-            "threshold": self.threshold,
-            "leased_ranks": held,
-        } | self.counters.as_dict()
+        return {"state": self.state, "threshold": self.threshold, "leased_ranks": held} | self.counters.as_dict()
 
     def close(self) -> None:
         """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
@@ -317,9 +313,8 @@ class ResourceManager:
             if self.ranks:
                 self._release("closed")
             self.state = "closed"
-            if self._finalizer is not None:
+            if self._finalizer is not None and self._pool is not None:
                 self._finalizer.detach()
-            if self._pool is not None:
                 self._pool.close()
             self._pool = None
             self.closing.close()

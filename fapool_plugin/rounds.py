@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import TypeVar
 
 from greenlet import GreenletExit, greenlet
@@ -69,4 +70,4 @@ def block_edges(start: int, stop: int, blocks: int, multiple: int) -> list[tuple
     units = -(-(stop - start) // multiple)
     count = min(blocks, units)
     edges = [min(stop, start + (index * units // count) * multiple) for index in range(count)] + [stop]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
 PROTOCOL_VERSION = 2
-TILE_FIELDS = 9
+TILE_FIELDS, PART_FIELDS = 9, 4
 INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
 
@@ -43,6 +43,8 @@ class Op(IntEnum):
     FREE = 3
     RELEASE = 4
     BYE = 5
+    PEER = 6
+    KEYS = 7
 
 
 class Status(IntEnum):
@@ -53,6 +55,7 @@ class Status(IntEnum):
     STALE = 2
     BUSY = 3
     VERSION = 4
+    MISSING = 5
 
 
 class LinkLost(RuntimeError):
@@ -91,6 +94,18 @@ class Header(NamedTuple):
     """HELLO's reply: the rank's KV memory limit in bytes. ATTEND's reply: nanoseconds spent computing."""
     clock: int = 0
     """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO."""
+    joint: int = 0
+    """The attention call, by one number at all pool ranks that work on it together; 0: each works alone."""
+    number: int = 0
+    """Joint requests and PEER: the receiving rank's number. HELLO's reply: the node that the rank is on."""
+    peer: int = 0
+    """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank."""
+    peers: int = 0
+    """Ranks listed: those whose answers are merged into ATTEND's, or those that KEYS are passed on to."""
+    awaits: int = 0
+    """KEYS messages that ATTEND waits for."""
+    parts: int = 0
+    """Merged answers: how many ranks' parts they report on."""
 
 
 def float_bits(value: float) -> int:
@@ -113,24 +128,23 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
-    if header.version != PROTOCOL_VERSION or header.op != Op.ATTEND:
+    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.KEYS):
         return []
     sizes = (header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements)
+    sizes += (header.peers, header.parts)
     if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0:
         raise LinkLost(f"malformed header {tuple(header)}")
     dtype = _DTYPES[header.dtype]
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     if header.status == Status.REQUEST:
-        parts: list[tuple[tuple[int, ...], torch.dtype]] = [
-            ((header.tiles, TILE_FIELDS), torch.int64),
-            ((header.q_elements,), dtype),
-            ((header.k_elements,), dtype),
-            ((header.v_elements,), dtype),
-        ]
+        parts.append(((header.tiles, TILE_FIELDS), torch.int64))
+        parts += [((elements,), dtype) for elements in (header.q_elements, header.k_elements, header.v_elements)]
+        parts += [((header.peers,), torch.int64)] if header.peers else []
     elif header.status == Status.OK:
         lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        parts = [((header.q_elements,), dtype), ((header.lse_elements,), lse_dtype)]
-    else:
-        parts = []
+        parts += [((header.q_elements,), dtype), ((header.lse_elements,), lse_dtype)]
+        if header.parts:
+            parts += [((header.tiles, TILE_FIELDS), torch.int64), ((header.parts, PART_FIELDS), torch.int64)]
     return parts
 
 
@@ -144,6 +158,12 @@ class Message(NamedTuple):
 
     header: Header
     tensors: list[torch.Tensor]
+
+
+class Inbox(Protocol):
+    """What a link receives into, in its own thread."""
+
+    def put(self, item: tuple[Link, Message | LinkLost], /) -> None: ...
 
 
 class _Wire:
@@ -204,7 +224,7 @@ class Link:
         timeout_s: silence, in seconds, after which the other end is lost.
         connect_timeout_s: how long to wait for the other end at first; a RuntimeError after that.
         host: address to bind to; None for the default interface.
-        into: queue to receive into, when several links share one; None for one of its own.
+        into: what to receive into, when several links share it; None for a queue of its own.
     """
 
     def __init__(
@@ -216,7 +236,7 @@ class Link:
         timeout_s: float,
         connect_timeout_s: float = 60.0,
         host: str | None = None,
-        into: queue.SimpleQueue[tuple[Link, Message | LinkLost]] | None = None,
+        into: Inbox | None = None,
     ) -> None:
         rank = 0 if side == "base" else 1
         self.name, self._peer, self._tag = name, 1 - rank, rank
@@ -225,7 +245,8 @@ class Link:
         self._pulse = _group(store, f"{name}/pulse", rank, connect, host)
         self._silence = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
-        self.inbox = into if into is not None else queue.SimpleQueue()
+        self._received: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
+        self._into: Inbox = into if into is not None else self._received
         self.lost: str | None = None
         self._over, self._lost_lock, self._said_goodbye = threading.Event(), threading.Lock(), False
         self._outgoing: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
@@ -281,9 +302,9 @@ class Link:
 
     def receive(self) -> Message:
         """The next message. Raises LinkLost once the other end is gone."""
-        _, item = self.inbox.get()
+        _, item = self._received.get()
         if isinstance(item, LinkLost):
-            self.inbox.put((self, item))
+            self._received.put((self, item))
             raise item
         return item
 
@@ -294,7 +315,7 @@ class Link:
             self.lost = self.lost or reason
         self._over.set()
         if first:
-            self.inbox.put((self, LinkLost(self.lost)))
+            self._into.put((self, LinkLost(self.lost)))
         return self.lost
 
     def close(self) -> None:
@@ -335,7 +356,7 @@ class Link:
                 if wire.body is not None:
                     self._data.recv([wire.body], self._peer, 1 - self._tag).wait(_FOREVER)
                 self.bytes_received += wire.nbytes
-                self.inbox.put((self, Message(header, wire.tensors)))
+                self._into.put((self, Message(header, wire.tensors)))
                 del frame, wire
         except Exception as error:  # whatever it was, nothing more will be read
             self.fail(f"connection ended: {_first_line(error)}")

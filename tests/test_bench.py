@@ -86,7 +86,8 @@ def test_decode(tmp_path, none_left) -> None:
     done = run("decode", *words, "--runs", "2", "--json", str(file))
     assert done.exit_code == 0, done.output
     found = complete(file, 2)
-    assert list(found)[:3] == ["sdpa, 1 thread", "sdpa, 2 threads", "fapool, 1 + 1"]
+    assert list(found) == ["sdpa, 1 thread", "sdpa, 2 threads", "fapool, 1 + 1", "fapool by plan, 2 + 1"]
+    assert "fapool by plan, 2 + 1: " in done.output, "whether it pooled is not said"
     layers, steps, header = 4, 3 + 1, 8 * 64
     queries = 4 * 2 * 8 * 64  # fp32, two sequences, eight heads of 64
     for facts in found["fapool, 1 + 1"]["facts"]:

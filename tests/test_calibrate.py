@@ -1,7 +1,8 @@
-"""Measured costs are those that were made, under a clock that the tests turn; and a measured model is left as it was."""
+"""Measured costs are those that were made, under a clock that the tests turn; a profile comes out of a real model."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,18 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from fapool_plugin import calibrate
 from fapool_plugin.cost import Fit, Profile, Shape
-from fapool_plugin.integrations import huggingface_calibrate, huggingface_linear
+from fapool_plugin.integrations import huggingface_calibrate
 from fapool_plugin.integrations.huggingface_calibrate import calibrate_model, default_path, keep, shape_of_path
-from fapool_plugin.integrations.huggingface_linear import measure_linear, shape_of
 from fapool_plugin.transport import Header, LinkLost, Message, Status
-from tests.models import FAMILIES, load_pooled, plain, random_ids, save_model, workers
+from tests.models import plain, save_model, workers
+from tests.test_cost import profile
 
 SHAPE = Shape(hidden=48, layers=2, heads=6, kv_heads=3, head_dim=8, v_head_dim=12, dtype="float32", parameters=1)
-NO_GROUPS = {"gpt2", "gpt_neox", "opt", "deepseek_v3"}
 
 
 class Clock:
@@ -44,8 +43,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (calibrate, huggingface_linear):
-        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(calibrate, "time", clock)
     return clock
 
 
@@ -73,9 +71,9 @@ def test_a_sample_is_a_median_with_its_spread() -> None:
 
 
 def test_short_runs_are_repeated() -> None:
-    runs = []
-    calibrate.sample(1, lambda: runs.append(0) or 0.001)
-    assert len(runs) >= 3 * 10
+    runs = itertools.count()
+    calibrate.sample(1, lambda: 0.001 + 0 * next(runs))
+    assert next(runs) >= 3 * 10
 
 
 def test_sizes_grow_until_the_budget_is_spent(clock: Clock) -> None:
@@ -220,138 +218,8 @@ def test_a_link_costs_what_its_messages_take(clock: Clock, quick: bool) -> None:
 
 
 def test_a_rank_without_a_lease_is_told_of(clock: Clock) -> None:
-    with pytest.raises(RuntimeError, match="STALE.*open it again"):
+    with pytest.raises(RuntimeError, match=r"STALE.*open it again"):
         calibrate.measure_link(FakeRank(clock, 1.0, 0.0, 0.0, Status.STALE))  # type: ignore[arg-type]
-
-
-# Models.
-
-
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.full_layers])
-def test_shapes_of_all_families(tmp_path: Path, name: str) -> None:
-    folder = save_model(name, tmp_path)
-    model = plain(folder)
-    latent = name == "deepseek_v3"
-    shape = shape_of(model)
-    assert shape == Shape(
-        hidden=48,
-        layers=FAMILIES[name].full_layers,
-        heads=6,
-        kv_heads=6 if name in NO_GROUPS else 3,
-        head_dim=16 if latent else 8,
-        v_head_dim=12 if latent else 8,
-        dtype="float32",
-        parameters=model.num_parameters(),
-    )
-    assert shape_of(load_pooled(folder)) == shape
-    assert shape_of_path(folder, "bfloat16") == shape.model_copy(update={"dtype": "bfloat16"})
-
-
-def timed_model(tmp_path: Path, clock: Clock, name: str = "llama", layers: int = 6) -> Any:
-    """A tiny model in which only embedding and FFNs take time: 1 ms a forward, and 10 us a token and layer."""
-    model = plain(save_model(name, tmp_path, num_hidden_layers=layers))
-    model.get_input_embeddings().register_forward_hook(clock.after(lambda *_: 1e-3))
-    for module in model.modules():
-        if type(module).__name__.endswith("MLP"):
-            module.register_forward_hook(clock.after(lambda module, args, out: 1e-5 * args[0].shape[:2].numel()))
-    return model
-
-
-@pytest.mark.parametrize("quick", [True, False])
-def test_the_linear_part_costs_what_the_model_takes(tmp_path: Path, clock: Clock, quick: bool) -> None:
-    model = timed_model(tmp_path, clock)
-    costs = measure_linear(model, [1, 2], 1e9, quick=quick)
-    assert [cost.threads for cost in costs] == [1, 2]
-    for cost in costs:
-        assert_fit(cost.prefill, a=1e-3, b=6e-5)
-        assert_fit(cost.decode, a=1e-3, b=6e-5)
-
-
-def test_a_forward_that_is_broken_off_is_extrapolated(tmp_path: Path, clock: Clock) -> None:
-    model, seen = timed_model(tmp_path, clock), []
-    model.model.layers[2].mlp.register_forward_hook(lambda *_: seen.append("third layer"))
-    cost = measure_linear(model, [1], 1e-9)[0]
-    assert not seen, "the forward went on after two whole layers"
-    assert_fit(cost.prefill, a=1e-3, b=6e-5)
-    with torch.no_grad():
-        out = model(random_ids(1, 8), output_hidden_states=True)
-    assert len(out.hidden_states) == 7, "the break left something behind"
-
-
-def test_attention_does_not_count(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = timed_model(tmp_path, clock)
-    monkeypatch.setattr(
-        torch.Tensor, "new_zeros", lambda self, *sizes: clock.after(lambda: 7.0)() or self.new_empty(sizes).zero_()
-    )
-    assert_fit(measure_linear(model, [1], 1e9, quick=True)[0].prefill, a=1e-3, b=6e-5)
-
-
-def test_sliding_layers_are_computed(tmp_path: Path) -> None:
-    """They are local in every plan, so their attention belongs to the linear part: it must be the real one."""
-    model = plain(save_model("gemma2", tmp_path))
-    ids, seen = random_ids(1, 12), []
-    sliding = model.model.layers[0].self_attn.o_proj
-    sliding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(ids)
-        with huggingface_linear._Model.opened(model) as opened:
-            opened.run(ids, 1e9)
-    assert torch.equal(seen[0], seen[1]), f"largest difference {(seen[0] - seen[1]).abs().max():.3g}, not 0"
-
-
-class Everything:
-    """What measuring must leave alone."""
-
-    def __init__(self, model: Any) -> None:
-        config = model.config
-        self.state = (
-            config.to_dict(),
-            config._attn_implementation,
-            {name: module.training for name, module in model.named_modules()},
-            {name: sorted(vars(module)) for name, module in model.named_modules()},
-            {name: vars(module).get("fapool_forwards") for name, module in model.named_modules()},
-            torch.is_grad_enabled(),
-            torch.get_num_threads(),
-            model.fa_pool.stats() if hasattr(model, "fa_pool") else None,
-        )
-        self.grads = [parameter.grad is None and parameter.requires_grad for parameter in model.parameters()]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Everything) and (self.state, self.grads) == (other.state, other.grads)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("kind", ["plain", "pooled"])
-def test_a_model_is_left_as_it_was(tmp_path: Path, name: str, kind: str) -> None:
-    folder, ranks = save_model(name, tmp_path), workers()
-    model = plain(folder) if kind == "plain" else load_pooled(folder)
-    model.train()
-    next(m for m in model.modules() if isinstance(m, nn.Embedding)).eval()  # not all alike
-    before = Everything(model)
-    measure_linear(model, [1], 1e-9)
-    assert Everything(model) == before
-    assert shape_of(model).layers == FAMILIES[name].full_layers
-
-    def interrupt(stage: str, done: int, total: int | None) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        measure_linear(model, [1], 1e-9, interrupt)
-    assert Everything(model) == before
-    assert workers() == ranks, "measuring a pooled model's linear part started pool ranks"
-
-    reference = plain(folder)
-    ids = random_ids(1, 12)
-    with torch.no_grad():
-        got, expected = model.eval()(ids).logits, reference(ids).logits
-    assert torch.equal(got, expected), f"largest difference {(got - expected).abs().max():.3g}, not 0"
-
-
-def test_models_that_cannot_be_pooled_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no layer of full attention"):
-        shape_of(plain(save_model("mistral_window", tmp_path)))
-    with pytest.raises(ValueError, match="not a transformers model"):
-        shape_of(nn.Linear(2, 2))
 
 
 # Profiles.
@@ -416,8 +284,6 @@ def test_bad_input_starts_nothing(monkeypatch: pytest.MonkeyPatch, arguments: di
 
 
 def test_profiles_are_kept_by_machine_and_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_cost import profile
-
     monkeypatch.setattr(huggingface_calibrate, "user_cache_dir", lambda name: str(tmp_path / name))
     mine = profile()
     path = default_path(mine.machine, mine.shape)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from fapool_plugin import cli, doctor
 from fapool_plugin.integrations import huggingface_runs as runs
+from fapool_plugin.trace import summary
 
 WORDS, POSITIONS, LAYERS = 99, 64, 2
 PROMPT = [(7 * i * i + 3 * i) % WORDS for i in range(40)]
@@ -74,7 +75,21 @@ def greedy(model: Path) -> list[int]:
 def test_generate_compares_a_pooled_run_with_plain_sdpa(model, prompt, tmp_path, partition) -> None:
     out = tmp_path / "out.json"
     args = ("--model", model, "--prompt-file", prompt, "--max-new-tokens", NEW, "--pool-ranks", 1, "--threads", 1)
-    done = invoke("generate", *args, "--threshold", 16, "--partition", partition, "--compare", "--json", out)
+    done = invoke(
+        "generate",
+        *args,
+        "--threshold",
+        16,
+        "--partition",
+        partition,
+        "--compare",
+        "--json",
+        out,
+        "--activation",
+        "length",
+        "--trace",
+        tmp_path / "trace.json",
+    )
     assert done.exit_code == 0, done.output
     values, expected = json.loads(out.read_text()), greedy(model)
     assert values["tokens"] == expected, f"fapool {values['tokens']}, forward by forward {expected}"
@@ -94,9 +109,10 @@ def test_generate_compares_a_pooled_run_with_plain_sdpa(model, prompt, tmp_path,
     assert "prefill of 40 tokens" in done.stderr
     shown = {row.split("│")[1].strip(): row.split("│")[2:-1] for row in done.stdout.splitlines() if "│" in row}
     together = min(2, os.cpu_count() or 1)
-    assert [cell.strip() for cell in shown["threads, base + pool"]] == ["1 + 1", str(together)]
+    assert [cell.strip() for cell in shown["threads, lent to the pool"]] == ["1, 1", str(together)]
     assert shown["decode calls, pooled / local"][0].strip() == f"{LAYERS * (NEW - 1)} / 0"
     assert shown["tokens identical"][0].strip() == "yes"
+    assert summary(tmp_path / "trace.json").keys() == {"base", "pool rank 0"}
 
 
 def test_generate_without_ranks_is_local_and_restores_threads(model, prompt, tmp_path) -> None:
@@ -257,6 +273,7 @@ def test_module_runs_and_loads_no_torch_for_its_version() -> None:
 
 
 def test_doctor_finds_what_the_tests_themselves_use() -> None:
+    before = set(sys.modules)
     done = invoke("doctor", "--json")
     assert done.exit_code == 0, done.output
     values = json.loads(done.stdout)
@@ -268,7 +285,7 @@ def test_doctor_finds_what_the_tests_themselves_use() -> None:
     if not torch.cuda.is_available():
         assert not checks["NCCL"]["usable"]
         assert "needs CUDA" in checks["flash-attn"]["why"]
-    assert "deepspeed" not in sys.modules
+    assert "deepspeed" not in set(sys.modules) - before
     table = invoke("doctor")
     assert table.exit_code == 0
     assert all(name in table.stdout for name in checks), table.stdout

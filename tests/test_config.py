@@ -19,6 +19,14 @@ DEFAULTS = {
     "release_ratio": 0.5,
     "partition": "line",
     "base_share": None,
+    "blocks": None,
+    "activation": "cost",
+    "profile": None,
+    "reduction": "auto",
+    "reduction_fan_in": 2,
+    "key_distribution": "auto",
+    "trace": None,
+    "metrics_port": None,
     "timeout_s": 5.0,
     "start_timeout_s": 120.0,
     "kv_block": 256,
@@ -30,7 +38,15 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "enabled": ([True, False], [1, 0, "true", None]),
     "pool": (["local"], ["launch", "attach", "", None, 1]),
     "pool_ranks": ([1, 7], [0, -1, 1.0, "1", True, None]),
-    "threshold": ([0, 1, 10**7], [-1, 4096.0, "4096", True, None]),
+    "activation": (["cost", "length"], ["auto", None, 1]),
+    "threshold": ([0, 1, 10**7, "auto"], [-1, 4096.0, "4096", "Auto", True, None]),
+    "profile": (["profile.json", None], [1, True, {}]),
+    "blocks": ([1, 8, None], [0, -1, 1.5, "2", True]),
+    "reduction": (["auto", "direct", "tree", "two_level"], ["ring", None, 1]),
+    "reduction_fan_in": ([2, 8], [1, 0, "2", None]),
+    "key_distribution": (["auto", "direct", "chain"], ["tree", None, 1]),
+    "trace": (["trace.json", None], [1, True]),
+    "metrics_port": ([0, 9100, 65535, None], [-1, 65536, "9100", True]),
     "release_ratio": ([1e-9, 0.5, 1.0, 1], [0, 0.0, 1.0001, -0.5, "0.5", True, None, float("nan")]),
     "partition": (["line", "query_blocks"], ["lines", "LINE", None, 0]),
     "base_share": ([None, 0, 0.0, 0.999], [1, 1.0, -0.001, "0.5", True, float("nan")]),
@@ -83,7 +99,7 @@ def test_rules_in_words() -> None:
     assert "must be a number > 0 and <= 1; leave it out for the default, 0.5" in refusal({"release_ratio": 2})
     assert "must be a number >= 0 and < 1 or null" in refusal({"base_share": 1})
     assert 'must be "line" or "query_blocks"' in refusal({"partition": "rings"})
-    assert "must be a whole number >= 0; write 8 without the quotes" in refusal({"threshold": "8"})
+    assert 'must be a whole number >= 0 or "auto"; write 8 without the quotes' in refusal({"threshold": "8"})
     assert "without the quotes" not in refusal({"threshold": "-8"})
 
 

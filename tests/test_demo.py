@@ -9,7 +9,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from fapool_plugin import demo
@@ -150,8 +149,3 @@ def test_a_terminal_gets_a_bar_and_a_spinner() -> None:
     assert tasks["decode"].finished, "an answer that ends early leaves no running bar"
     assert "prefill" in shown.getvalue()
     assert "3/8" in shown.getvalue()
-
-
-def test_default_threads_leave_room_for_the_pool_ranks() -> None:
-    cores = torch.get_num_threads()
-    assert [runs.default_threads(ranks) for ranks in (0, 1, cores + 5)] == [cores, max(1, cores - 1), 1]

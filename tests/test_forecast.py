@@ -274,6 +274,23 @@ def test_slow_ranks_get_less_and_the_base_more() -> None:
     assert slow.seconds > even.seconds
 
 
+def test_a_decode_step_is_the_longer_of_two_clocks() -> None:
+    """Two ranks and the base take one head each of one row: the second rank is asked after the first."""
+    link = LinkCost(to_rank=Fit(a=3e-4, b=1e-9), to_base=Fit(a=2e-4, b=2e-9))
+    told, keys = profile(ATTENTION, LINEAR, link, decode=(Fit(a=1e-4, b=3e-7), Fit(a=1e-3, b=1e-3))), 3000
+    predicted = Decode(told, [keys], DEVICES, held=[keys, keys]).play(Way(2, 1, 1 / 3)).seconds
+    head = 1e-4 + 3e-7 * keys / KV_HEADS
+    request = link.to_rank.at(GROUP * HEAD_DIM * 2)
+    reply = link.to_base.at(GROUP * (V_HEAD_DIM * 2 + 4))
+    expected = 2e-3 + LAYERS * max(2 * (request + reply) + head, 2 * request + head + reply)
+    assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
+    # Without the base each rank has a head and half of another: two lanes, two tiles.
+    request, reply = link.to_rank.at(2 * GROUP * HEAD_DIM * 2), link.to_base.at(2 * GROUP * (V_HEAD_DIM * 2 + 4))
+    predicted = Decode(told, [keys], DEVICES, held=[2 * keys, 2 * keys]).play(Way(2, 1, 0.0)).seconds
+    expected = 2e-3 + LAYERS * max(2 * (request + reply), 2 * request + 2 * 1e-4 + 3e-7 * keys / 2 + reply)
+    assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
+
+
 def test_decode_takes_what_is_resident_and_sends_only_for_many_steps() -> None:
     link = LinkCost(to_rank=Fit(a=1e-6, b=1e-9), to_base=Fit(a=1e-6, b=1e-9))
     told = profile(ATTENTION, LINEAR, link, decode=(Fit(b=1e-7), Fit(b=1e-5)))

@@ -134,7 +134,7 @@ def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor, value: Ten
     if not isinstance(cache, PooledCache) or index is None or index >= len(cache.layers):
         return False
     layer = cache.layers[index]
-    if not isinstance(layer, PooledLayer):
+    if not isinstance(layer, PooledLayer) or not layer.is_initialized:
         return False
     # Multi-head latent attention caches latents and expands them anew in every call.
     expands = hasattr(module, "expand_kv")

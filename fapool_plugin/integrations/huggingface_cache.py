@@ -6,6 +6,7 @@ Knows transformers' cache contract; does not know who computes attention.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,11 +115,20 @@ class PooledCache(DynamicCache):
             if isinstance(layer, PooledLayer):
                 layer.reserve(positions)
 
-    def rewind(self, length: int) -> None:
-        """Pooled layers forget what an interrupted forward has appended."""
-        for layer in self.layers:
-            if isinstance(layer, PooledLayer):
-                layer.rewind(length)
+    def rewinder(self) -> Callable[[], None]:
+        """What makes all layers forget what a forward from here on appends, should it be interrupted."""
+        length = self.get_seq_length()
+        # Other layers put new tensors in the place of old ones and change none: their attributes are their state.
+        others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, PooledLayer)]
+
+        def rewind() -> None:
+            for layer in self.layers:
+                if isinstance(layer, PooledLayer):
+                    layer.rewind(length)
+            for layer, before in others:
+                vars(layer).update(before)
+
+        return rewind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PooledCache:
         twin = copy.copy(self)

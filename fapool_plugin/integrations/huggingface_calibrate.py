@@ -124,11 +124,11 @@ def calibrate_model(
         ValueError: no threads, no time, or a model that cannot be pooled.
         RuntimeError: no pool rank can be started, or it is lost (LinkLost).
     """
+    config = FAPoolConfig(pool_ranks=1, threads_per_rank=threads_per_rank)
     all_threads = torch.get_num_threads()
     counts = sorted({*threads} or {threads_per_rank, max(1, all_threads // 2), all_threads})
     budget = (QUICK_S if quick else FULL_S) if budget_s is None else budget_s
     check_effort(counts, budget)
-    config = FAPoolConfig(pool_ranks=1, threads_per_rank=threads_per_rank)
     model = model_or_path
     if isinstance(model, str | os.PathLike):
         progress("loading the model", 0, None)

@@ -149,6 +149,7 @@ class Forwards:
         reason = _not_in_blocks(_by_name(owner, args, kwargs))
         if reason:
             self.manager.counters.not_overlapped(reason)
+            decided.blocks = 1
             return enter(*args, **kwargs)
         return _run_blocks(owner, enter, _by_name(owner, args, kwargs), scope, cache)
 
@@ -158,7 +159,7 @@ def _run_blocks(owner: Any, enter: Callable[..., Any], given: dict[str, Any], sc
     decided, geometry = scope.decided, scope.decided.geometry
     assert geometry is not None
     past = geometry.q_column
-    as_tuple = not _asked(owner, given, "return_dict") and given.get("return_dict") is not None
+    as_tuple = not _asked(owner, given, "return_dict")
 
     def block(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
         mine = given | {"past_key_values": cache, "use_cache": True, "return_dict": True}
@@ -175,11 +176,12 @@ def _run_blocks(owner: Any, enter: Callable[..., Any], given: dict[str, Any], sc
         return run
 
     edges = block_edges(past, geometry.columns, decided.blocks, _BLOCK_MULTIPLE)
+    rewind = cache.rewinder()
     try:
         outputs = run_rounds([block(start, stop) for start, stop in edges])
     except BaseException:
         # Layers are at different lengths now; none of them is one that the caller knows.
-        cache.rewind(past)
+        rewind()
         raise
     kept = given.get("past_key_values")
     joined = type(outputs[0])(**{name: _joined(name, [o[name] for o in outputs], kept) for name in outputs[0]})
@@ -217,7 +219,7 @@ def one_block_model(model: Any, decoder: Any, kinds: set[str]) -> str | None:
 
 def one_block_reason(owner: Any, given: dict[str, Any]) -> str | None:
     """Why this forward cannot be cut into blocks in flight; None if it can."""
-    if torch.compiler.is_compiling() or owner._compiled_call_impl is not None:
+    if torch.compiler.is_compiling() or any(module._compiled_call_impl is not None for module in owner.modules()):
         return "the model is compiled"
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
@@ -238,6 +240,11 @@ def _not_in_blocks(given: dict[str, Any]) -> str | None:
             return f"argument {name} is not known to have a part for each block"
     if _active_collector.get() is not None:
         return "outputs are collected outside the decoder"
+    positions = given.get("position_ids")
+    cached = given.get("past_key_values") is not None or given.get("attention_mask") is not None
+    if isinstance(positions, Tensor) and not cached and bool((positions.diff(dim=-1) != 1).any()):
+        # transformers looks for this only where it sees no cache; blocks always have one.
+        return "sequences are packed"
     return None
 
 

@@ -48,13 +48,14 @@ class _Clock:
     """Times one forward at its calls of full attention.
 
     Args:
-        local: the attention implementation of sliding-window layers, by its name in transformers.
+        local: the attention implementation of sliding-window layers, by its name in transformers; None: they answer
+            zeros as well, and are not counted.
         limit_s: seconds after which the forward is broken off, once it has seen enough.
     """
 
-    local: str
+    local: str | None
     limit_s: float
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
     entered: list[float] = field(default_factory=list)
     left: list[float] = field(default_factory=list)
     seen: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -62,14 +63,14 @@ class _Clock:
     softcap: float = 0.0
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, softcap: float) -> Tensor:
-        """Zeros in place of attention's output, (B, S, H, E). Raises _Enough instead of taking longer."""
+        """What attention answers. Raises _Enough instead of taking longer."""
         self.entered.append(time.perf_counter())
-        batch, heads, queries, head_dim = query.shape
         if not self.left:
-            self.seen, self.softcap = (heads, key.shape[1], head_dim, value.shape[3]), softcap
+            self.seen = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+            self.softcap = softcap
         if len(self.entered) >= _FEWEST_CALLS and self.entered[-1] - self.began > self.limit_s:
             raise _Enough
-        out_BSHE = query.new_zeros(batch, queries, heads, value.shape[3])
+        out_BSHE = _zeros(query, value)
         self.left.append(time.perf_counter())
         return out_BSHE
 
@@ -93,19 +94,28 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function: zeros at once, except for sliding-window layers, which are never pooled."""
     clock = _CLOCK.get()
-    if clock is not None and attention_mask is None and kwargs.get("sliding_window") is None:
+    slides = attention_mask is not None or kwargs.get("sliding_window") is not None
+    if clock is not None and not slides:
         return clock.attend(query, key, value, float(kwargs.get("softcap") or 0.0)), None
+    if clock is not None and clock.local is None:
+        return _zeros(query, value), None
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(clock.local if clock else "sdpa", own)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface((clock and clock.local) or "sdpa", own)
     return function(module, query, key, value, attention_mask, **kwargs)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
-    """Mask function: none for full attention."""
+    """Mask function: none for layers that answer zeros."""
     clock = _CLOCK.get()
-    if clock is not None and kwargs.get("local_size") is None:
+    if clock is not None and (kwargs.get("local_size") is None or clock.local is None):
         return None
-    return ALL_MASK_ATTENTION_FUNCTIONS[clock.local if clock else "sdpa"](*args, **kwargs)
+    return ALL_MASK_ATTENTION_FUNCTIONS[(clock and clock.local) or "sdpa"](*args, **kwargs)
+
+
+def _zeros(query: Tensor, value: Tensor) -> Tensor:
+    """In place of attention's output, (B, S, H, E)."""
+    batch, heads, queries, _ = query.shape
+    return query.new_zeros(batch, queries, heads, value.shape[3])
 
 
 AttentionInterface.register(NAME, _attention)
@@ -156,7 +166,7 @@ class _Model:
         on_cuda = ids_BS.is_cuda
 
         def forward() -> float:
-            clock = self.run(ids_BS, float("inf") if on_cuda else limit_s)
+            clock = self.run(ids_BS, float("inf") if on_cuda else limit_s, self.local)
             if on_cuda:
                 torch.cuda.synchronize()
             if len(clock.left) < len(clock.entered):
@@ -165,9 +175,9 @@ class _Model:
 
         return forward
 
-    def run(self, ids_BS: Tensor, limit_s: float) -> _Clock:
-        """One forward, or its beginning."""
-        clock = _Clock(self.local, limit_s)
+    def run(self, ids_BS: Tensor, limit_s: float, local: str | None) -> _Clock:
+        """One forward, or its beginning; see :class:`_Clock`."""
+        clock = _Clock(local, limit_s)
         token = _CLOCK.set(clock)
         try:
             # A mask keeps transformers from looking for packed sequences, which the meta device cannot.
@@ -211,8 +221,9 @@ def shape_of(model: Any) -> Shape:
 def look(model: Any) -> tuple[Shape, float]:
     """``shape_of`` a model, and the softcap of its scores, 0 for none."""
     with _Model.opened(model) as opened:
-        # Nothing is timed, and one call is enough.
-        clock = opened.run(torch.zeros((1, 1), dtype=torch.int64, device=model.device), limit_s=0.0)
+        # Nothing is timed, and the first call is enough.
+        ids_BS = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+        clock = opened.run(ids_BS, limit_s=0.0, local=None)
     heads, kv_heads, head_dim, v_head_dim = clock.seen
     shape = Shape(
         hidden=model.config.get_text_config(decoder=True).hidden_size,

@@ -63,7 +63,7 @@ class Job:
     dtype: str
     """A name in torch: "float32", "bfloat16"."""
     threads: int
-    """CPU threads of the base."""
+    """CPU threads of the base, before it lends any."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Run:
     """``ResourceManager.stats()`` after the pool was closed; None without the plugin."""
 
 
-def default_threads(pool_ranks: int) -> int:
-    """CPU threads for the base that leave one core to each local pool rank."""
-    return max(1, torch.get_num_threads() - pool_ranks)
+def default_threads() -> int:
+    """CPU threads in all, the pool ranks' among them."""
+    return torch.get_num_threads()
 
 
 def prepare(
