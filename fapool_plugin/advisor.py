@@ -5,6 +5,7 @@ Knows seconds and lengths. It decides nothing: whoever asks does.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -64,7 +65,8 @@ class Advisor:
 
     def cores(self, threads: int, on_own_devices: bool) -> Cores:
         """How threads move, if the base has ``threads`` of them without a lease."""
-        return Cores(threads, 0 if on_own_devices else self.config.threads_per_rank)
+        spare = max(0, len(os.sched_getaffinity(0)) - threads)
+        return Cores(threads, 0 if on_own_devices else self.config.threads_per_rank, spare)
 
     def threshold(self, cores: Cores, longest: int) -> int:
         """``threshold: "auto"``, in tokens; ``longest`` if attention never dominates."""

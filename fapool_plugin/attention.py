@@ -1,24 +1,26 @@
 """The base's half of one attention call: share out the tiles, compute its own, gather the rest, merge.
 
-Whatever a pool rank does not deliver is computed here, so a call always returns the exact result. Knows no model
-framework; how a forward was decided is given to it.
+Pool ranks may pass keys on to each other and merge each other's results; whatever they do not deliver is computed
+here, so a call always returns the exact result. Knows no model framework; how a forward was decided is given to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fapool_plugin.cost import share_s
 from fapool_plugin.forward import Forward
+from fapool_plugin.joint import Asked, Sizes, arrange, distribute, part_ways
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
-from fapool_plugin.plan import Request, within_residency
+from fapool_plugin.plan import within_residency
+from fapool_plugin.reduction import Lanes, layout
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
 from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
@@ -90,13 +92,12 @@ class FAPoolAttention(nn.Module):
         return out.to(q_BHSD.dtype).contiguous()
 
 
-@dataclass
-class _Outstanding:
-    """A request under way, and all that is needed to compute it here should the rank be lost."""
+class _Part(NamedTuple):
+    """What is told of one rank's part."""
 
-    rank: PoolRank
-    call: int
-    requests: list[Request]
+    status: int = Status.MISSING
+    took_ns: int = 0
+    began_ns: int = 0
 
 
 class _Call:
@@ -125,14 +126,22 @@ class _Call:
         exact = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
         self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=exact)
         self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=exact)
-        self._outstanding: list[_Outstanding] = []
+        self._asked: list[Asked] = []
         self._timeline = module.manager.timeline
+        self._sizes = Sizes(
+            # Merged results travel as exactly as they are here.
+            answer=queries * self.group * (v_BKTE.shape[3] + 1) * self.out_BSHE.element_size(),
+            query=self.group * q_BHSD.shape[3] * q_BHSD.element_size(),
+            position=(k_BKTD.shape[3] + v_BKTE.shape[3]) * k_BKTD.element_size(),
+            layers=module.layers,
+        )
+        profile = module.manager.advisor.profile
+        self._link = profile.link if profile is not None else None
 
     def post(self) -> None:
         """Asks the pool ranks for their shares, and computes the base's."""
         self._timeline.switch(SEND)
-        position = (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
-        plan = self.decided.plan(self.k.shape[1], position, self.layers)
+        plan = self.decided.plan(self.k.shape[1], self._sizes.position, self.layers)
         self._disjoint = plan.axis == "queries"
         mine = list(plan.base)
         for rank, share in zip(plan.ranks, plan.shares, strict=True):
@@ -141,17 +150,23 @@ class _Call:
                 continue
             requests, left = within_residency(share, self._held(rank), plan.axis, self.manager.config.kv_block)
             mine.extend(left)
-            call = self._ask(rank, requests) if requests else None
-            if call is None:
-                mine.extend(request.tile for request in requests)
-            else:
-                self._outstanding.append(_Outstanding(rank, call, requests))
+            if requests:
+                self._asked.append(Asked(rank, requests))
+        # Queries are disjoint, so there is nothing to merge; along the keys, ranks work on what they hold.
+        if self._disjoint:
+            mine.extend(self._distribute())
+        else:
+            arrange(self._asked, self.decided.config, self._link, self._sizes, self.manager.guard)
+        for one in self._asked:
+            self._ask(one)
+            if one.call is None and one.above is None:
+                mine.extend(one.tiles)
         self._compute(mine)
         self._timeline.switch(LINEAR)
 
     def wait(self) -> bool:
         """Completes ``out_BSHE`` and ``lse_BHS``; True if a pool rank computed any of it."""
-        pooled = [self._gather(sent) for sent in self._outstanding]
+        pooled = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
         return any(pooled)
 
     def _held(self, rank: PoolRank) -> Callable[[Tile], int]:
@@ -163,14 +178,66 @@ class _Call:
 
         return held
 
-    def _ask(self, rank: PoolRank, requests: list[Request]) -> int | None:
-        """Sends one rank its tiles with the keys it lacks; the call number, or None if the rank is lost."""
-        table = [(*request.tile, request.key_start, request.key_stop) for request in requests]
-        q = [self._queries(request.tile) for request in requests]
-        k = [self._keys(self.k, request.tile, request.key_start, request.key_stop) for request in requests]
-        v = [self._keys(self.v, request.tile, request.key_start, request.key_stop) for request in requests]
-        header = Header(
+    def _distribute(self) -> list[Tile]:
+        """Sends keys from rank to rank, if that is the way to do it. Returns the tiles of ranks that are not asked
+        after all, because one of them was lost meanwhile."""
+        whole, guard = self.decided.whole, self.manager.guard
+        blocks = -(-whole.columns // self.q.shape[2]) if whole is not None else 1
+        ways = distribute(self._asked, self.decided.config, self._link, self._sizes, blocks, guard) if self.keep else []
+        for ranks, lanes in ways:
+            self._give(ranks, lanes)
+        together = [one for one in self._asked if one.awaits]
+        if not any(one.rank.lost for one in together):
+            return []
+        part_ways(together)
+        for one in together:
+            self.sequence.residency.forget(one.rank.key)
+        self._asked = [one for one in self._asked if not one.awaits]
+        return [tile for one in together for tile in one.tiles]
+
+    def _give(self, ranks: list[Asked], lanes: Sequence[Lanes]) -> None:
+        """Sends keys to the first of these ranks, which passes them on."""
+        first, *others = ranks
+        table = [(part.row, part.head_start, part.head_stop, 0, 0, 0, 0, part.start, part.stop) for part in lanes]
+        header, tensors = self._message(table, [], [(part, part.start, part.stop) for part in lanes])
+        numbers = [torch.tensor([one.rank.number for one in others])] if others else []
+        with self.manager.guard(first.rank):
+            first.rank.give(header._replace(joint=first.joint, peers=len(others)), [*tensors, *numbers])
+        for one in ranks:
+            one.awaits += 1
+            one.requests = [request._replace(key_start=request.key_stop) for request in one.requests]
+            for part in lanes:
+                self.sequence.residency.advance(one.rank.key, self.layer, *part[:3], part.stop)
+
+    def _ask(self, one: Asked) -> None:
+        """Sends one rank its tiles with the keys it lacks; leaves ``one.call`` at None if the rank is lost."""
+        if one.above is not None and one.above.call is None:
+            one.detach()
+        table = [(*request.tile, request.key_start, request.key_stop) for request in one.requests]
+        header, tensors = self._message(table, one.tiles, one.requests)
+        below = [torch.tensor([child.rank.number for child in one.below])] if one.below else []
+        header = header._replace(
             op=Op.ATTEND,
+            joint=one.joint,
+            number=one.rank.number,
+            peer=1 + one.above.rank.number if one.above is not None else 0,
+            peers=len(one.below),
+            awaits=one.awaits,
+        )
+        with self.manager.guard(one.rank):
+            one.call = one.rank.ask(header, [*tensors, *below])
+            if self.keep:
+                for tile, start, stop in one.requests:
+                    if stop > start:
+                        self.sequence.residency.advance(one.rank.key, self.layer, *tile[:3], stop)
+
+    def _message(
+        self, table: Sequence[tuple[int, ...]], tiles: list[Tile], keys: Sequence[tuple[Tile | Lanes, int, int]]
+    ) -> tuple[Header, list[Tensor | list[Tensor]]]:
+        """A tile table with the tiles' queries and these keys of these lanes."""
+        q = [self._queries(tile) for tile in tiles]
+        k, v = ([self._keys(x, lanes, start, stop) for lanes, start, stop in keys] for x in (self.k, self.v))
+        header = Header(
             sequence=self.sequence.id,
             layer=self.layer,
             keep=int(self.keep),
@@ -186,50 +253,63 @@ class _Call:
             scale_bits=float_bits(self.scale),
             softcap_bits=float_bits(self.softcap),
         )
-        call = None
-        with self.manager.guard(rank):
-            call = rank.ask(header, (torch.tensor(table, dtype=torch.int64), q, k, v))
-            if self.keep:
-                for request in requests:
-                    if request.key_stop > request.key_start:
-                        lanes = (request.tile.row, request.tile.head_start, request.tile.head_stop)
-                        self.sequence.residency.advance(rank.key, self.layer, *lanes, request.key_stop)
-        return call
+        return header, [torch.tensor(table, dtype=torch.int64), q, k, v]
 
-    def _gather(self, sent: _Outstanding) -> bool:
-        """Merges one rank's part, or computes it here if the rank is lost or no longer holds the keys."""
+    def _gather(self, asked: Asked) -> bool:
+        """Merges one answer, and computes here what is not in it: parts of ranks that are lost, or no longer hold
+        their keys."""
         answer = None
         self._timeline.switch(WAIT)
-        with self.manager.guard(sent.rank):
-            answer = sent.rank.answer(sent.call)
+        with self.manager.guard(asked.rank):
+            answer = asked.rank.answer(asked.call or 0)
         self._timeline.switch(MERGE)
-        tiles = [request.tile for request in sent.requests]
-        if answer is None or answer.header.status != Status.OK:
-            if answer is not None:
-                sent.rank.counters.stale += 1
-                if all(request.key_start == 0 for request in sent.requests):
-                    self.sequence.full.add(sent.rank.key)
-                self.sequence.residency.forget(sent.rank.key)
-            self._compute(tiles)
-            return False
-        sent.rank.counters.calls += 1
-        took_ns = answer.header.extra
-        sent.rank.counters.compute_s += took_ns / 1e9
-        details: dict[str, float] = {"layer": self.layer, "queries": self.q.shape[2], "tiles": len(tiles)}
+        parts, tiles = {}, asked.tiles
+        if answer is not None and answer.header.parts:
+            tiles = [Tile(*row[:7]) for row in answer.tensors[2].tolist()]
+            parts = {number: _Part(*told) for number, *told in answer.tensors[3].tolist()}
+        elif answer is not None:
+            parts[asked.rank.number] = _Part(answer.header.status, answer.header.extra, answer.header.clock)
+        if answer is not None and answer.tensors:
+            out, lse = (tensor.to(self.q.device) for tensor in answer.tensors[:2])
+            for tile, outs, lses in layout(tiles, self.group, self.v.shape[3]):
+                heads = (tile.head_stop - tile.head_start) * self.group
+                part = out[outs].view(1, -1, heads, self.v.shape[3])
+                self._merge(tile, part, lse[lses].view(1, heads, -1))
+        everyone = asked.all()
+        missing = [one for one in everyone if not self._note(one, parts.get(one.rank.number, _Part()))]
+        self._compute(chain.from_iterable(one.tiles for one in missing))
+        return len(missing) < len(everyone)
+
+    def _note(self, one: Asked, part: _Part) -> bool:
+        """Draws conclusions from how one rank's part came; whether its result is there."""
+        with self.manager.guard(one.rank):
+            if part.status == Status.MISSING:
+                one.rank.check()
+            elif one.call is not None:
+                one.rank.answered(one.call)
+        if part.status == Status.OK:
+            self._count(one, part)
+            return True
+        held_nothing = not one.awaits and all(request.key_start == 0 for request in one.requests)
+        if part.status == Status.STALE:
+            one.rank.counters.stale += 1
+            if held_nothing:
+                self.sequence.full.add(one.rank.key)
+        if part.status == Status.MISSING or one.awaits:
+            pass
+        if part.status == Status.STALE or one.awaits:
+            self.sequence.residency.forget(one.rank.key)
+        return False
+
+    def _count(self, one: Asked, part: _Part) -> None:
+        one.rank.counters.calls += 1
+        one.rank.counters.compute_s += part.took_ns / 1e9
+        details: dict[str, float] = {"layer": self.layer, "queries": self.q.shape[2], "tiles": len(one.tiles)}
         if self.decided.rank_cost is not None:
-            predicted_s = share_s(self.decided.rank_cost, self.k.shape[1], tiles)
-            sent.rank.counters.predicted_s += predicted_s
+            predicted_s = share_s(self.decided.rank_cost, self.k.shape[1], one.tiles)
+            one.rank.counters.predicted_s += predicted_s
             details["predicted_ms"] = predicted_s * 1e3
-        self._timeline.rank(sent.rank.number, answer.header.clock + sent.rank.clock_offset, took_ns, **details)
-        out, lse = (tensor.to(self.q.device) for tensor in answer.tensors)
-        out_at = lse_at = 0
-        for tile in tiles:
-            queries, heads = tile.q_stop - tile.q_start, (tile.head_stop - tile.head_start) * self.group
-            size = queries * heads
-            part = out[out_at : out_at + size * self.v.shape[3]].view(1, queries, heads, -1)
-            self._merge(tile, part, lse[lse_at : lse_at + size].view(1, heads, queries))
-            out_at, lse_at = out_at + size * self.v.shape[3], lse_at + size
-        return True
+        self._timeline.rank(one.rank.number, part.began_ns + one.rank.clock_offset, part.took_ns, **details)
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self._timeline.switch(ATTENTION)
@@ -259,8 +339,8 @@ class _Call:
         heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
         return self.q[tile.row, heads, self.geometry.q_slice(tile)]
 
-    def _keys(self, kv_BKTD: Tensor, tile: Tile, start: int, stop: int) -> Tensor:
-        return kv_BKTD[tile.row, tile.head_start : tile.head_stop, self.geometry.k_slice(tile.row, start, stop)]
+    def _keys(self, kv_BKTD: Tensor, lanes: Tile | Lanes, start: int, stop: int) -> Tensor:
+        return kv_BKTD[lanes.row, lanes.head_start : lanes.head_stop, self.geometry.k_slice(lanes.row, start, stop)]
 
 
 def _elements(tensors: Iterable[Tensor]) -> int:

@@ -18,11 +18,14 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from fapool_plugin import planning
 from fapool_plugin.bench_report import Report
 from fapool_plugin.bench_turns import WrongAnswerError, compare
+from fapool_plugin.clocks import Cores
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.contenders import Contender, ContenderError
 from fapool_plugin.demo import Screen
+from fapool_plugin.plan import MOST_BLOCKS
 
 RANDOM = "random"
 _PICTURES = (".png", ".svg", ".pdf")
@@ -45,6 +48,12 @@ Runs = Annotated[int, typer.Option(help="Turns of each contender.")]
 PoolRanks = Annotated[int, typer.Option(help="Local pool ranks, one thread each.")]
 BaseThreads = Annotated[int, typer.Option(help="CPU threads of the base, and of the first baseline.")]
 Threshold = Annotated[int, typer.Option(help="Sequences longer than so many tokens are pooled.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        help="What fapool calibrate --out wrote; default: the one kept for machine and model, or a quick one."
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write every number to this file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw the times into this file: PNG, SVG or PDF.")]
 
@@ -56,6 +65,7 @@ def prefill(
     pool_ranks: PoolRanks = 1,
     base_threads: BaseThreads = 1,
     threshold: Threshold = 4096,
+    profile: Profile = None,
     runs: Runs = 3,
     peers: Annotated[
         bool,
@@ -74,6 +84,7 @@ def prefill(
         _check_longer(tokens, threshold)
         fa_pool = _fa_pool(pool_ranks=pool_ranks, threshold=threshold, activation="length")
         with _prepared(model, tokens) as (screen, work):
+            fa_pool |= {"profile": _profile(work["model"], profile, base_threads, pool_ranks, screen)}
             plain = work | {"warm": min(tokens, _WARM_TOKENS)}
             # Above the threshold, so that the pool ranks run when the first turn comes.
             pooled = work | {"warm": min(tokens, threshold + _WARM_TOKENS), "fa_pool": fa_pool}
@@ -94,6 +105,7 @@ def decode(
     pool_ranks: PoolRanks = 1,
     base_threads: BaseThreads = 1,
     threshold: Threshold = 4096,
+    profile: Profile = None,
     runs: Runs = 3,
     json_file: Json = None,
     plot_file: Plot = None,
@@ -112,6 +124,8 @@ def decode(
         settings = {"pool_ranks": pool_ranks, "threshold": threshold}
         by_length, by_cost = (_fa_pool(**settings, activation=rule) for rule in ("length", "cost"))
         with _prepared(model, min(tokens, _SEED_TOKENS)) as (screen, work):
+            known = {"profile": _profile(work["model"], profile, base_threads, pool_ranks, screen)}
+            by_length, by_cost = by_length | known, by_cost | known
             work |= {"tokens": tokens, "batch": batch, "steps": steps}
             contenders = _ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
             contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
@@ -287,6 +301,12 @@ def _check(counts: dict[str, int], json_file: Path | None, plot_file: Path | Non
             raise ValueError(f"--plot {plot_file} is no picture that can be drawn; give one of {', '.join(_PICTURES)}")
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install fapool-plugin[plot], or leave it out")
+
+
+def _profile(model: str, given: Path | None, base_threads: int, pool_ranks: int, screen: Screen) -> str:
+    """The file that plans are made with."""
+    setting = planning.Setting(Cores(base_threads + pool_ranks), (pool_ranks,), MOST_BLOCKS, "float32")
+    return str(given or planning.kept_profile(Path(model), setting, screen))
 
 
 def _check_longer(tokens: int, threshold: int) -> None:

@@ -35,7 +35,8 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192)
 _QUICK_LENGTHS = (512, 1024, 2048)
 _KEYS = (512, 1024, 2048, 4096, 8192)
 _DENSE_LONGEST = 2048
-_KEYS_BYTES = 256 * 2**20
+_KEYS_BYTES = 128 * 2**20
+"""So much memory is read before the same keys come again: in a model, all weights lie between two such calls."""
 _LINK_BYTES = tuple(4096 * 4**power for power in range(7))
 """4 KiB to 16 MiB."""
 _NARROW, _WIDE = 8, 127
@@ -183,7 +184,7 @@ def measure_attention(
             lengths = [n for n in (_QUICK_LENGTHS if quick else _LENGTHS) if n <= longest]
             keys = _KEYS[::2] if quick else _KEYS
             each_s = budget_s / len(cases)
-            prefill = ascend(lengths, bench.prefill, 0.7 * each_s, at_least=2, growth=2)
+            prefill = ascend(lengths, bench.prefill, 0.7 * each_s, at_least=3, growth=2)
             decode = ascend(keys, bench.decode, 0.3 * each_s, at_least=2)
             costs.append(
                 AttentionCost(
@@ -231,14 +232,15 @@ class _Attention:
         return lambda: self._seconds(q_BSHD, k_BTKD, v_BTKE)
 
     def decode(self, keys: int) -> Callable[[], float]:
-        """One query against ``keys`` keys, of another layer at each call: no step finds its keys in a cache."""
+        """One query against ``keys`` keys, others at each call, so that none are found in a processor's cache."""
         shape = self.shape
         q_BSHD = self._random(1, 1, shape.heads, shape.head_dim)
         split, width = shape.head_dim * keys * shape.kv_heads, (shape.head_dim + shape.v_head_dim) * shape.kv_heads
-        layers = max(1, min(shape.layers, _KEYS_BYTES // (width * keys * self.dtype.itemsize)))
-        if self._stored.numel() < layers * width * keys:
-            self._stored = self._random(4096).repeat(-(-layers * width * keys // 4096))
-        stored = [self._stored[at * width * keys : (at + 1) * width * keys] for at in range(layers)]
+        room = max(_KEYS_BYTES // self.dtype.itemsize, width * keys)
+        if self._stored.numel() < room:
+            self._stored = self._random(4096).repeat(-(-room // 4096))
+        others = room // (width * keys)
+        stored = self._stored[: others * width * keys].view(others, -1)
         pairs = itertools.cycle(
             (
                 flat[:split].view(1, shape.kv_heads, keys, -1).transpose(1, 2),

@@ -1,4 +1,4 @@
-"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``doctor``.
+"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``bench``, ``doctor``.
 
 Checks what was typed before anything is loaded, and turns every error of the user's into one line and exit
 code 2. What the commands do is not known here.
@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from fapool_plugin import bench, planning
 from fapool_plugin import demo as screens
 from fapool_plugin import doctor as examination
-from fapool_plugin import planning
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.forecast import Cores
 from fapool_plugin.plan import MOST_BLOCKS
@@ -30,6 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+app.add_typer(bench.app, name="bench")
 
 
 class Dtype(StrEnum):
@@ -307,7 +310,8 @@ def _setting(
     counts = tuple(_numbers("--pool-ranks", pool_ranks))
     from fapool_plugin.integrations.huggingface_runs import default_threads
 
-    cores = Cores(total=threads or default_threads(), per_rank=threads_per_rank)
+    total = threads or default_threads()
+    cores = Cores(total, threads_per_rank, spare=max(0, len(os.sched_getaffinity(0)) - total))
     return planning.Setting(cores, counts, max_blocks, dtype.value)
 
 

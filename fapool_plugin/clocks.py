@@ -30,16 +30,19 @@ class Cores:
     """The base's without a lease."""
     per_rank: int = 1
     """Threads of each local pool rank; 0: ranks have devices of their own and nothing moves."""
+    spare: int = 0
+    """Cores that the base leaves idle anyway; ranks take those first."""
 
     def __post_init__(self) -> None:
-        if self.total < 1 or self.per_rank < 0:
+        if self.total < 1 or self.per_rank < 0 or self.spare < 0:
             raise ValueError(
-                f"{self.total} threads for the base and {self.per_rank} for each pool rank; give at least 1 and 0"
+                f"{self.total} threads for the base, {self.per_rank} for each pool rank, {self.spare} spare cores; "
+                "give at least 1, 0 and 0"
             )
 
     def base(self, ranks: int) -> int:
         """The base's threads while it has ``ranks`` pool ranks."""
-        return max(1, self.total - ranks * self.per_rank)
+        return max(1, self.total - max(0, ranks * self.per_rank - self.spare))
 
     def crowding(self, ranks: int, machine: int) -> float:
         """How much longer work takes when there are more threads than the ``machine`` has cores."""

@@ -1,6 +1,6 @@
 """A leased pool rank, seen from the base: take the lease, ask, get the answer that belongs to the question.
 
-Knows one link and one lease; not who else is leased, nor what is asked.
+Knows one link and one lease; not what is asked. Of other ranks it knows those that this one was introduced to.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ class PoolRank:
         self.memory_limit = 0
         self.clock_offset = 0
         """Nanoseconds that this process's ``time.perf_counter_ns`` is ahead of the rank's."""
+        self.node = 0
+        """The node it is on."""
+        self.joint = 0
+        """The last attention call that it worked on together with other ranks."""
+        self.apart = False
+        """Works together with no other rank any more: a part or keys did not arrive in this lease."""
+        self._met: set[int] = set()
         self._call = 0
         self._sent: deque[tuple[int, int]] = deque()
         """(call, messages the link had sent by then): what has gone once the call is answered."""
@@ -47,7 +54,7 @@ class PoolRank:
             )
         if reply.status != Status.OK:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
-        self.memory_limit = reply.extra
+        self.memory_limit, self.node = reply.extra, reply.number
         # Cristian (1989): the rank read its clock about midway between question and answer.
         self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
 
@@ -63,10 +70,29 @@ class PoolRank:
         while True:
             message = self.link.receive()
             if (message.header.op, message.header.token, message.header.call) == (Op.ATTEND, self.token, call):
-                while self._sent and self._sent[0][0] <= call:
-                    self.link.settle(self._sent.popleft()[1])
-                self._count_bytes()
+                self.answered(call)
                 return message
+
+    def answered(self, call: int) -> None:
+        """The answer to ``call`` is here, by whatever way: what was sent until then has gone."""
+        while self._sent and self._sent[0][0] <= call:
+            self.link.settle(self._sent.popleft()[1])
+        self._count_bytes()
+
+    def meet(self, other: PoolRank, name: int) -> None:
+        """Has this rank open its end of a link to ``other``, once in a lease; ``name`` is the link's at both."""
+        if other.key not in self._met:
+            self.link.send(Header(op=Op.PEER, token=self.token, number=self.number, peer=other.number, extra=name))
+            self._met.add(other.key)
+
+    def give(self, header: Header, tensors: Sequence[Tensor | Sequence[Tensor]]) -> None:
+        """Sends keys for a request that follows; they are kept until that is answered."""
+        self.link.send(header._replace(op=Op.KEYS, token=self.token), tensors)
+
+    def check(self) -> None:
+        """Raises LinkLost if the rank is known to be gone."""
+        if self.link.lost:
+            raise LinkLost(self.link.lost)
 
     def _count_bytes(self) -> None:
         now = self.link.bytes_sent, self.link.bytes_received

@@ -98,6 +98,7 @@ class LocalPool:
         command += ["--threads", str(config.threads_per_rank), "--parent", str(os.getpid())]
         command += ["--memory-limit", str(config.memory_limit_mib * 2**20), "--block", str(config.kv_block)]
         command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s))]
+        command += ["--patience", str(config.timeout_s)]
         # The OpenMP runtime reads its team's size once, before torch can set it.
         environment = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}
         # A base that found this package by a path of its own must have ranks that find the same one.

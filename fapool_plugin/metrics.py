@@ -15,7 +15,7 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass
 class PhaseCounters:
-    """One attention layer in one forward is one call."""
+    """One attention layer in one forward, or in one block of it, is one call."""
 
     pooled_calls: int = 0
     """Calls of which at least one tile was computed by a pool rank."""

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ def pays(choice: Choice) -> bool:
     return choice.seconds < choice.alone_s
 
 
-def find_profile(model: Path | None, given: Path | None, setting: Setting) -> Profile:
+def find_profile(model: Path | None, given: Path | None, setting: Setting, screen: Screen | None = None) -> Profile:
     """The profile to plan with: the ``given`` one, else the one kept for this machine and model, else one quickly
     measured and then kept. No weights are read unless it is measured.
 
@@ -81,7 +82,7 @@ def find_profile(model: Path | None, given: Path | None, setting: Setting) -> Pr
         shape = shape_of_path(folder, setting.dtype)
         if found is None:
             kept = default_path(machine(), shape)
-            found = Profile.load(kept) if kept.exists() else measure(folder, setting, quick=True)
+            found = Profile.load(kept) if kept.exists() else measure(folder, setting, quick=True, screen=screen)
         differs = found.misfit(machine(), shape)
     if differs:
         _note(f"the profile is of something else, so times may be far off: {differs}")
@@ -95,15 +96,17 @@ def find_profile(model: Path | None, given: Path | None, setting: Setting) -> Pr
     return found
 
 
-def kept_profile(model: Path, setting: Setting) -> str:
+def kept_profile(model: Path, setting: Setting, screen: Screen | None = None) -> str:
     """The file of the profile kept for this machine and model, measured quickly if there is none."""
     from fapool_plugin.integrations.huggingface_calibrate import default_path
 
-    profile = find_profile(model, None, setting)
+    profile = find_profile(model, None, setting, screen)
     return str(default_path(profile.machine, profile.shape))
 
 
-def measure(model: Path | None, setting: Setting, *, quick: bool, out: Path | None = None) -> Profile:
+def measure(
+    model: Path | None, setting: Setting, *, quick: bool, out: Path | None = None, screen: Screen | None = None
+) -> Profile:
     """Measures a profile, with progress, and writes it to ``out`` or, for None, where plans look for it.
 
     Raises:
@@ -113,7 +116,7 @@ def measure(model: Path | None, setting: Setting, *, quick: bool, out: Path | No
     from fapool_plugin.integrations.huggingface_calibrate import calibrate_model, keep
 
     folder = _model_folder(model)
-    with Screen() as screen:
+    with Screen() if screen is None else nullcontext(screen) as shown:
         try:
             profile = calibrate_model(
                 folder,
@@ -121,7 +124,7 @@ def measure(model: Path | None, setting: Setting, *, quick: bool, out: Path | No
                 threads_per_rank=max(1, setting.cores.per_rank),
                 dtype=setting.dtype,
                 quick=quick,
-                progress=screen,
+                progress=shown,
             )
         except RuntimeError as error:
             raise OSError(f"the profile could not be measured: {error}; see fapool doctor") from error

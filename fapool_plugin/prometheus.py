@@ -84,7 +84,8 @@ class _Collector:
         stats = self._stats()
         calls = CounterMetricFamily(
             "fapool_attention_calls",
-            "One attention layer in one forward is one call; pooled: a pool rank computed at least one tile.",
+            "One attention layer in one forward, or in one block of it, is one call; pooled: a pool rank computed at "
+            "least one tile.",
             labels=["phase", "where"],
         )
         forwards = CounterMetricFamily(

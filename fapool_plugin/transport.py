@@ -16,11 +16,11 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -121,8 +121,7 @@ def bits_float(bits: int) -> float:
 def dtype_code(dtype: torch.dtype) -> int:
     """A dtype's number on the wire. Raises ValueError for one that no kernel computes in."""
     if dtype not in _DTYPES:
-        known = ", ".join(str(d) for d in _DTYPES)
-        raise ValueError(f"dtype {dtype} cannot be sent to a pool rank; use one of {known}")
+        raise ValueError(f"dtype {dtype} cannot be sent to a pool rank; use one of {', '.join(map(str, _DTYPES))}")
     return _DTYPES.index(dtype)
 
 
@@ -130,8 +129,8 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
     if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.KEYS):
         return []
-    sizes = (header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements)
-    sizes += (header.peers, header.parts)
+    sizes = [header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements]
+    sizes += [header.peers, header.parts]
     if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0:
         raise LinkLost(f"malformed header {tuple(header)}")
     dtype = _DTYPES[header.dtype]
@@ -158,12 +157,6 @@ class Message(NamedTuple):
 
     header: Header
     tensors: list[torch.Tensor]
-
-
-class Inbox(Protocol):
-    """What a link receives into, in its own thread."""
-
-    def put(self, item: tuple[Link, Message | LinkLost], /) -> None: ...
 
 
 class _Wire:
@@ -224,7 +217,7 @@ class Link:
         timeout_s: silence, in seconds, after which the other end is lost.
         connect_timeout_s: how long to wait for the other end at first; a RuntimeError after that.
         host: address to bind to; None for the default interface.
-        into: what to receive into, when several links share it; None for a queue of its own.
+        into: called by the reader with all that arrives, when several links share a queue; None for one of its own.
     """
 
     def __init__(
@@ -236,17 +229,15 @@ class Link:
         timeout_s: float,
         connect_timeout_s: float = 60.0,
         host: str | None = None,
-        into: Inbox | None = None,
+        into: Callable[[tuple[Link, Message | LinkLost]], object] | None = None,
     ) -> None:
         rank = 0 if side == "base" else 1
         self.name, self._peer, self._tag = name, 1 - rank, rank
         connect = timedelta(seconds=connect_timeout_s)
-        self._data = _group(store, f"{name}/data", rank, connect, host)
-        self._pulse = _group(store, f"{name}/pulse", rank, connect, host)
-        self._silence = timedelta(seconds=timeout_s)
-        self._timeout_s = timeout_s
+        self._data, self._pulse = (_group(store, f"{name}/{use}", rank, connect, host) for use in ("data", "pulse"))
+        self._timeout_s, self._silence = timeout_s, timedelta(seconds=timeout_s)
         self._received: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
-        self._into: Inbox = into if into is not None else self._received
+        self._into = into if into is not None else self._received.put
         self.lost: str | None = None
         self._over, self._lost_lock, self._said_goodbye = threading.Event(), threading.Lock(), False
         self._outgoing: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
@@ -315,7 +306,7 @@ class Link:
             self.lost = self.lost or reason
         self._over.set()
         if first:
-            self._into.put((self, LinkLost(self.lost)))
+            self._into((self, LinkLost(self.lost)))
         return self.lost
 
     def close(self) -> None:
@@ -356,7 +347,7 @@ class Link:
                 if wire.body is not None:
                     self._data.recv([wire.body], self._peer, 1 - self._tag).wait(_FOREVER)
                 self.bytes_received += wire.nbytes
-                self._into.put((self, Message(header, wire.tensors)))
+                self._into((self, Message(header, wire.tensors)))
                 del frame, wire
         except Exception as error:  # whatever it was, nothing more will be read
             self.fail(f"connection ended: {_first_line(error)}")

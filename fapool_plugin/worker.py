@@ -1,14 +1,14 @@
 """A pool rank: holds no weights, receives tiles with their queries and new keys, answers with (out, lse).
 
 It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
-kernels, but no model, no plan and nobody's weights; when its links or its parent are gone it ends.
+kernels, but no model, no plan and nobody's weights; how it works together with other pool ranks is the exchange's
+matter. When its links or its parent are gone it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import queue
 import sys
 import threading
 import time
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fapool_plugin.exchange import Inbox, Payload, connect_at
 from fapool_plugin.kernels import attend
 from fapool_plugin.kv_cache import PrefixStore
 from fapool_plugin.transport import (
@@ -44,16 +45,11 @@ class Worker:
         memory_limit: bytes of keys and values it may hold.
         device: where it computes.
         block: positions by which its storage grows.
+        node: number of the node it is on.
     """
 
-    def __init__(
-        self,
-        inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]],
-        memory_limit: int,
-        device: torch.device,
-        block: int = 256,
-    ) -> None:
-        self.inbox, self.device = inbox, device
+    def __init__(self, inbox: Inbox, memory_limit: int, device: torch.device, block: int = 256, node: int = 0) -> None:
+        self.inbox, self.device, self.node = inbox, device, node
         self.prefixes = PrefixStore(memory_limit, block)
         self.lease: int | None = None
         self._holders: set[Link] = set()
@@ -69,8 +65,9 @@ class Worker:
             elif link.lost is None:
                 try:
                     self._handle(link, item)
-                except LinkLost as error:
-                    link.fail(str(error))
+                except LinkLost:
+                    # It may be the base's word that was broken, not the connection: the base must learn of it.
+                    link.close()
 
     def _handle(self, link: Link, message: Message) -> None:
         header = message.header
@@ -80,12 +77,44 @@ class Worker:
             if header.op == Op.ATTEND:
                 link.send(header._replace(status=Status.STALE))
         elif header.op == Op.ATTEND:
-            link.send(*self.attend(message))
+            self._answer(link, message)
             link.settle(link.messages_sent - _UNSETTLED)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
         elif header.op == Op.RELEASE:
             self._leave(link)
+
+    def _answer(self, link: Link, message: Message) -> None:
+        """Answers the base, or the pool rank that merges this answer with its own."""
+        header = message.header
+        if not header.joint:
+            link.send(*self.attend(message))
+            return
+        exchange = self.inbox.exchange(link)
+        if header.awaits:
+            keys = exchange.keys(header.joint, header.awaits)
+            if keys is None:
+                link.send(header._replace(status=Status.MISSING))
+            elif all(self._store(one) for one in keys):
+                link.send(*self.attend(message))
+            else:
+                link.send(header._replace(status=Status.STALE))
+            return
+        merged = exchange.merged(message, *self.attend(message))
+        if header.peer:
+            exchange.send(header.peer - 1, *merged)
+        else:
+            link.send(*merged)
+
+    def _store(self, message: Message) -> bool:
+        """Keeps keys that are not a request's own; False if what comes before them is not here, or memory is full."""
+        keys, header = _Request(message, self.device), message.header
+        for row, head_start, head_stop, _, _, _, _, start, stop in message.tensors[0].tolist():
+            new_k, new_v = keys.keys(head_stop - head_start, stop - start)
+            lanes = header.sequence, header.layer, row, head_start
+            if not self.prefixes.put(*lanes, new_k, new_v, start, header.capacity):
+                return False
+        return True
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:
@@ -95,16 +124,18 @@ class Worker:
         self.lease = header.token
         self._holders.add(link)
         limit, clock = self.prefixes.limit_bytes, time.perf_counter_ns()
-        return Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=limit, clock=clock)
+        answer = Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=limit, clock=clock)
+        return answer._replace(number=self.node)
 
     def _leave(self, link: Link) -> None:
         """One base rank gives the lease back; with the last one everything it left here goes."""
         self._holders.discard(link)
+        self.inbox.leave(link)
         if not self._holders:
             self.lease = None
             self.prefixes.clear()
 
-    def attend(self, message: Message) -> tuple[Header, tuple[list[Tensor], ...]]:
+    def attend(self, message: Message) -> tuple[Header, Payload]:
         """Computes a request's tiles. STALE, with no tensors, if a prefix it assumes is not here."""
         began = time.perf_counter_ns()
         request = _Request(message, self.device)
@@ -153,7 +184,7 @@ class _Request:
 
     def __init__(self, message: Message, device: torch.device) -> None:
         self.header = message.header
-        self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:])
+        self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:4])
         self._q_at = self._k_at = self._v_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 
@@ -199,6 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--silence", type=float, default=30.0, help="seconds without a heartbeat after which a lease ends"
     )
+    parser.add_argument("--patience", type=float, default=5.0, help="seconds to wait for what another pool rank sends")
+    parser.add_argument("--node", type=int, default=0, help="number of the node this rank is on")
     parser.add_argument("--device", default="cpu", help="torch device to compute on")
     parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
     options = parser.parse_args(arguments)
@@ -208,12 +241,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_grad_enabled(False)
     host, port = options.store.rsplit(":", 1)
     store = dist.TCPStore(host, int(port), None, False, timedelta(seconds=options.silence))
-    inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
+    inbox = Inbox(connect_at(host, int(port), options.patience), options.patience)
     names = options.links.split(",")
     for name in names:
         store.set(f"{name}/ready", str(os.getpid()))
-    links = [Link(store, name, "pool", timeout_s=options.silence, host=host, into=inbox) for name in names]
-    Worker(inbox, options.memory_limit, torch.device(options.device), options.block).serve(links)
+    links = [Link(store, name, "pool", timeout_s=options.silence, host=host, into=inbox.put) for name in names]
+    Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node).serve(links)
     sys.stdout.flush()
     os._exit(0)
 

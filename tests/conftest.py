@@ -13,6 +13,8 @@ import psutil
 import pytest
 import torch
 
+from fapool_plugin.integrations import huggingface_calibrate
+
 SHARED_MEMORY = Path("/dev/shm")
 # Processes that were told to end get this long to do it.
 GRACE_S = 5.0
@@ -20,6 +22,15 @@ GRACE_S = 5.0
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _profiles_are_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Profiles that tests measure are not kept where the user's are."""
+    folder = tmp_path_factory.mktemp("profiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_calibrate, "user_cache_dir", lambda name: str(folder))
+        yield
 
 
 def child_processes() -> list[str]:

@@ -28,6 +28,7 @@ ROWS = (
     {"forward"},
     {"advisor"},
     {"resource_manager"},
+    {"joint"},
     {"attention", "worker", "exchange", "rounds", "calibrate"},
     {"local_pool"},
     {"integrations"},
@@ -51,8 +52,9 @@ INSIDE_ROW = {
     "kernels": {"kernel_torch"},
     "worker": {"exchange"},
     "cli": {"bench", "demo", "doctor", "planning"},
-    "bench": {"bench_attention", "bench_report", "bench_turns", "contenders", "demo"},
-    "bench_turns": {"contenders"},
+    "bench": {"bench_report", "bench_turns", "contenders", "demo", "planning"},
+    "bench_report": {"contenders"},
+    "bench_turns": {"bench_report", "contenders"},
     "contenders": {"bench_attention"},
     "planning": {"demo"},
 }
@@ -66,7 +68,7 @@ HOMES = {
 }
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-MAY_READ_ENVIRONMENT = {"local_pool", "run", "doctor"}
+MAY_READ_ENVIRONMENT = {"local_pool", "run", "doctor", "contenders"}
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -247,23 +247,27 @@ def test_idle_contenders_leave_the_cores_alone(tmp_path, none_left) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(LIMIT_S)
-def test_an_interrupt_ends_every_process() -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_processes_of_an_ended_benchmark_end(how: signal.Signals) -> None:
+    """In the middle of a turn that would take very long."""
     code = "from fapool_plugin.bench import app; app()"
-    words = ["attention", "--tokens", "6000", "--runs", "1000"]
     root = Path(__file__).resolve().parent.parent
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *words], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "attention", "--tokens", "200000", "--runs", "1"], cwd=root, stderr=subprocess.PIPE
+    )
+    try:
         assert process.stderr is not None
-        for line in process.stderr:
-            if "turn(s)" in line:
-                break
+        assert any(b"turn(s)" in line for line in process.stderr), "it ended before the first turn"
         children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) >= 5, children  # alone twice, base and its two ranks, two of the ring
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-        assert process.returncode not in (0, None)
-    _, alive = psutil.wait_procs(children, 10)
+        assert len(children) == 7, children  # alone twice, the base and its two ranks, two of the ring
+        process.send_signal(how)
+        assert process.wait(30) != 0
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+    _, alive = psutil.wait_procs(children, 30)
     assert not alive, f"still running: {alive}"
 
 

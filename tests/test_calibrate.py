@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,13 +137,15 @@ def test_attention_costs_what_the_kernel_takes(clock: Clock, monkeypatch: pytest
 
 
 def test_decode_meets_other_keys_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    monkeypatch.setattr(calibrate, "attend", lambda q, k, v, **_: seen.append(k.data_ptr()))
-    timed = calibrate._Attention(SHAPE, "dense", torch.float32, torch.device("cpu"), 0.0).decode(100)
-    for _ in range(4):
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(calibrate, "attend", lambda q, k, v, **_: seen.append((k.data_ptr(), v.data_ptr())))
+    timed = calibrate._Attention(SHAPE, "dense", torch.float32, torch.device("cpu"), 0.0).decode(1000)
+    turn = calibrate._KEYS_BYTES // (4 * 1000 * 3 * (8 + 12))
+    for _ in range(2 * turn):
         timed()
-    assert seen[0] != seen[1]
-    assert seen[:2] == seen[2:], "as many as the shape has layers, then again"
+    addresses = sorted(address for pair in seen[:turn] for address in pair)
+    assert min(later - earlier for earlier, later in pairwise(addresses)) >= 4 * 1000 * 3 * 8, "they overlap"
+    assert seen[:turn] == seen[turn:]
 
 
 def test_real_kernels_are_measured_and_threads_restored() -> None:

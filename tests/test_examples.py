@@ -32,7 +32,7 @@ def test_generate_hf_pools_a_long_prompt(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
     (tmp_path / "prompt.txt").write_text(" ".join(f"w{3 + i % 90}" for i in range(60)))
     config = json.loads((ROOT / "configs" / "fa_pool.json").read_text())
-    config["fa_pool"] |= {"threshold": 16, "kv_block": 8, "memory_limit_mib": 64}
+    config["fa_pool"] |= {"activation": "length", "threshold": 16, "kv_block": 8, "memory_limit_mib": 64}
     (tmp_path / "fa_pool.json").write_text(json.dumps(config))
     arguments = (ROOT / "examples" / "generate_hf.py", folder, tmp_path / "prompt.txt", tmp_path / "fa_pool.json")
     command = [sys.executable, *map(str, arguments)]

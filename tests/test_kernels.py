@@ -1,12 +1,11 @@
-"""Kernels against a dense fp64 reference: explicit mask matrix, repeated KV heads, a softmax written out.
+"""Kernels against a dense fp64 reference, merging, sinks, and the choice of a kernel.
 
-The reference knows nothing of how a kernel cuts its work. What needs CUDA is marked gpu; what surrounds the
-CUDA kernels is also tried without, on stand-ins that follow their documentation.
+What needs CUDA is marked gpu; what surrounds the CUDA kernels is also tried without, on stand-ins that follow
+their documentation.
 """
 
 import math
 from itertools import pairwise, product
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fapool_plugin import kernel_torch, kernels
+from fapool_plugin import kernels
 from fapool_plugin.kernels import attend, available_kernels, fold_sinks, merge_, pick_kernel
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
+from tests.dense_attention import TOLERANCE, assert_attention, check, reference, tensors, visible_ST
 
 # (S, T, q_offset): a square, a rectangle before it, queries past the last key, one token, a late start.
 CAUSAL_SHAPES = [(40, 40, None), (17, 60, None), (30, 50, 5), (30, 25, 10), (1, 70, None), (9, 5, -3)]
@@ -28,71 +25,6 @@ CAUSAL_SHAPES = [(40, 40, None), (17, 60, None), (30, 50, 5), (30, 25, 10), (1, 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-def visible_ST(S, T, causal=False, q_offset=None, window_size=(-1, -1)) -> Tensor:
-    """The mask as a matrix, straight from the words of the contract."""
-    position = torch.arange(S)[:, None] + (T - S if q_offset is None else q_offset)
-    key = torch.arange(T)
-    left, right = window_size
-    mask = torch.ones(S, T, dtype=torch.bool)
-    if causal:
-        mask &= key <= position
-    if left != -1:
-        mask &= key >= position - left
-    if right != -1:
-        mask &= key <= position + right
-    return mask
-
-
-def reference(q, k, v, mask_ST, softmax_scale, softcap=0.0, sinks_H=None) -> tuple[Tensor, Tensor]:
-    """Attention in fp64 with every score in memory."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = torch.einsum("bhsd,bhtd->bhst", q, k) * softmax_scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.where(mask_ST, scores.exp(), 0.0)  # test inputs are small: no maximum to take off
-    total = weights.sum(-1)
-    if sinks_H is not None:
-        total = total + sinks_H.double().exp()[None, :, None]
-    out = torch.einsum("bhst,bhte->bshe", weights, v)
-    total_BSH1 = total.transpose(1, 2)[..., None]
-    return torch.where(total_BSH1 > 0, out / total_BSH1, 0.0), total.log()
-
-
-def assert_attention(got, expected, dtype, what="") -> None:
-    """out and lse equal the reference, of the right shape and dtype, with no NaN and not all zero."""
-    lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, ours, theirs, kind in zip(("out", "lse"), got, expected, (dtype, lse_dtype), strict=True):
-        assert ours.shape == theirs.shape, f"{what} {name}: shape {ours.shape}, expected {theirs.shape}"
-        assert ours.dtype == kind, f"{what} {name}: {ours.dtype}, expected {kind}"
-        ours, theirs = ours.detach().cpu().double(), theirs.cpu().double()
-        assert not ours.isnan().any(), f"{what} {name}: {int(ours.isnan().sum())} NaN"
-        assert ours.any() or not theirs.any(), f"{what} {name}: all zero"
-        empty = theirs == -math.inf
-        assert torch.equal(ours == -math.inf, empty), f"{what} {name}: -inf in other places"
-        difference = (ours - theirs).masked_fill(empty, 0.0).abs()
-        largest = difference.max().item() if difference.numel() else 0.0
-        assert largest <= TOLERANCE[dtype], f"{what} {name}: largest difference {largest:.3g}"
-        if name == "out":
-            unseen = (expected[1] == -math.inf).transpose(1, 2).cpu()
-            assert not ours[unseen].any(), f"{what} out: not zero where a query sees no key"
-
-
-def tensors(B, S, T, H, K, D, E=None, dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = torch.randn(B, S, H, D), torch.randn(B, T, K, D), torch.randn(B, T, K, E or D)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def check(q, k, v, *, softcap=0.0, kernel=None, **mask) -> None:
-    scale = 0.8 * q.shape[-1] ** -0.5
-    expected = reference(q, k, v, visible_ST(q.shape[1], k.shape[1], **mask), scale, softcap)
-    copies = [x.clone() for x in (q, k, v)]
-    got = attend(q, k, v, softmax_scale=scale, softcap=softcap, kernel=kernel, **mask)
-    assert all(map(torch.equal, copies, (q, k, v))), "an input was written to"
-    assert_attention(got, expected, q.dtype, f"q {tuple(q.shape)} k {tuple(k.shape)} {mask} {kernel}")
 
 
 # The mask, on every kernel that runs here.
@@ -208,115 +140,6 @@ def test_more_than_one_block(mask, softcap, monkeypatch):
     for largest_block in (kernels._DENSE_SCORES, 3 * 700 * 50, 3 * 700 * 7):
         monkeypatch.setattr(kernels, "_DENSE_SCORES", largest_block)
         check(q, k, v, softcap=softcap, kernel="dense", **mask)
-
-
-# Few queries on the CPU, whose keys are cut for the threads.
-
-
-@pytest.fixture(params=[1, 2, 3, 4])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def any_keys_are_cut(monkeypatch):
-    monkeypatch.setattr(kernel_torch, "_LEAST_KEYS", 1)
-
-
-@pytest.fixture
-def operator_calls(monkeypatch):
-    """Shapes of every call of torch's CPU operator, with the storages of its keys and values."""
-    on_cpu, calls = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, []
-
-    def recorder(q, k, v, dropout_p, is_causal, *, scale):
-        calls.append((q.shape, k.shape, [x.untyped_storage().data_ptr() for x in (k, v)]))
-        return on_cpu(q, k, v, dropout_p, is_causal, scale=scale)
-
-    aten = SimpleNamespace(_scaled_dot_product_flash_attention_for_cpu=recorder)
-    monkeypatch.setattr(torch.ops, "aten", aten)
-    return calls
-
-
-@pytest.mark.parametrize(("H", "K"), [(9, 3), (5, 1), (2, 2), (70, 2)])
-@pytest.mark.parametrize("S", [1, 2, 5, 8, 40])
-def test_few_queries_on_any_number_of_threads(S, H, K, threads, any_keys_are_cut):
-    for B, T in product([1, 2, 3], [0, 1, 2, 3, 4, 5, 11, 12, 17, 64]):
-        check(*tensors(B, S, T, H, K, 8), causal=True)
-    check(*tensors(2, S, 19, H, K, 8, 5), causal=True, q_offset=3)
-    check(*tensors(2, S, 19, H, K, 5, 8), window_size=(-1, 4), q_offset=18)
-    check(*tensors(1, S, 23, H, K, 8))
-
-
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_long_keys_on_any_number_of_threads(dtype, threads):
-    least = kernel_torch._LEAST_KEYS
-    for (B, S), T in product([(1, 1), (2, 1), (1, 4)], [2 * least - 1, 2 * least, 4 * least + 3]):
-        q, k, v = tensors(B, S, T, 6, 3, 16, dtype=dtype)
-        stored = torch.full((2, B, 3, T + 70, 16), math.nan, dtype=dtype)  # k and v; B, K, capacity, D
-        stored[0, :, :, 5 : T + 5], stored[1, :, :, 5 : T + 5] = k.transpose(1, 2), v.transpose(1, 2)
-        check(q, *(x[:, :, 5 : T + 5].transpose(1, 2) for x in stored), causal=True)
-
-
-def test_chunks_of_very_different_weight(threads, any_keys_are_cut):
-    q, k, v = tensors(1, 1, 13, 2, 1, 8, dtype=torch.float32)
-    for loudest in (0, 6, 12):
-        k[:], k[:, loudest] = -q[:, :, :1], q[:, 0, :1]
-        for scale in (0.1, 100.0):
-            scores = torch.einsum("h d, t d -> h t", q[0, 0].double(), k[0, :, 0].double()) * scale
-            out, lse = attend(q, k, v, softmax_scale=scale)
-            expected = torch.softmax(scores, -1) @ v[0, :, 0].double()
-            largest = (out[0, 0].double() - expected).abs().max().item()
-            assert largest < 1e-4, f"key {loudest}, scale {scale}: largest difference {largest:.3g}"
-            off = (lse[0, :, 0].double() / scores.logsumexp(-1) - 1).abs().max().item()
-            assert off < 1e-5, f"key {loudest}, scale {scale}: lse off by a factor of {off:.3g}"
-
-
-@pytest.mark.parametrize("S", [1, 4])
-def test_keys_are_read_once_and_never_copied(S, threads, any_keys_are_cut, operator_calls):
-    T = 101
-    stored = torch.randn(2, 1, 3, T + 9, 8)
-    k, v = (x[:, :, :T].transpose(1, 2) for x in stored)
-    attend(torch.randn(1, S, 9, 8), k, v, softmax_scale=0.3, causal=True)
-    assert all(storages == [stored.untyped_storage().data_ptr()] * 2 for *_, storages in operator_calls)
-    read = sum(shape[0] * shape[2] for _, shape, _ in operator_calls)
-    assert read == T, f"{read} keys of a head read in {operator_calls}, of {T}"
-    widest = max(shape[0] * shape[1] for _, shape, _ in operator_calls)
-    assert widest % threads == 0, f"{widest} pieces of work for {threads} threads"
-
-
-def test_a_batch_that_keeps_the_threads_busy_is_not_cut(any_keys_are_cut, operator_calls):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        attend(*tensors(8, 1, 40, 9, 3, 8), softmax_scale=0.3)
-        torch.set_num_threads(1)
-        attend(*tensors(1, 1, 40, 9, 3, 8), softmax_scale=0.3)
-    finally:
-        torch.set_num_threads(before)
-    assert [tuple(shape) for _, shape, _ in operator_calls] == [(8, 3, 40, 8), (1, 3, 40, 8)]
-
-
-@given(units=st.integers(1, 70), threads=st.integers(1, 40), most=st.integers(0, 50))
-@settings(max_examples=300, deadline=None)
-def test_chunks_leave_no_thread_much_longer_busy_than_need_be(units, threads, most):
-    def busiest(chunks):
-        """Each thread takes the same number of chunks from the front, until none are left."""
-        todo, each = units * chunks, next(n for n in range(1, units * chunks + 1) if n * threads >= units * chunks)
-        taken = [max(0, min(each, todo - each * thread)) for thread in range(threads)]
-        assert sum(taken) == todo
-        return max(taken) / chunks
-
-    chosen = kernel_torch.chunk_count(units, threads, most)
-    assert 1 <= chosen <= max(1, most)
-    times = {chunks: busiest(chunks) for chunks in range(1, max(1, most) + 1)}
-    shortest = min(times.values())
-    assert times[chosen] <= 1.25 * shortest, f"{chosen} chunks take {times[chosen]}, the shortest {shortest}"
-    assert chosen <= threads
-    if threads == 1 or units % threads == 0:
-        assert chosen == 1
 
 
 def test_large_scores_do_not_overflow():
@@ -470,24 +293,6 @@ def test_flash_attn_is_asked_for_the_same_mask(S, T, mask):
         patch.setattr(kernels, "_fits_cuda", lambda *_: True)
         check(q, k, v, softcap=4.0, kernel="flash_attn", **mask)
     kernels._prepare.cache_clear()  # it took the stand-in for installed
-
-
-@pytest.mark.parametrize(("H", "K"), [(6, 2), (5, 1), (3, 3)])
-def test_one_kv_head_per_batch_entry(H, K, monkeypatch):
-    """The grouping before torch's CUDA operator, with the CPU operator in its place."""
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def stand_in(q, k, v, dropout_p, is_causal, *, scale):
-        assert q.shape[:2] == k.shape[:2] == v.shape[:2]
-        return *on_cpu(q, k, v, dropout_p, is_causal, scale=scale), None, None, 0, 0, None, None, None
-
-    q, k, v = tensors(2, 5, 5, H, K, 8)
-    expected = reference(q, k, v, visible_ST(5, 5, True), 0.3)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops, "aten", SimpleNamespace(_scaled_dot_product_flash_attention=stand_in))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = kernel_torch._flash_on_cuda(q, k, v, 0.0, True, scale=0.3)
-    assert_attention((out.transpose(1, 2), lse), expected, torch.float64)
 
 
 @pytest.mark.gpu

@@ -89,6 +89,7 @@ def test_a_forward_that_is_broken_off_is_extrapolated(tmp_path: Path, clock: Clo
     with torch.no_grad():
         out = model(random_ids(1, 8), output_hidden_states=True)
     assert len(out.hidden_states) == 7, "the break left something behind"
+    assert huggingface_linear._CLOCK.get() is None
 
 
 def test_attention_does_not_count(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ The reference is the mask written out pair by pair, for sizes where that is poss
 
 import doctest
 from collections import Counter
-from itertools import pairwise, product
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate, pairwise, product
 from math import ceil, sqrt
 
 import pytest
@@ -259,6 +261,103 @@ def test_adjacent_whole_heads_are_one_tile():
     assert shares == [(Tile(0, 0, 8, 0, 100, 0, 100), Tile(1, 0, 8, 0, 50, 0, 50))]
 
 
+@st.composite
+def prompts(draw, max_length=30, max_block=6):
+    """A causal prompt of uneven sequences, padded on either side, its runs of columns, and how it is shared out."""
+    edges = list(pairwise([0, *accumulate(draw(st.lists(st.integers(1, max_length), min_size=1, max_size=4)))]))
+    columns = edges[-1][1]
+    bounds = [sorted(draw(st.tuples(*[st.integers(0, columns)] * 2))) for _ in range(draw(st.integers(1, 4)))]
+    runs = [[row_in(run, row) for row in bounds] for run in edges]
+    speeds = draw(st.lists(st.sampled_from([0, 1, 1, 0.3, 2.5]), min_size=1, max_size=4).filter(any))
+    whole = [Row(0, stop - start, stop - start) for start, stop in bounds]
+    return whole, runs, draw(st.integers(1, 3)), speeds, draw(st.integers(1, max_block))
+
+
+def row_in(columns: tuple[int, int], bounds: Sequence[int]) -> Row:
+    """A run of columns of a row with these bounds."""
+    first, last = (min(max(column, bounds[0]), bounds[1]) - bounds[0] for column in columns)
+    return Row(first, last, last)
+
+
+def by_lane(shares: list[Share]) -> dict[tuple[int, int, int], Tile]:
+    """Every tile by (rank, row, head)."""
+    tiles = [(rank, tile) for rank, share in enumerate(shares) for tile in share]
+    return {(rank, tile.row, head): tile for rank, tile in tiles for head in range(*tile[1:3])}
+
+
+def fractions_by_hand(whole, kv_heads, speeds) -> dict[tuple[int, int, int], tuple[Fraction, Fraction]]:
+    """By (rank, row, head): from and to which part of the lane's pairs the rank's share of the line goes."""
+    lanes = {(i, head): row.keys * (row.keys + 1) // 2 for i, row in enumerate(whole) for head in range(kv_heads)}
+    parts = [Fraction(speed) / sum(map(Fraction, speeds)) * sum(lanes.values()) for speed in speeds]
+    found: dict[tuple[int, int, int], tuple[Fraction, Fraction]] = {}
+    before = 0
+    for lane, count in lanes.items():
+        cuts = [min(max((end - before) / count, 0), 1) if count else 0 for end in accumulate([0, *parts])]
+        found |= {(rank, *lane): cut for rank, cut in enumerate(pairwise(cuts)) if cut[0] < cut[1]}
+        before += count
+    return found
+
+
+@settings(deadline=None, max_examples=120)
+@given(prompts())
+def test_every_run_of_a_prompt_is_covered_exactly_once(prompt):
+    whole, runs, kv_heads, speeds, block = prompt
+    for rows, options in product(runs, [{"axis": axis} for axis in AXES]):
+        shares = partition(rows, kv_heads, speeds, block=block, whole=whole, **options)
+        covered = Counter(pair for share in shares for tile in share for pair in pairs_of_tile(tile, (-1, 0)))
+        lanes = product(enumerate(rows), range(kv_heads))
+        expected = Counter((i, head, *pair) for (i, row), head in lanes for pair in pairs_of_row(row, (-1, 0)))
+        assert covered == expected, f"{rows}: {covered - expected} too much, {expected - covered} missing"
+
+
+@settings(deadline=None, max_examples=120)
+@given(prompts())
+def test_a_rank_has_the_lanes_of_the_whole_line_in_every_run(prompt):
+    """Whole lanes in every run, no tile in a lane of others, and parts of a shared one at equal area."""
+    whole, runs, kv_heads, speeds, block = prompt
+    owned = fractions_by_hand(whole, kv_heads, speeds)
+    for rows in runs:
+        tiles = by_lane(partition(rows, kv_heads, speeds, block=block, whole=whole))
+        strangers = tiles.keys() - owned.keys()
+        assert not strangers, f"(rank, row, head) {strangers} are not those of the whole prompt {owned}"
+        for lane, fractions in owned.items():
+            # The positions below c have c (c + 1) / 2 pairs, less those before the run.
+            before, after = (edge * (edge + 1) / 2 for edge in (rows[lane[1]].q_start, rows[lane[1]].q_stop))
+            ideal = [(sqrt(1 + 8 * (before + float(part) * (after - before))) - 1) / 2 for part in fractions]
+            if lane not in tiles:
+                assert ideal[1] - ideal[0] <= 2 * block, f"{lane} has no tile in {rows}, ideally {ideal}"
+                continue
+            off = max(abs(edge - wanted) for edge, wanted in zip(tiles[lane][3:5], ideal, strict=True))
+            assert off <= block, f"{tiles[lane]} is off the ideal {ideal} by {off}"
+            assert tiles[lane].k_stop == tiles[lane].q_stop, f"{tiles[lane]} is sent keys that it does not need"
+
+
+@pytest.mark.parametrize("speeds", [[1, 1], [1, 1, 1], [0.4, 0.4, 0.2]])
+@pytest.mark.parametrize("lengths", [[1600], [1600, 900], [300, 1600, 1500]])
+def test_runs_need_the_keys_that_the_whole_prompt_needs(lengths, speeds):
+    """The same where a lane ends with the rank; else those of the last run's cut, c^2 = f n^2 + (1 - f) s^2."""
+    whole, columns, runs = [Row(0, n, n) for n in lengths], max(lengths), 8
+    tiles: list[tuple[tuple[int, int, int], Tile]] = []
+    for edges in pairwise(range(0, columns + 1, columns // runs)):
+        rows = [row_in(edges, (columns - n, columns)) for n in lengths]  # padded on the left
+        tiles += by_lane(partition(rows, 3, speeds, block=1, whole=whole)).items()
+    furthest = {lane: max(tile.k_stop for other, tile in tiles if other == lane) for lane, _ in tiles}
+    owned = fractions_by_hand(whole, 3, speeds)
+    assert furthest.keys() == owned.keys()
+    for lane, (_, part) in owned.items():
+        n, s = lengths[lane[1]], max(0, lengths[lane[1]] - columns // runs)
+        ideal = sqrt(part * n**2 + (1 - part) * s**2)
+        assert abs(furthest[lane] - ideal) <= 1.5, f"{lane} is sent {furthest[lane]} keys, ideally {ideal}"
+
+
+def test_runs_follow_the_prompt_not_their_own_lengths():
+    """Late in the prompt only one row has tokens; still it belongs to the rank that has had it from the start."""
+    whole = [Row(0, 100, 100), Row(0, 100, 100)]
+    late = [Row(100, 100, 100), Row(50, 100, 100)]
+    assert partition(late, 2, [1, 1], whole=whole) == [(), (Tile(1, 0, 2, 50, 100, 0, 100),)]
+    assert partition(late, 2, [1, 1]) == [(Tile(1, 0, 1, 50, 100, 0, 100),), (Tile(1, 1, 2, 50, 100, 0, 100),)]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [[], [Row(0, 0, 0)], [Row(5, 5, 9)]])
 def test_a_call_without_work_has_empty_shares(rows, mode):
@@ -267,10 +366,8 @@ def test_a_call_without_work_has_empty_shares(rows, mode):
 
 def test_queries_that_see_no_key_are_in_no_tile():
     assert partition([Row(0, 9, 4)], 1, [1], window_size=(2, 2)) == [(Tile(0, 0, 1, 0, 6, 0, 4),)]
-
-
-def test_queries_without_keys_are_in_no_tile():
     assert partition([Row(0, 3, 0)], 1, [1], window_size=(-1, -1)) == [()]
+    assert partition([Row(0, 5, 4)], 1, [1], window_size=(-1, -1)) == [(Tile(0, 0, 1, 0, 5, 0, 4),)]
 
 
 @pytest.mark.parametrize(
@@ -296,10 +393,6 @@ def test_bad_input_is_refused_with_its_numbers(changes, message):
     call = {"rows": [Row(0, 4, 4)], "kv_heads": 2, "speeds": [1.0], **changes}
     with pytest.raises(ValueError, match=message):
         partition(**call)
-
-
-def test_more_queries_than_keys_are_fine_without_a_causal_mask():
-    assert partition([Row(0, 5, 4)], 1, [1], window_size=(-1, -1)) == [(Tile(0, 0, 1, 0, 5, 0, 4),)]
 
 
 def test_the_examples_in_the_docstrings():

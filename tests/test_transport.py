@@ -232,7 +232,7 @@ def test_an_end_that_never_comes_is_not_waited_for_for_ever() -> None:
 def test_several_links_may_share_an_inbox() -> None:
     store = make_store()
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pairs = [link_pair(store, f"l{i}", inbox=inbox) for i in range(3)]
+    pairs = [link_pair(store, f"l{i}", into=inbox.put) for i in range(3)]
     for i, (base, _) in enumerate(pairs):
         base.send(Header(op=Op.HELLO, token=i))
     got = [inbox.get() for _ in pairs]

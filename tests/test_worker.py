@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -15,11 +14,11 @@ import psutil
 import pytest
 import torch
 
+from fapool_plugin.exchange import Inbox, connect_at
 from fapool_plugin.transport import (
     PROTOCOL_VERSION,
     Header,
     Link,
-    LinkLost,
     Message,
     Op,
     Status,
@@ -27,7 +26,7 @@ from fapool_plugin.transport import (
     float_bits,
 )
 from fapool_plugin.worker import Worker
-from tests.thread_pool import link_pair, make_store
+from tests.thread_pool import HOST, link_pair, make_store
 
 D = 4
 
@@ -36,8 +35,8 @@ D = 4
 def bases() -> Iterator[tuple[list[Link], Worker]]:
     """Two base ends of one worker's links."""
     store = make_store()
-    inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
-    pairs = [link_pair(store, f"l{i}", inbox=inbox) for i in range(2)]
+    inbox = Inbox(connect_at(HOST, store.port, 2.0), 2.0)
+    pairs = [link_pair(store, f"l{i}", into=inbox.put) for i in range(2)]
     worker = Worker(inbox, 2**20, torch.device("cpu"))
     thread = threading.Thread(target=worker.serve, args=([pool for _, pool in pairs],))
     thread.start()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.transport import Link, LinkLost, Message, open_store
+from fapool_plugin.exchange import Arrived, Inbox, connect_at
+from fapool_plugin.transport import Link, open_store
 from fapool_plugin.worker import Worker
 
 HOST = "127.0.0.1"
@@ -28,16 +29,16 @@ def link_pair(
     name: str = "test",
     timeout_s: float = 5.0,
     connect_timeout_s: float = 30.0,
-    inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] | None = None,
+    into: Callable[[Arrived], object] | None = None,
 ) -> tuple[Link, Link]:
-    """Both ends of one link: (base, pool). Pool ends may share an inbox, as a worker's do."""
+    """Both ends of one link: (base, pool). Pool ends may receive into one inbox, as a worker's do."""
     ends: dict[str, Link] = {}
     patience: dict[str, Any] = {"timeout_s": timeout_s, "connect_timeout_s": connect_timeout_s}
 
     def pool_end() -> None:
         # A store's client waits under a lock: two ends that share one would wait for each other.
         client = dist.TCPStore(HOST, store.port, None, False, timedelta(seconds=30))
-        ends["pool"] = Link(client, name, "pool", **patience, host=HOST, into=inbox)
+        ends["pool"] = Link(client, name, "pool", **patience, host=HOST, into=into)
 
     thread = threading.Thread(target=pool_end)
     thread.start()
@@ -47,26 +48,36 @@ def link_pair(
 
 
 class ThreadPool:
-    """A pool whose ranks are threads."""
+    """A pool whose ranks are threads; ``nodes`` pretends that they are on several nodes. With several ``bases`` the
+    links of the second base rank and so on are ``more``."""
+
+    nodes: Mapping[int, int] = MappingProxyType({})
+    bases = 1
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self.store = config, make_store()
         self.links: dict[int, Link] = {}
+        self.more: list[dict[int, Link]] = [{} for _ in range(self.bases - 1)]
         self.workers: dict[int, Worker] = {}
         self.discarded: list[int] = []
+        self.ends: list[Link] = []
+        """The pool ranks' ends of all links."""
         self._threads: list[threading.Thread] = []
         self._made = 0
 
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
         for rank in range(self.config.pool_ranks):
             if rank not in self.links:
-                self._made += 1
-                inbox: queue.SimpleQueue[tuple[Link, Message | LinkLost]] = queue.SimpleQueue()
-                base, pool = link_pair(self.store, f"r{rank}.{self._made}", self.config.timeout_s, inbox=inbox)
-                worker = Worker(inbox, self.config.memory_limit_mib * 2**20, torch.device("cpu"), self.config.kv_block)
-                thread = threading.Thread(target=worker.serve, args=([pool],), daemon=True)
+                inbox = Inbox(self._connect, self.config.timeout_s)
+                pairs = [self._pair(rank, inbox) for _ in range(self.bases)]
+                limit = self.config.memory_limit_mib * 2**20
+                worker = Worker(inbox, limit, torch.device("cpu"), self.config.kv_block, self.nodes.get(rank, 0))
+                thread = threading.Thread(target=worker.serve, args=([pool for _, pool in pairs],), daemon=True)
                 thread.start()
-                self.links[rank], self.workers[rank] = base, worker
+                self.links[rank], self.workers[rank] = pairs[0][0], worker
+                for links, (base, _) in zip(self.more, pairs[1:], strict=True):
+                    links[rank] = base
+                self.ends += [pool for _, pool in pairs]
                 self._threads.append(thread)
         return dict(self.links)
 
@@ -78,9 +89,20 @@ class ThreadPool:
         return ""
 
     def close(self) -> None:
-        for link in self.links.values():
+        bases = [link for links in (self.links, *self.more) for link in links.values()]
+        for link in bases:
             link.close()
         for thread in self._threads:
             thread.join(5)
-        for link in self.links.values():
+        for link in (*bases, *self.ends):
             link.join(5)
+
+    def _pair(self, rank: int, inbox: Inbox) -> tuple[Link, Link]:
+        self._made += 1
+        return link_pair(self.store, f"r{rank}.{self._made}", self.config.timeout_s, into=inbox.put)
+
+    def _connect(self, name: str, side: Any, into: Any) -> Link:
+        """A pool rank's link to another one."""
+        link = connect_at(HOST, self.store.port, self.config.timeout_s)(name, side, into)
+        self.ends.append(link)
+        return link

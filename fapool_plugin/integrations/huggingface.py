@@ -174,7 +174,8 @@ def _observe(model: Any, manager: ResourceManager) -> None:
     if config.trace is not None:
         manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
     if config.metrics_port is not None:
-        manager.closing.enter_context(serve(manager.stats, config.metrics_port))
+        server = manager.closing.enter_context(serve(manager.stats, config.metrics_port))
+        manager.counters.log("metrics", f"served on port {server.port}")
     if config.threshold == "auto":
         profiler = _profiler(config, model)
         manager.advisor.profile = profiler.known() or profiler.measure_alone()

@@ -32,9 +32,9 @@ NAME = "fapool_calibrate"
 """How the attention and the mask function are registered; transformers looks for "flash" in such names."""
 
 _TOKENS = (64, 256, 1024, 4096)
-_QUICK_TOKENS = (64, 256)
+_QUICK_TOKENS = (64, 512)
 _SEQUENCES = (1, 2, 4, 8, 16)
-_QUICK_SEQUENCES = (1, 8)
+_QUICK_SEQUENCES = (1, 4)
 _FEWEST_CALLS = 3
 """Attention calls that a forward must have seen before it may be broken off: two whole layers between them."""
 
@@ -261,14 +261,15 @@ def measure_linear(
     tokens = sorted({min(size, longest) for size in (_QUICK_TOKENS if quick else _TOKENS)})
     sequences = _QUICK_SEQUENCES if quick else _SEQUENCES
     each_s = budget_s / len(threads) / 2
-    # Each size is run at least this often, and once for a start. A decode step is run to its end where that can be: of
-    # its time the head is a large part, and a few layers alone would find their weights in the processor's cache.
-    limit_s = each_s / len(tokens) / (REPEATS + 1)
+    # Forwards of every length are broken off at about the same layer, if at all.
+    token_s = 0.7 * each_s / sum(tokens) / (REPEATS + 1)
     with _Model.opened(model) as opened:
         for done, count in enumerate(threads):
             progress(f"linear: {count} thread(s)", done, len(threads))
             torch.set_num_threads(count)
-            prefill = ascend(tokens, lambda size: opened.timed(1, size, limit_s), each_s, at_least=2)
+            prefill = ascend(tokens, lambda size: opened.timed(1, size, token_s * size), each_s, at_least=2)
+            # A step is run to its end where that can be: of its time the head is a large part, and a few layers alone
+            # would find their weights in the processor's cache.
             decode = ascend(sequences, lambda size: opened.timed(size, 1, each_s), each_s, at_least=2)
             costs.append(LinearCost(threads=count, prefill=fitted(prefill, (0, 1)), decode=fitted(decode, (0, 1))))
         progress("linear", len(threads), len(threads))

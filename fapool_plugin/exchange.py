@@ -1,0 +1,330 @@
+"""A pool rank's links to other pool ranks: keys are passed on from rank to rank, results are merged on their way to
+the base.
+
+Keys go on as they arrive, in the thread that received them, so that no rank waits for another's computation. Whatever
+does not come in time is reported as missing: the base can compute everything itself. Knows links, keys and parts;
+not who asked for what, nor why.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fapool_plugin.kernels import merge_
+from fapool_plugin.partition import Tile
+from fapool_plugin.reduction import layout
+from fapool_plugin.transport import TILE_FIELDS, Header, Link, LinkLost, Message, Op, Status, dtype_code
+
+Arrived = tuple[Link, Message | LinkLost]
+Connect = Callable[[str, Literal["base", "pool"], Callable[[Arrived], object]], Link]
+"""Opens one end of a link with that name, which receives into the function given. Raises RuntimeError if the other
+end does not come."""
+Payload = Sequence[Tensor | Sequence[Tensor]]
+
+_UNSETTLED = 8
+"""Messages to one rank that may be under way."""
+
+
+def connect_at(host: str, port: int, patience_s: float) -> Connect:
+    """Links that meet on the store at ``host``:``port``; the other end is waited for, and may be silent, for
+    ``patience_s`` seconds."""
+
+    def connect(name: str, side: Literal["base", "pool"], into: Callable[[Arrived], object]) -> Link:
+        # A store's client waits under a lock: a link of its own must not wait for another.
+        store = dist.TCPStore(host, port, None, False, timedelta(seconds=patience_s))
+        return Link(store, name, side, timeout_s=patience_s, connect_timeout_s=patience_s, host=host, into=into)
+
+    return connect
+
+
+class Inbox:
+    """What a worker's links to base ranks receive into. Keys are handed on at once; all else waits for the worker.
+
+    Args:
+        connect: opens links to other pool ranks.
+        patience_s: seconds to wait for what they send.
+    """
+
+    def __init__(self, connect: Connect, patience_s: float) -> None:
+        self._connect, self._patience_s = connect, patience_s
+        self._waiting: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+        self._exchanges: dict[Link, Exchange] = {}
+
+    def put(self, arrived: Arrived) -> None:
+        """Called by the links' readers."""
+        link, item = arrived
+        if isinstance(item, LinkLost):
+            if link in self._exchanges:
+                self._exchanges[link].stop()
+        elif item.header.op == Op.PEER:
+            self._introduce(link, item.header)
+            return
+        elif item.header.op == Op.KEYS:
+            if (exchange := self._exchanges.get(link)) is not None and exchange.token == item.header.token:
+                exchange.take(item)
+            return
+        self._waiting.put(arrived)
+
+    def get(self) -> Arrived:
+        """The next thing for the worker."""
+        return self._waiting.get()
+
+    def exchange(self, link: Link) -> Exchange:
+        """The pool ranks that the base rank at ``link`` introduced. Raises LinkLost if there are none."""
+        found = self._exchanges.get(link)
+        if found is None:
+            raise LinkLost("the base asks for work with pool ranks that it did not introduce")
+        return found
+
+    def leave(self, link: Link) -> None:
+        """The base rank at ``link`` gives the lease back: its pool ranks need no links of their own any more."""
+        exchange = self._exchanges.pop(link, None)
+        if exchange is not None:
+            exchange.close()
+
+    def _introduce(self, link: Link, header: Header) -> None:
+        known = self._exchanges.get(link)
+        if known is None or known.token != header.token:
+            self.leave(link)
+            known = self._exchanges[link] = Exchange(header.number, header.token, self._connect, self._patience_s)
+        known.meet(header.peer, f"peer{header.extra}")
+
+
+class Exchange:
+    """What this pool rank and those that one base rank introduced give each other, during one lease.
+
+    Args:
+        number: this rank's, in its pool.
+        token: the lease.
+        connect: opens links to other pool ranks.
+        patience_s: seconds to wait for what they send.
+    """
+
+    def __init__(self, number: int, token: int, connect: Connect, patience_s: float) -> None:
+        self.number, self.token = number, token
+        self._connect, self._patience_s = connect, patience_s
+        self._peers: dict[int, _Peer] = {}
+        self._changed = threading.Condition()
+        self._keys: dict[int, list[Message]] = {}
+        self._parts: dict[tuple[int, int], Message] = {}
+        self._over = 0
+        """The last joint call that waits for nothing any more; what comes for it or earlier ones comes too late."""
+        self._broken = False
+        """Keys did not arrive once, so those of other calls may not either: none are waited for."""
+
+    def meet(self, number: int, name: str) -> None:
+        """Opens a link to another rank, without waiting for it."""
+        peer = _Peer(self, number)
+        self._peers[number] = peer
+        side: Literal["base", "pool"] = "base" if self.number < number else "pool"
+        threading.Thread(target=peer.open, args=(self._connect, name, side), name=f"fapool {name}", daemon=True).start()
+
+    def take(self, keys: Message) -> None:
+        """Passes keys on to the next rank on their route, if there is one, and keeps them for the call they are for."""
+        if keys.header.peers:
+            *payload, onward = keys.tensors
+            header = keys.header._replace(peers=keys.header.peers - 1)
+            self.send(int(onward[0]), header, [*payload, onward[1:]] if header.peers else payload)
+        with self._changed:
+            if keys.header.joint > self._over:
+                self._keys.setdefault(keys.header.joint, []).append(keys)
+                self._changed.notify_all()
+
+    def came(self, peer: _Peer, item: Message | LinkLost) -> None:
+        """Something arrived from another rank, or nothing will any more."""
+        if isinstance(item, Message) and item.header.op == Op.KEYS:
+            self.take(item)
+            return
+        with self._changed:
+            if isinstance(item, LinkLost):
+                peer.lost = self._broken = True
+            elif item.header.joint > self._over:
+                self._parts[item.header.joint, peer.number] = item
+            self._changed.notify_all()
+
+    def send(self, number: int, header: Header, tensors: Payload) -> None:
+        """Sends to another rank, as soon as its link stands; what cannot be sent is missed at the other end."""
+        peer = self._peers.get(number)
+        if peer is not None:
+            peer.send(header, tensors)
+
+    def keys(self, joint: int, count: int) -> list[Message] | None:
+        """The ``count`` messages of keys for a call; None if they do not all come."""
+
+        def complete() -> bool:
+            return len(self._keys.get(joint, ())) >= count
+
+        with self._changed:
+            self._changed.wait_for(lambda: complete() or self._broken, self._patience_s)
+            self._broken = self._broken or not complete()
+            found = self._keys.get(joint, []) if complete() else None
+            self._end(joint)
+        return found
+
+    def merged(self, request: Message, own: Header, tensors: Payload) -> tuple[Header, Payload]:
+        """The answer that this rank computed, merged with those that the request says are to come.
+
+        Each rank has a row in the answer's table of parts: its number, its status, nanoseconds spent computing and
+        the clock when it began. A rank without a row is missing.
+        """
+        joint, group = request.header.joint, request.header.group
+        total = _Total(group, request.header.v_head_dim)
+        rows = [[self.number, own.status, own.extra, own.clock]]
+        if own.status == Status.OK:
+            tiles = [Tile(*row[:7]) for row in request.tensors[0].tolist()]
+            for tile, out, lse in zip(tiles, *tensors, strict=True):
+                total.add(tile, out, lse)
+        for part in self._await(joint, request.tensors[4].tolist() if request.header.peers else []):
+            out, lse, tiles_of_part, reported = part.tensors
+            total.add_flat([Tile(*row[:7]) for row in tiles_of_part.tolist()], out, lse)
+            rows += reported.tolist()
+        table, outs, lses = total.result()
+        header = own._replace(
+            status=Status.OK,
+            dtype=dtype_code(outs[0].dtype) if outs else own.dtype,
+            tiles=len(table),
+            q_elements=sum(out.numel() for out in outs),
+            lse_elements=sum(lse.numel() for lse in lses),
+            parts=len(rows),
+        )
+        return header, (
+            outs,
+            lses,
+            torch.tensor(table, dtype=torch.int64).view(len(table), TILE_FIELDS),
+            torch.tensor(rows),
+        )
+
+    def stop(self) -> None:
+        """Waits for nobody any more."""
+        with self._changed:
+            self._broken = True
+            for peer in list(self._peers.values()):
+                peer.lost = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Ends all links to other ranks."""
+        self.stop()
+        for peer in list(self._peers.values()):
+            peer.close()
+
+    def _await(self, joint: int, numbers: Sequence[int]) -> list[Message]:
+        """The parts that come, of those that these ranks should send."""
+        found, deadline = [], time.monotonic() + self._patience_s
+        with self._changed:
+            for number in numbers:
+                settled = partial(self._is_settled, joint, number)
+                self._changed.wait_for(settled, max(0.0, deadline - time.monotonic()))
+                if (joint, number) in self._parts:
+                    found.append(self._parts[joint, number])
+            self._end(joint)
+        return found
+
+    def _is_settled(self, joint: int, number: int) -> bool:
+        return (joint, number) in self._parts or number not in self._peers or self._peers[number].lost
+
+    def _end(self, joint: int) -> None:
+        self._over = joint
+        self._keys = {call: kept for call, kept in self._keys.items() if call > joint}
+        self._parts = {call: kept for call, kept in self._parts.items() if call[0] > joint}
+
+
+class _Peer:
+    """Another pool rank; what is sent to it before its link stands waits."""
+
+    def __init__(self, exchange: Exchange, number: int) -> None:
+        self.exchange, self.number, self.lost = exchange, number, False
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._waiting: list[tuple[Header, Payload]] = []
+        self._closed = False
+
+    def open(self, connect: Connect, name: str, side: Literal["base", "pool"]) -> None:
+        """Waits for the other end."""
+        try:
+            link = connect(name, side, lambda arrived: self.exchange.came(self, arrived[1]))
+        except RuntimeError as error:
+            self.exchange.came(self, LinkLost(str(error)))
+            return
+        with self._lock:
+            if self._closed:
+                link.close()
+                return
+            self._link = link
+            for header, tensors in self._waiting:
+                self._transmit(link, header, tensors)
+            self._waiting.clear()
+
+    def send(self, header: Header, tensors: Payload) -> None:
+        """Sends, or keeps for later; called by several threads."""
+        with self._lock:
+            if self._link is not None:
+                self._transmit(self._link, header, tensors)
+            elif not (self.lost or self._closed):
+                self._waiting.append((header, tensors))
+
+    def close(self) -> None:
+        """Ends the link, now or once it stands."""
+        with self._lock:
+            self._closed = True
+            self._waiting.clear()
+            if self._link is not None:
+                self._link.close()
+            self._link = None
+
+    def _transmit(self, link: Link, header: Header, tensors: Payload) -> None:
+        try:
+            link.send(header, tensors)
+            link.settle(link.messages_sent - _UNSETTLED)
+        except LinkLost as error:
+            link.fail(str(error))
+
+
+class _Total:
+    """Results of tiles, merged wherever they are of the same queries and heads."""
+
+    def __init__(self, group: int, head_dim: int) -> None:
+        self.group, self.head_dim = group, head_dim
+        self._merged: list[tuple[Tile, Tensor, Tensor]] = []
+
+    def add(self, tile: Tile, out_1SHE: Tensor, lse_1HS: Tensor) -> None:
+        """Merges one tile's result; the tensors are changed or kept."""
+        for known, out, lse in self._merged:
+            first, last = max(known.head_start, tile.head_start), min(known.head_stop, tile.head_stop)
+            if (known.row, known.q_start, known.q_stop) == (tile.row, tile.q_start, tile.q_stop) and first < last:
+                here, there = self._heads(known, first, last), self._heads(tile, first, last)
+                merge_(out[:, :, here], lse[:, here], out_1SHE[:, :, there], lse_1HS[:, there])
+                for start, stop in ((tile.head_start, first), (last, tile.head_stop)):
+                    if start < stop:
+                        rest = self._heads(tile, start, stop)
+                        self.add(
+                            tile._replace(head_start=start, head_stop=stop), out_1SHE[:, :, rest], lse_1HS[:, rest]
+                        )
+                return
+        self._merged.append((tile, out_1SHE.to(lse_1HS.dtype), lse_1HS))
+
+    def add_flat(self, tiles: Sequence[Tile], out: Tensor, lse: Tensor) -> None:
+        """Merges results as they come over a link."""
+        for tile, outs, lses in layout(tiles, self.group, self.head_dim):
+            heads = (tile.head_stop - tile.head_start) * self.group
+            part = out[outs].view(1, -1, heads, self.head_dim), lse[lses].view(1, heads, -1)
+            device = self._merged[0][1].device if self._merged else out.device
+            self.add(tile, part[0].to(device), part[1].to(device))
+
+    def result(self) -> tuple[list[list[int]], list[Tensor], list[Tensor]]:
+        """(tile table, outs, lses). Not rounded to the queries' dtype: it may be merged several times more."""
+        table = [[*tile, 0, 0] for tile, _, _ in self._merged]
+        return table, [out for _, out, _ in self._merged], [lse for _, _, lse in self._merged]
+
+    def _heads(self, tile: Tile, start: int, stop: int) -> slice:
+        return slice((start - tile.head_start) * self.group, (stop - tile.head_start) * self.group)
