@@ -296,7 +296,7 @@ class _Call:
             if held_nothing:
                 self.sequence.full.add(one.rank.key)
         if part.status == Status.MISSING or one.awaits:
-            pass
+            part_ways(self._asked)
         if part.status == Status.STALE or one.awaits:
             self.sequence.residency.forget(one.rank.key)
         return False

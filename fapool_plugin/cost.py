@@ -160,6 +160,13 @@ class Profile(_Measured):
         different = [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
         return "; ".join(different) or None
 
+    @property
+    def spread(self) -> float:
+        """How much repeats of one measurement differed at most, attention's and the linear part's: a large value says
+        that something else was running."""
+        costs = [*self.attention, *self.linear]
+        return max(max(cost.prefill.spread, cost.decode.spread) for cost in costs)
+
     def attention_for(self, threads: int, kernel: str | None = None) -> AttentionCost:
         """Costs with ``threads`` threads, or the nearest number measured; the fastest kernel if none is named."""
         able = [cost for cost in self.attention if cost.dtype == self.shape.dtype and kernel in (None, cost.kernel)]

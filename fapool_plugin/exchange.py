@@ -120,12 +120,14 @@ class Exchange:
         self._over = 0
         """The last joint call that waits for nothing any more; what comes for it or earlier ones comes too late."""
         self._broken = False
-        """Keys did not arrive once, so those of other calls may not either: none are waited for."""
+        """Keys did not arrive once, or whoever passed them on is gone: none are waited for, until there is a new
+        link."""
 
     def meet(self, number: int, name: str) -> None:
         """Opens a link to another rank, without waiting for it."""
-        peer = _Peer(self, number)
-        self._peers[number] = peer
+        peer = self._peers[number] = _Peer(self, number)
+        with self._changed:
+            self._broken = False
         side: Literal["base", "pool"] = "base" if self.number < number else "pool"
         threading.Thread(target=peer.open, args=(self._connect, name, side), name=f"fapool {name}", daemon=True).start()
 
@@ -147,7 +149,9 @@ class Exchange:
             return
         with self._changed:
             if isinstance(item, LinkLost):
-                peer.lost = self._broken = True
+                peer.lost = True
+                # Keys go from lower to higher numbers.
+                self._broken = self._broken or peer.number < self.number
             elif item.header.joint > self._over:
                 self._parts[item.header.joint, peer.number] = item
             self._changed.notify_all()

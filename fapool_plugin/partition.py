@@ -186,6 +186,8 @@ def partition(
     [(0, 1, 2, 3, 4, 0, 4), (0, 2, 3, 0, 4, 0, 4)]
     """
     _check(rows, kv_heads, speeds, window_size, axis, mode, block)
+    if whole is not None and len(whole) != len(rows):
+        raise ValueError(f"whole has {len(whole)} rows, the call {len(rows)}; give the prompt's own rows")
     lanes = [_lane(index, row, window_size, axis) for index, row in enumerate(rows)]
     lanes = [lane for lane in lanes if lane.extent > 0]
     if not lanes:

@@ -193,7 +193,7 @@ class ResourceManager:
         mode, blocks = self._agree((mode, blocks))
         if mode == _POOLED:
             self._activate(length, forward.sequence)
-            if not self.ranks:
+            if not self.ranks and self._agree is _unasked:
                 return forward
         elif choice is not None:
             told = f"the plan: {forward.phase} is predicted to be faster without pool ranks"
@@ -238,13 +238,14 @@ class ResourceManager:
             self._threads = threads = torch.get_num_threads()
             torch.set_num_threads(self.advisor.cores(threads, False).base(ranks))
 
-    def end(self, forward: Forward) -> None:
-        """Ends what :meth:`begin` returned."""
+    def end(self, forward: Forward, *, completed: bool = True) -> None:
+        """Ends what :meth:`begin` returned; one that was not ``completed`` says nothing of what it takes."""
         counters = self.counters.phase(forward.phase)
         took_s = forward.took_s or time.perf_counter() - forward.began_s
         if not forward.pooled:
             counters.local_forwards += 1
-            self.advisor.learn(forward, took_s)
+            if completed:
+                self.advisor.learn(forward, took_s)
             return
         self.timeline.end()
         if self._threads is not None:
@@ -253,7 +254,8 @@ class ResourceManager:
         counters.pooled_forwards += bool(forward.ranks)
         counters.local_forwards += not forward.ranks
         counters.overlapped_forwards += forward.blocks > 1
-        self.advisor.learn(forward, took_s)
+        if completed:
+            self.advisor.learn(forward, took_s)
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
         self._reap()

@@ -202,7 +202,7 @@ def test_leaving_the_interpreter_without_close_leaves_no_process(folder: Path) -
 import os, torch
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 torch.set_num_threads(1)
-settings = dict(threshold=16, pool_ranks=2, memory_limit_mib=64)
+settings = dict(threshold=16, pool_ranks=2, memory_limit_mib=64, activation="length", blocks=1)
 model = FAPoolForCausalLM.from_pretrained({str(folder)!r}, fa_pool=settings).eval()
 kept = model.generate(torch.arange(3, 43)[None], max_new_tokens=3, return_dict_in_generate=True)
 stats = model.fa_pool.stats()
@@ -337,7 +337,8 @@ def test_switched_off_it_changes_nothing(folder: Path) -> None:
 def test_a_loaded_model_can_be_wrapped(folder: Path) -> None:
     before, model = workers(), plain(folder)
     weights = {key: value.data_ptr() for key, value in model.state_dict().items()}
-    assert FAPoolForCausalLM.wrap(model, {"threshold": 16, "memory_limit_mib": 64}) is model
+    settings = {"threshold": 16, "memory_limit_mib": 64, "activation": "length", "blocks": 1}
+    assert FAPoolForCausalLM.wrap(model, settings) is model
     with model.fa_pool:
         pooled_generate(model, eager(folder))
     assert {key: value.data_ptr() for key, value in model.state_dict().items()} == weights

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin import partition as partition_module
-from fapool_plugin.partition import Row, Share, Tile, allowed_pairs, partition
+from fapool_plugin.partition import Axis, Row, Share, Tile, allowed_pairs, partition
 
 WINDOWS = [(-1, 0), (-1, -1), (0, 0), (3, 0), (9, 0), (2, 2), (0, 4), (5, -1), (-1, 3), (0, -1)]
-AXES = ["queries", "keys"]
+AXES: list[Axis] = ["queries", "keys"]
 MODES = ["line", "query_blocks"]
 
 
@@ -265,8 +265,7 @@ def test_adjacent_whole_heads_are_one_tile():
 def prompts(draw, max_length=30, max_block=6):
     """A causal prompt of uneven sequences, padded on either side, its runs of columns, and how it is shared out."""
     edges = list(pairwise([0, *accumulate(draw(st.lists(st.integers(1, max_length), min_size=1, max_size=4)))]))
-    columns = edges[-1][1]
-    bounds = [sorted(draw(st.tuples(*[st.integers(0, columns)] * 2))) for _ in range(draw(st.integers(1, 4)))]
+    bounds = [sorted(draw(st.tuples(*[st.integers(0, edges[-1][1])] * 2))) for _ in range(draw(st.integers(1, 4)))]
     runs = [[row_in(run, row) for row in bounds] for run in edges]
     speeds = draw(st.lists(st.sampled_from([0, 1, 1, 0.3, 2.5]), min_size=1, max_size=4).filter(any))
     whole = [Row(0, stop - start, stop - start) for start, stop in bounds]
@@ -285,16 +284,17 @@ def by_lane(shares: list[Share]) -> dict[tuple[int, int, int], Tile]:
     return {(rank, tile.row, head): tile for rank, tile in tiles for head in range(*tile[1:3])}
 
 
-def fractions_by_hand(whole, kv_heads, speeds) -> dict[tuple[int, int, int], tuple[Fraction, Fraction]]:
+def fractions_by_hand(whole: list[Row], kv_heads: int, speeds: list[float]) -> dict[tuple[int, int, int], tuple]:
     """By (rank, row, head): from and to which part of the lane's pairs the rank's share of the line goes."""
-    lanes = {(i, head): row.keys * (row.keys + 1) // 2 for i, row in enumerate(whole) for head in range(kv_heads)}
-    parts = [Fraction(speed) / sum(map(Fraction, speeds)) * sum(lanes.values()) for speed in speeds]
-    found: dict[tuple[int, int, int], tuple[Fraction, Fraction]] = {}
-    before = 0
+    heads = range(kv_heads)
+    lanes = {(i, head): row.keys * (row.keys + 1) // 2 for i, row in enumerate(whole) if row.keys for head in heads}
+    exact = [Fraction(speed) / sum(map(Fraction, speeds)) * sum(lanes.values()) for speed in speeds]
+    ends = [sum(exact[:count], Fraction(0)) for count in range(len(speeds) + 1)]
+    found: dict[tuple[int, int, int], tuple] = {}
     for lane, count in lanes.items():
-        cuts = [min(max((end - before) / count, 0), 1) if count else 0 for end in accumulate([0, *parts])]
+        cuts = [min(max(end / count, Fraction(0)), Fraction(1)) for end in ends]
         found |= {(rank, *lane): cut for rank, cut in enumerate(pairwise(cuts)) if cut[0] < cut[1]}
-        before += count
+        ends = [end - count for end in ends]
     return found
 
 
@@ -302,8 +302,8 @@ def fractions_by_hand(whole, kv_heads, speeds) -> dict[tuple[int, int, int], tup
 @given(prompts())
 def test_every_run_of_a_prompt_is_covered_exactly_once(prompt):
     whole, runs, kv_heads, speeds, block = prompt
-    for rows, options in product(runs, [{"axis": axis} for axis in AXES]):
-        shares = partition(rows, kv_heads, speeds, block=block, whole=whole, **options)
+    for rows, axis in product(runs, AXES):
+        shares = partition(rows, kv_heads, speeds, axis=axis, block=block, whole=whole)
         covered = Counter(pair for share in shares for tile in share for pair in pairs_of_tile(tile, (-1, 0)))
         lanes = product(enumerate(rows), range(kv_heads))
         expected = Counter((i, head, *pair) for (i, row), head in lanes for pair in pairs_of_row(row, (-1, 0)))
@@ -318,8 +318,7 @@ def test_a_rank_has_the_lanes_of_the_whole_line_in_every_run(prompt):
     owned = fractions_by_hand(whole, kv_heads, speeds)
     for rows in runs:
         tiles = by_lane(partition(rows, kv_heads, speeds, block=block, whole=whole))
-        strangers = tiles.keys() - owned.keys()
-        assert not strangers, f"(rank, row, head) {strangers} are not those of the whole prompt {owned}"
+        assert not tiles.keys() - owned.keys(), f"{tiles} in other lanes than in the whole prompt, {owned}"
         for lane, fractions in owned.items():
             # The positions below c have c (c + 1) / 2 pairs, less those before the run.
             before, after = (edge * (edge + 1) / 2 for edge in (rows[lane[1]].q_start, rows[lane[1]].q_stop))

@@ -53,14 +53,19 @@ def reference(folder: Path, length: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return generate(model, prompt(folder, length))
 
 
+BLOCKS = 4
+"""Of the prompt, in flight."""
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
 
 
 def pooled(folder: Path, length: int, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[Tensor, Tensor]:
-    model = FAPoolForCausalLM.from_pretrained(folder, dtype=dtype, fa_pool=settings)
-    with model.fa_pool, pools(model, prefill=LAYERS, decode=LAYERS * (NEW - 1)):
+    ours = {"activation": "length", "blocks": BLOCKS} | settings
+    model = FAPoolForCausalLM.from_pretrained(folder, dtype=dtype, fa_pool=ours)
+    with model.fa_pool, pools(model, prefill=LAYERS * BLOCKS, decode=LAYERS * (NEW - 1)):
         return generate(model, prompt(folder, length))
 
 

@@ -30,7 +30,7 @@ from fapool_plugin.prometheus import serve
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.trace import Trace
 
-_FULL = {"full_attention", "hybrid"}
+FULL_LAYERS = {"full_attention", "hybrid"}
 _LONGEST = 1 << 20
 """Tokens up to which a threshold is looked for, if the model does not say how many it can have."""
 _LEFT_ALONE = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention", "dummy"}
@@ -82,7 +82,7 @@ class FAPoolForCausalLM(Entrance):
         saved = getattr(model.config, "fapool", None)
         config = FAPoolConfig.load(saved if fa_pool is None else fa_pool)
         check_machine(config, psutil.virtual_memory().available)
-        attentions = list(_attention_modules(model))
+        attentions = list(attention_modules(model))
         refuse_model(model, attentions)
         manager = ResourceManager(config, LocalPool)
         if config.enabled:
@@ -139,7 +139,7 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     """Puts FAPoolAttention into every attention layer, and an entrance at every way into the model."""
     local = model.config._attn_implementation
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    full = sum(kind in _FULL for kind in kinds)
+    full = sum(kind in FULL_LAYERS for kind in kinds)
     for module in attentions:
         module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local)
     # Not only the outermost: some models call their decoder past the model that holds it.
@@ -186,7 +186,7 @@ def _observe(model: Any, manager: ResourceManager) -> None:
         manager.counters.log("threshold", f"measured: {manager.threshold} tokens")
 
 
-def _attention_modules(model: nn.Module) -> Iterator[Any]:
+def attention_modules(model: nn.Module) -> Iterator[Any]:
     """Every self-attention layer."""
     for module in model.modules():
         named = type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
@@ -209,7 +209,7 @@ def refuse_model(model: Any, attentions: list[Any]) -> None:
         )
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise ValueError(f"{name} shares keys between layers, which fa_pool does not pool. Load it without fa_pool")
-    kinds = sorted(set(get_layer_types_and_kwargs(config)[0]) - _FULL - _LEFT_ALONE)
+    kinds = sorted(set(get_layer_types_and_kwargs(config)[0]) - FULL_LAYERS - _LEFT_ALONE)
     if getattr(config, "attention_chunk_size", None) and not kinds:
         kinds = ["chunked_attention"]
     if kinds:

@@ -81,12 +81,14 @@ class Forwards:
         if not isinstance(tokens, Tensor):
             return enter(*args, **kwargs)
         given, scope = self._decide(owner, given, tokens)
-        before = SCOPE.set(scope)
+        before, completed = SCOPE.set(scope), False
         try:
-            return self._inside(owner, enter, (), given, scope)
+            output = self._inside(owner, enter, (), given, scope)
+            completed = True
+            return output
         finally:
             SCOPE.reset(before)
-            self.manager.end(scope.decided)
+            self.manager.end(scope.decided, completed=completed)
 
     def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Scope]:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
@@ -149,7 +151,7 @@ class Forwards:
         reason = _not_in_blocks(_by_name(owner, args, kwargs))
         if reason:
             self.manager.counters.not_overlapped(reason)
-            decided.blocks = 1
+            decided.blocks, decided.choice = 1, None
             return enter(*args, **kwargs)
         return _run_blocks(owner, enter, _by_name(owner, args, kwargs), scope, cache)
 

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fapool_plugin.calibrate import REPEATS, Progress, ascend, check_effort, fitted, silent, threads_restored
 from fapool_plugin.cost import LinearCost, Shape
-from fapool_plugin.integrations.huggingface import _FULL, _attention_modules, refuse_model
+from fapool_plugin.integrations.huggingface import FULL_LAYERS, attention_modules, refuse_model
 from fapool_plugin.integrations.huggingface_forward import Entrance
 
 NAME = "fapool_calibrate"
@@ -135,7 +135,7 @@ class _Model:
     @contextmanager
     def opened(cls, model: Any) -> Iterator[_Model]:
         """Changes the model, and leaves it exactly as it was. Pooled models decide nothing meanwhile."""
-        refuse_model(model, list(_attention_modules(model)))
+        refuse_model(model, list(attention_modules(model)))
         layers = full_layers(model)
         before = model.config._attn_implementation
         training = {module: module.training for module in model.modules()}
@@ -198,7 +198,7 @@ def _stands_for(model: Any) -> str:
 def full_layers(model: Any) -> int:
     """Layers of full attention. Raises ValueError if there is none."""
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-    layers = sum(kind in _FULL for kind in kinds)
+    layers = sum(kind in FULL_LAYERS for kind in kinds)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no layer of full attention, only {', '.join(sorted(set(kinds)))}: nothing of "

@@ -20,6 +20,9 @@ from fapool_plugin.integrations.huggingface_calibrate import QUICK_S, calibrate_
 from fapool_plugin.integrations.huggingface_linear import shape_of
 from fapool_plugin.lease import PoolRank
 
+_DISTURBED = 0.5
+"""Spread of a measurement, in parts of its median, above which it is good for this run at best."""
+
 
 @dataclass(frozen=True)
 class ModelProfiler:
@@ -50,7 +53,7 @@ class ModelProfiler:
         return profile
 
     def measure(self, rank: PoolRank, start_s: float, activation_s: float) -> Profile:
-        """A quick profile with a leased rank; it is kept."""
+        """A quick profile with a leased rank."""
         self._say()
         profile = make_profile(
             self.model,
@@ -61,15 +64,19 @@ class ModelProfiler:
             start_s=start_s,
             activation_s=activation_s,
         )
-        keep(profile)
-        return profile
+        return self._kept(profile)
 
     def measure_alone(self) -> Profile:
-        """A quick profile with a rank started for it; it is kept."""
+        """A quick profile with a rank started for it."""
         self._say()
         per_rank = self.config.threads_per_rank
         profile = calibrate_model(self.model, threads=self._threads(), threads_per_rank=per_rank, quick=True)
-        keep(profile)
+        return self._kept(profile)
+
+    def _kept(self, profile: Profile) -> Profile:
+        """Keeps a profile for later, unless it was disturbed."""
+        if profile.spread <= _DISTURBED:
+            keep(profile)
         return profile
 
     def _threads(self) -> list[int]:
