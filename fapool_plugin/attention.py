@@ -19,7 +19,7 @@ from fapool_plugin.joint import Asked, Sizes, arrange, distribute, part_ways
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
-from fapool_plugin.plan import within_residency
+from fapool_plugin.plan import in_batches, within_residency
 from fapool_plugin.reduction import Lanes, layout
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
@@ -313,13 +313,14 @@ class _Call:
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self._timeline.switch(ATTENTION)
-        for tile in tiles:
-            k = self._keys(self.k, tile, tile.k_start, tile.k_stop)[None].transpose(1, 2)
-            v = self._keys(self.v, tile, tile.k_start, tile.k_stop)[None].transpose(1, 2)
+        for tile, rows in in_batches(tiles, self.geometry):
+            batch, keys = slice(tile.row, tile.row + rows), self.geometry.k_slice(tile.row, tile.k_start, tile.k_stop)
+            lanes = slice(tile.head_start, tile.head_stop)
+            heads, queries = self._heads(tile), self.geometry.q_slice(tile)
             out, lse = attend(
-                self._queries(tile)[None].transpose(1, 2),
-                k,
-                v,
+                self.q[batch, heads, queries].transpose(1, 2),
+                self.k[batch, lanes, keys].transpose(1, 2),
+                self.v[batch, lanes, keys].transpose(1, 2),
                 softmax_scale=self.scale,
                 causal=True,
                 q_offset=tile.q_start - tile.k_start,
@@ -327,17 +328,20 @@ class _Call:
             )
             self._merge(tile, out, lse)
 
-    def _merge(self, tile: Tile, out_1SHE: Tensor, lse_1HS: Tensor) -> None:
-        rows, queries = slice(tile.row, tile.row + 1), self.geometry.q_slice(tile)
-        heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
+    def _merge(self, tile: Tile, out_BSHE: Tensor, lse_BHS: Tensor) -> None:
+        """Takes a part of rows from the tile's on."""
+        rows, queries = slice(tile.row, tile.row + out_BSHE.shape[0]), self.geometry.q_slice(tile)
+        heads = self._heads(tile)
         if self._disjoint:
-            self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries] = out_1SHE, lse_1HS
+            self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries] = out_BSHE, lse_BHS
         else:
-            merge_(self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries], out_1SHE, lse_1HS)
+            merge_(self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries], out_BSHE, lse_BHS)
+
+    def _heads(self, tile: Tile) -> slice:
+        return slice(tile.head_start * self.group, tile.head_stop * self.group)
 
     def _queries(self, tile: Tile) -> Tensor:
-        heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
-        return self.q[tile.row, heads, self.geometry.q_slice(tile)]
+        return self.q[tile.row, self._heads(tile), self.geometry.q_slice(tile)]
 
     def _keys(self, kv_BKTD: Tensor, lanes: Tile | Lanes, start: int, stop: int) -> Tensor:
         return kv_BKTD[lanes.row, lanes.head_start : lanes.head_stop, self.geometry.k_slice(lanes.row, start, stop)]

@@ -5,7 +5,7 @@ Knows neither tensors nor links. What a plan costs in seconds is not known here 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -136,6 +136,22 @@ def shortened(plan: Plan, part: float, block: int) -> Plan:
             base.append(tile._replace(k_start=stop))
         shares.append(tuple(kept))
     return replace(plan, shares=tuple(shares), base=tuple(base))
+
+
+def in_batches(tiles: Iterable[Tile], geometry: Geometry) -> list[tuple[Tile, int]]:
+    """The same tiles, those of neighbouring rows together that one kernel call can compute: the first of them, and
+    how many rows. Padding must be alike, or positions would not be columns alike."""
+    batches: list[tuple[Tile, int]] = []
+    open_: dict[tuple[int, ...], int] = {}
+    for tile in tiles:
+        key = (*tile[1:], geometry.starts[tile.row])
+        at = open_.get(key)
+        if at is not None and batches[at][0].row + batches[at][1] == tile.row:
+            batches[at] = batches[at][0], batches[at][1] + 1
+        else:
+            open_[key] = len(batches)
+            batches.append((tile, 1))
+    return batches
 
 
 class Request(NamedTuple):

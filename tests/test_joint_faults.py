@@ -21,7 +21,7 @@ from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.transport import LinkLost, Message
 from tests.test_attention import Stream, check
-from tests.test_joint import manager_of, pool_of, went_well
+from tests.test_joint import links_between, manager_of, pool_of, went_well
 from tests.thread_pool import ThreadPool
 
 
@@ -83,8 +83,10 @@ def dies(pool: ThreadPool, victim: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 def sends_nothing(pool: ThreadPool, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To other pool ranks; its links stand."""
-    (exchange,) = pool.workers[victim].inbox._exchanges.values()
-    monkeypatch.setattr(exchange, "send", lambda *args: None)
+    for exchange in links_between(pool):
+        monkeypatch.setattr(exchange, "_patience_s", 0.5)
+        if exchange.number == victim:
+            monkeypatch.setattr(exchange, "send", lambda *args: None)
 
 
 @pytest.mark.timeout(60)
@@ -99,7 +101,7 @@ def test_a_rank_that_fails_at_any_place_costs_time_only(
 ) -> None:
     reduction, distribution = ways
     keys = {"reduction": reduction, "key_distribution": distribution, "partition": "query_blocks"}
-    with manager_of(pool_ranks=5, timeout_s=1.0, **keys) as manager, warnings.catch_warnings():
+    with manager_of(pool_ranks=5, **keys) as manager, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         stream = Stream(manager, (0,))
         for new in (40, 1, 30):
@@ -174,7 +176,7 @@ def test_a_rank_that_is_found_lost_while_all_are_asked(
     ways: tuple[str, str], step: str, victim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {"reduction": ways[0], "key_distribution": ways[1], "partition": "query_blocks"}
-    with manager_of(pool_ranks=4, timeout_s=1.0, **keys) as manager, warnings.catch_warnings():
+    with manager_of(pool_ranks=4, timeout_s=2.0, **keys) as manager, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         check(*Stream(manager, (0,)).call(1), 2e-5)  # takes the lease
         stream = Stream(manager, (0,))
@@ -187,7 +189,7 @@ def test_a_rank_that_is_found_lost_while_all_are_asked(
         for new in (40, 1, 1, 20, 1):
             check(*stream.call(new), 2e-5)
         took = time.monotonic() - began
-        assert took < 3.0, f"it took {took:.1f} s"
+        assert took < 6.0, f"it took {took:.1f} s"
         # The base gives keys to the first rank of a chain alone.
         assert manager.counters.faults == int(step != "give" or (victim == 0 and "chain" in ways))
         assert not any(rank.stale for rank in manager.counters.ranks.values()), "the base believed keys to be there"

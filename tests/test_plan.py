@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin.partition import Row, Tile
-from fapool_plugin.plan import Geometry, make_plan, speeds, within_residency
+from fapool_plugin.plan import Geometry, in_batches, make_plan, shortened, speeds, within_residency
 
 
 def test_geometry_turns_columns_into_positions() -> None:
@@ -84,3 +84,43 @@ def test_a_decode_step_sends_no_keys_until_a_block_is_full() -> None:
         have = max(have, request.key_stop)
     assert [step + 1 for step, n in enumerate(sent) if n] == [32, 64]
     assert sum(sent) == 64
+
+
+@given(
+    starts=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    ranks=st.integers(0, 3),
+    heads=st.integers(1, 4),
+    keys=st.integers(1, 40),
+)
+def test_batches_are_the_same_tiles(starts: list[int], ranks: int, heads: int, keys: int) -> None:
+    columns = max(starts) + keys + 1
+    geometry = Geometry(tuple(starts), (columns,) * len(starts), columns - 1, columns)
+    plan = make_plan(geometry, heads, speeds(ranks, None), few_queries=4)
+    tiles = [tile for share in (*plan.shares, plan.base) for tile in share]
+    batches = in_batches(tiles, geometry)
+    apart = [first._replace(row=first.row + row) for first, rows in batches for row in range(rows)]
+    assert sorted(apart) == sorted(tiles)
+    for first, rows in batches:
+        assert len(set(starts[first.row : first.row + rows])) == 1, "rows with other padding in one call"
+    if ranks == 0 and len(set(starts)) == 1:
+        assert len(batches) == 1, "equal rows make one call"
+
+
+@given(part=st.floats(0, 1), ranks=st.integers(1, 4), heads=st.integers(1, 4), keys=st.integers(1, 300))
+def test_a_shortened_plan_covers_the_same_keys_and_needs_no_others(
+    part: float, ranks: int, heads: int, keys: int
+) -> None:
+    plan = make_plan(Geometry((0,), (keys + 1,), keys, keys + 1), heads, speeds(ranks, 0.2))
+    short = shortened(plan, part, 8)
+
+    def covered(tiles: list[Tile]) -> list[tuple[int, int]]:
+        return sorted(
+            (h, k) for t in tiles for h in range(t.head_start, t.head_stop) for k in range(t.k_start, t.k_stop)
+        )
+
+    assert covered([t for s in (*short.shares, short.base) for t in s]) == covered(
+        [t for s in (*plan.shares, plan.base) for t in s]
+    )
+    for before, after in zip(plan.shares, short.shares, strict=True):
+        assert set(covered(list(after))) <= set(covered(list(before)))
+        assert sum(t.k_stop - t.k_start for t in after) <= part * sum(t.k_stop - t.k_start for t in before) + 1e-6
