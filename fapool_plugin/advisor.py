@@ -87,6 +87,8 @@ class Advisor:
             return None
         assert forward.geometry is not None
         assert forward.sequence is not None
+        if not any(row.q_stop > row.q_start for row in forward.geometry.rows):
+            return None  # all that is new is padding
         cores = self.cores(torch.get_num_threads(), torch.cuda.is_available())
         if forward.phase == "prefill":
             return self.prefill(forward.geometry, cores, overlap=overlap)
@@ -127,11 +129,12 @@ class Advisor:
 
     def decode(self, geometry: Geometry, cores: Cores, held: Sequence[Sequence[int]]) -> Choice:
         """The best pooled way for a step of one token, with what each rank holds of each row, summed over KV heads.
-        Asked anew whenever lengths or prefixes have grown by a block."""
+        Asked anew whenever lengths or prefixes have grown by a block, or when anything else has changed."""
         assert self.profile is not None
         block = self.config.kv_block
         lengths = [row.keys for row in geometry.rows if row.keys]
-        key = tuple(length // block for length in lengths), tuple(tuple(n // block for n in rows) for rows in held)
+        grown = tuple(length // block for length in lengths), tuple(tuple(n // block for n in rows) for rows in held)
+        key = self.profile, cores, *grown
         if key not in self._steps:
             if len(self._steps) > 64:
                 self._steps.clear()
@@ -152,8 +155,9 @@ class Advisor:
         return self.profile.attention_for(self.config.threads_per_rank) if self.profile is not None else None
 
     def learn(self, forward: Forward, measured_s: float) -> None:
-        """Compares a planned forward with what it took; warns where pooling lost, and plans accordingly from now."""
-        if forward.choice is None:
+        """Compares a planned forward with what it took; warns where pooling lost, and plans accordingly from now.
+        What a forward takes that loses a rank is not the plan's."""
+        if forward.choice is None or any(rank.lost for rank in forward.ranks):
             return
         pooled = bool(forward.ranks)
         predicted_s = forward.choice.seconds if pooled else forward.choice.alone_s
@@ -172,6 +176,7 @@ class Advisor:
     def _judge(self, phase: Phase, pooled: bool, record: _Record) -> None:
         # Predictions were corrected already: what is left over corrects the correction.
         factor = record.factor * (record.measured_s / record.predicted_s) ** _WEIGHT
+        self._records[phase, pooled] = _Record(factor=factor)
         if pooled and record.measured_s > record.alone_s * (1 + MARGIN):
             text = (
                 f"{phase} at {record.tokens} tokens took {record.measured_s:.3g} s with the pool ({record.forwards} "
@@ -180,7 +185,6 @@ class Advisor:
             )
             self.counters.log("slow", text)
             warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
-        self._records[phase, pooled] = _Record(factor=factor)
 
     def _corrected(self, phase: Phase, choice: Choice) -> Choice:
         pooled, alone = (self._records.get((phase, kind), _Record()).factor for kind in (True, False))

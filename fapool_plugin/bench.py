@@ -6,8 +6,6 @@ is not known here.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,10 +23,10 @@ from fapool_plugin.clocks import Cores
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.contenders import Contender, ContenderError
 from fapool_plugin.demo import Screen
+from fapool_plugin.options import check_counts, check_output, check_picture, one_line_errors
 from fapool_plugin.plan import MOST_BLOCKS
 
 RANDOM = "random"
-_PICTURES = (".png", ".svg", ".pdf")
 _WARM_TOKENS = 256
 _SEED_TOKENS = 1000
 """Tokens of real text whose keys fill the caches of decode steps."""
@@ -78,7 +76,7 @@ def prefill(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _one_line_errors():
+    with _told_errors():
         counts = {"--tokens": tokens, "--pool-ranks": pool_ranks, "--base-threads": base_threads, "--runs": runs}
         _check(counts, json_file, plot_file)
         _check_longer(tokens, threshold)
@@ -116,7 +114,7 @@ def decode(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _one_line_errors():
+    with _told_errors():
         counts = {"--tokens": tokens, "--batch": batch, "--steps": steps, "--runs": runs}
         counts |= {"--pool-ranks": pool_ranks, "--base-threads": base_threads}
         _check(counts, json_file, plot_file)
@@ -149,7 +147,7 @@ def attention(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _one_line_errors():
+    with _told_errors():
         shape = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         counts = {"--tokens": tokens, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim}
         _check(counts | {"--pool-ranks": pool_ranks, "--runs": runs}, json_file, plot_file)
@@ -191,7 +189,7 @@ def short(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _one_line_errors():
+    with _told_errors():
         _check({"--tokens": tokens, "--threads": threads, "--runs": runs}, json_file, plot_file)
         if tokens > threshold:
             raise ValueError(
@@ -271,36 +269,19 @@ def _finish(report: Report, json_file: Path | None, plot_file: Path | None) -> N
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except WrongAnswerError as error:
-        typer.echo(f"fapool: {error}", err=True)
-        raise typer.Exit(1) from None
-    except (ValueError, OSError, ContenderError) as error:
-        typer.echo(f"fapool: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
+def _told_errors() -> Iterator[None]:
+    with one_line_errors(ContenderError):
+        try:
+            yield
+        except WrongAnswerError as error:
+            typer.echo(f"fapool: {error}", err=True)
+            raise typer.Exit(1) from None
 
 
 def _check(counts: dict[str, int], json_file: Path | None, plot_file: Path | None) -> None:
-    """Raises ValueError or OSError for numbers below one and for files that cannot be written."""
-    for option, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{option} is {value}; give at least 1")
-    for option, path in {"--json": json_file, "--plot": plot_file}.items():
-        if path is None:
-            continue
-        if path.is_dir():
-            raise IsADirectoryError(f"{option} {path} is a folder; give a file's name")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PermissionError(f"{option} {path} cannot be written; give another file")
-    if plot_file is not None:
-        if plot_file.suffix not in _PICTURES:
-            raise ValueError(f"--plot {plot_file} is no picture that can be drawn; give one of {', '.join(_PICTURES)}")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install fapool-plugin[plot], or leave it out")
+    check_counts(counts)
+    check_output(json_file)
+    check_picture(plot_file)
 
 
 def _profile(model: str, given: Path | None, base_threads: int, pool_ranks: int, screen: Screen) -> str:

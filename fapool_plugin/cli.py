@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +20,7 @@ from fapool_plugin import demo as screens
 from fapool_plugin import doctor as examination
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.forecast import Cores
+from fapool_plugin.options import check_counts, check_output, check_picture, one_line_errors
 from fapool_plugin.plan import MOST_BLOCKS
 
 app = typer.Typer(
@@ -119,8 +118,8 @@ def generate(
     Text and table go to stdout, progress to stderr.
     Exit codes: 0 done, 1 tokens differ (--compare), 2 an error.
     """
-    with _one_line_errors():
-        _check_counts(
+    with one_line_errors():
+        check_counts(
             {
                 "--max-new-tokens": max_new_tokens,
                 "--max-prompt-tokens": max_prompt_tokens,
@@ -129,7 +128,7 @@ def generate(
         )
         chosen = {} if threshold is None else {"threshold": threshold}
         config = _config(pool_ranks, trace, partition=partition.value, activation=activation.value, **chosen)
-        _check_output(json_file)
+        check_output(json_file)
         text = _read_prompt(prompt_file)
         from fapool_plugin.integrations.huggingface_runs import default_threads, prepare
 
@@ -167,10 +166,10 @@ def demo(
     later ones use that. Every long call is pooled, as well as a profile of this machine says.
     Exit codes: 0 tokens are identical, 1 they differ, 2 an error.
     """
-    with _one_line_errors():
-        _check_counts({"--tokens": tokens, "--max-new-tokens": max_new_tokens, "--threads": threads})
+    with one_line_errors():
+        check_counts({"--tokens": tokens, "--max-new-tokens": max_new_tokens, "--threads": threads})
         config = _config(pool_ranks, trace, activation="length")
-        _check_output(json_file)
+        check_output(json_file)
         if cache is not None and cache.exists() and not cache.is_dir():
             raise NotADirectoryError(f"--cache {cache} is not a folder; give one, or leave it out")
         from fapool_plugin.integrations.huggingface_runs import default_threads
@@ -213,13 +212,11 @@ def plan(
     Without a profile for this machine and model a quick one is measured first, in seconds.
     Exit codes: 0 done, 2 an error.
     """
-    with _one_line_errors():
+    with one_line_errors():
         sizes = _numbers("--lengths", lengths)
         setting = _setting(pool_ranks, threads, threads_per_rank, max_blocks, dtype)
-        _check_output(json_file)
-        _check_output(plot, "--plot")
-        if plot is not None:
-            planning.check_picture(plot)
+        check_output(json_file)
+        check_picture(plot)
         known = planning.find_profile(model, profile, setting)
         found = planning.outlooks(known, sizes, setting)
         planning.show_plan(found)
@@ -248,9 +245,9 @@ def calibrate(
     Measures with as many threads as the base has without and with so many pool ranks.
     Exit codes: 0 done, 2 an error.
     """
-    with _one_line_errors():
+    with one_line_errors():
         setting = _setting(pool_ranks, threads, threads_per_rank, 1, dtype)
-        _check_output(out, "--out")
+        check_output(out, "--out")
         planning.show_profile(planning.measure(model, setting, quick=quick, out=out))
 
 
@@ -267,24 +264,9 @@ def doctor(
     raise typer.Exit(0 if examination.is_healthy(checks) else 1)
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"fapool: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _check_counts(options: dict[str, int | None]) -> None:
-    for option, value in options.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{option} is {value}; give at least 1")
-
-
 def _config(pool_ranks: int, trace: Path | None, **chosen: Any) -> FAPoolConfig:
     """The settings, checked against this machine. Raises FAPoolConfigError."""
-    _check_output(trace, "--trace")
+    check_output(trace, "--trace")
     if pool_ranks == 0:
         return FAPoolConfig(enabled=False)
     config = FAPoolConfig(pool_ranks=pool_ranks, trace=str(trace) if trace else None, **chosen)
@@ -304,7 +286,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _setting(
     pool_ranks: str, threads: int | None, threads_per_rank: int, max_blocks: int, dtype: Dtype
 ) -> planning.Setting:
-    _check_counts({"--threads": threads, "--max-blocks": max_blocks})
+    check_counts({"--threads": threads, "--max-blocks": max_blocks})
     if threads_per_rank < 0:
         raise ValueError(f"--threads-per-rank is {threads_per_rank}; give at least 0")
     counts = tuple(_numbers("--pool-ranks", pool_ranks))
@@ -313,17 +295,6 @@ def _setting(
     total = threads or default_threads()
     cores = Cores(total, threads_per_rank, spare=max(0, len(os.sched_getaffinity(0)) - total))
     return planning.Setting(cores, counts, max_blocks, dtype.value)
-
-
-def _check_output(path: Path | None, option: str = "--json") -> None:
-    if path is None:
-        return
-    if path.is_dir():
-        raise IsADirectoryError(f"{option} {path} is a folder; give a file's name")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"{option} {path} cannot be written; give another file")
 
 
 def _read_prompt(path: Path) -> str:

@@ -125,7 +125,7 @@ class Exchange:
 
     def meet(self, number: int, name: str) -> None:
         """Opens a link to another rank, without waiting for it."""
-        peer = self._peers[number] = _Peer(self, number)
+        peer = self._peer(number)
         with self._changed:
             self._broken = False
         side: Literal["base", "pool"] = "base" if self.number < number else "pool"
@@ -158,9 +158,8 @@ class Exchange:
 
     def send(self, number: int, header: Header, tensors: Payload) -> None:
         """Sends to another rank, as soon as its link stands; what cannot be sent is missed at the other end."""
-        peer = self._peers.get(number)
-        if peer is not None:
-            peer.send(header, tensors)
+        # Keys may come from a rank before the base's word that there is one to pass them on to.
+        self._peer(number).send(header, tensors)
 
     def keys(self, joint: int, count: int) -> list[Message] | None:
         """The ``count`` messages of keys for a call; None if they do not all come."""
@@ -221,6 +220,10 @@ class Exchange:
         self.stop()
         for peer in list(self._peers.values()):
             peer.close()
+
+    def _peer(self, number: int) -> _Peer:
+        with self._changed:
+            return self._peers.setdefault(number, _Peer(self, number))
 
     def _await(self, joint: int, numbers: Sequence[int]) -> list[Message]:
         """The parts that come, of those that these ranks should send."""

@@ -5,7 +5,6 @@ Finds or measures the profile and shows numbers as they come. How they are predi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -243,17 +242,6 @@ def plan_values(profile: Profile, found: Sequence[Outlook], setting: Setting) ->
 def write_plan(path: Path, profile: Profile, found: Sequence[Outlook], setting: Setting) -> None:
     """Writes :func:`plan_values` to ``path``."""
     path.write_text(json.dumps(plan_values(profile, found, setting), indent=1) + "\n", encoding="utf-8")
-
-
-def check_picture(path: Path) -> None:
-    """Raises ValueError if no picture of that name can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib; pip install 'fapool-plugin[plot]', or leave it out")
-    from matplotlib.figure import Figure
-
-    known = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix.lower().removeprefix(".") not in known:
-        raise ValueError(f"--plot {path} has no ending of a picture; give one of {', '.join(known)}")
 
 
 def draw(path: Path, found: Sequence[Outlook]) -> None:

@@ -174,7 +174,7 @@ class ResourceManager:
             raise
         if not decided.pooled:
             self._busy.release()
-            return decided
+            return replace(decided, began_s=time.perf_counter())
         sequence.place(decided.geometry.starts if decided.geometry else ())
         if decided.ranks:
             self._live.add(sequence.id)
@@ -193,11 +193,14 @@ class ResourceManager:
         mode, blocks = self._agree((mode, blocks))
         if mode == _POOLED:
             self._activate(length, forward.sequence)
-            if not self.ranks and self._agree is _unasked:
-                return forward
+            if not self.ranks:
+                self.counters.stay_local("no pool rank was to be had for this sequence")
+                if self._agree is _unasked:
+                    return forward
         elif choice is not None:
-            told = f"the plan: {forward.phase} is predicted to be faster without pool ranks"
-            self.counters.stay_local(told)
+            self.counters.stay_local(f"the plan: {forward.phase} is predicted to be faster without pool ranks")
+            if self.ranks and not self._live:
+                self._release("borrowed to measure, and the plan does without")
         if mode == _LOCAL:
             return replace(forward, choice=choice)
         ranks = self.ranks[: choice.ranks] if choice is not None else self.ranks
@@ -238,30 +241,35 @@ class ResourceManager:
             self._threads = threads = torch.get_num_threads()
             torch.set_num_threads(self.advisor.cores(threads, False).base(ranks))
 
-    def end(self, forward: Forward, *, completed: bool = True) -> None:
-        """Ends what :meth:`begin` returned; one that was not ``completed`` says nothing of what it takes."""
-        counters = self.counters.phase(forward.phase)
-        took_s = forward.took_s or time.perf_counter() - forward.began_s
-        if not forward.pooled:
-            counters.local_forwards += 1
-            if completed:
-                self.advisor.learn(forward, took_s)
-            return
-        self.timeline.end()
+    def _take_cores_back(self) -> None:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
             self._threads = None
+
+    def end(self, forward: Forward, *, completed: bool = True) -> None:
+        """Ends what :meth:`begin` returned; one that was not ``completed`` says nothing of what it takes."""
+        counters = self.counters.phase(forward.phase)
         counters.pooled_forwards += bool(forward.ranks)
         counters.local_forwards += not forward.ranks
         counters.overlapped_forwards += forward.blocks > 1
-        if completed:
-            self.advisor.learn(forward, took_s)
+        took_s = forward.took_s or time.perf_counter() - forward.began_s
+        # Warnings may be errors; the next forward must not wait for this one then.
+        with ExitStack() as last:
+            if forward.pooled:
+                last.callback(self._end_pooled, forward)
+            if completed:
+                self.advisor.learn(forward, took_s)
+
+    def _end_pooled(self, forward: Forward) -> None:
+        self.timeline.end()
+        self._take_cores_back()
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
-        self._reap()
-        self._busy.release()
-        if self._ended:
-            self.reap()
+        try:
+            self._reap()
+        finally:
+            self._busy.release()
+        self.reap()
 
     @contextmanager
     def guard(self, rank: PoolRank) -> Iterator[None]:
@@ -314,6 +322,7 @@ class ResourceManager:
         try:
             if self.ranks:
                 self._release("closed")
+            self._take_cores_back()
             self.state = "closed"
             if self._finalizer is not None and self._pool is not None:
                 self._finalizer.detach()
@@ -348,10 +357,7 @@ class ResourceManager:
                 self.lose(rank, rank.link.lost)
                 # It died between two forwards: reason enough to borrow again, not to give up.
                 self._failed_for = None
-        if self.ranks:
-            return
-        if sequence is not None and self._failed_for == sequence.id:
-            self.counters.stay_local("no pool rank was to be had for this sequence")
+        if self.ranks or (sequence is not None and self._failed_for == sequence.id):
             return
         self.state = "activating"
         self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.threshold}")
@@ -367,13 +373,9 @@ class ResourceManager:
                 with self.guard(rank):
                     rank.open()
         except (RuntimeError, OSError) as error:
-            self.counters.stay_local("no pool rank was to be had for this sequence")
             self.counters.log("fault", f"no pool rank could be had: {error}")
-            warnings.warn(
-                f"fa_pool: no pool rank could be had, computing locally: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            told = f"fa_pool: no pool rank could be had, computing locally: {error}"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
         except BaseException:
             self.ranks, self.state = [], "idle"
             raise
@@ -384,8 +386,8 @@ class ResourceManager:
         self._failed_for = None
         self.counters.activations += 1
         self.state = "active"
-        took = time.perf_counter() - began
-        self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took * 1e3:.0f} ms")
+        took_ms = (time.perf_counter() - began) * 1e3
+        self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took_ms:.0f} ms")
 
     def _release(self, reason: str) -> None:
         self.state = "draining"

@@ -42,6 +42,7 @@ ROWS = (
         "cli",
         "demo",
         "doctor",
+        "options",
         "planning",
     }
     | {"__init__"},
@@ -51,8 +52,8 @@ INSIDE_ROW = {
     "cost": {"partition"},
     "kernels": {"kernel_torch"},
     "worker": {"exchange"},
-    "cli": {"bench", "demo", "doctor", "planning"},
-    "bench": {"bench_report", "bench_turns", "contenders", "demo", "planning"},
+    "cli": {"bench", "demo", "doctor", "options", "planning"},
+    "bench": {"bench_report", "bench_turns", "contenders", "demo", "options", "planning"},
     "bench_report": {"contenders"},
     "bench_turns": {"bench_report", "contenders"},
     "contenders": {"bench_attention"},

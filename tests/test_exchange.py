@@ -86,6 +86,17 @@ def test_keys_are_passed_on_whatever_the_rank_is_busy_with(meet: Callable[[int],
     assert ranks[2].keys(1, 1) is not None
 
 
+def test_keys_may_come_before_the_rank_they_go_on_to_is_known(meet: Callable[[int], list[Exchange]]) -> None:
+    ranks = meet(2)
+    late = Exchange(2, TOKEN, ranks[0]._connect, PATIENCE_S)
+    ranks.append(late)
+    ranks[0].take(keys(1, [1, 2]))
+    assert ranks[1].keys(1, 1) is not None
+    for one, other in ((1, 2), (2, 1)):
+        ranks[one].meet(other, "peer1")
+    assert late.keys(1, 1) is not None
+
+
 def test_parts_are_merged_on_their_way_and_every_rank_is_reported(meet: Callable[[int], list[Exchange]]) -> None:
     """From rank 2 by way of rank 1 to rank 0."""
     ranks = meet(3)

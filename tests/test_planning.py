@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from fapool_plugin import cli, planning
+from fapool_plugin import cli, options, planning
 from fapool_plugin.calibrate import machine
 from fapool_plugin.cost import AttentionCost, Fit, LinearCost, LinkCost, Profile
 from fapool_plugin.forecast import Cores, auto_threshold, choose_prefill
@@ -176,7 +176,7 @@ def test_calibrate_measures_a_real_model_and_plan_uses_it(tmp_path) -> None:
         (("--max-blocks", 0), "--max-blocks is 0"),
         (("--json", "missing/plan.json"), "no folder"),
         (("--plot", "missing/plan.png"), "no folder"),
-        (("--plot", "plan.xyz"), "no ending of a picture"),
+        (("--plot", "plan.xyz"), "no picture that can be drawn"),
         (("--profile", "missing.json"), "cannot be read"),
         (("--model", "missing"), "is no folder"),
     ],
@@ -199,6 +199,6 @@ def test_calibrate_refuses_before_any_work(forbidden, tmp_path) -> None:
 
 
 def test_a_picture_needs_its_library(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"fapool-plugin\[plot\]"):
-        planning.check_picture(tmp_path / "plan.png")
+        options.check_picture(tmp_path / "plan.png")
