@@ -190,7 +190,7 @@ def test_metrics_and_spans_are_explained() -> None:
 def test_columns_and_benchmarks_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     text = read("docs/planning.md")
     choice = Choice(1, 0.5, 1, 1.0, 2.0, 0.5, 1.0, 1.0, 10**9, 10**9)
-    planning.show_plan([planning.Outlook(1, {4096: choice}, Thresholds(None, None))])
+    planning.show_plan([planning.Outlook(1, {4096: choice}, Thresholds(None, None), {})])
     header = r"\s+".join(map(re.escape, names(table(text, "column"))))
     shown = capsys.readouterr().out
     assert re.search(rf"^\s*{header}\s*$", shown, re.MULTILINE), f"no header with these columns in {shown}"
