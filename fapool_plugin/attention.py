@@ -219,7 +219,6 @@ class _Call:
         header = header._replace(
             op=Op.ATTEND,
             joint=one.joint,
-            number=one.rank.number,
             peer=1 + one.above.rank.number if one.above is not None else 0,
             peers=len(one.below),
             awaits=one.awaits,

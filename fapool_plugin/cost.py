@@ -164,7 +164,7 @@ class Profile(_Measured):
     def spread(self) -> float:
         """How much repeats of one measurement differed at most, attention's and the linear part's: a large value says
         that something else was running."""
-        costs = [*self.attention, *self.linear]
+        costs: list[AttentionCost | LinearCost] = [*self.attention, *self.linear]
         return max(max(cost.prefill.spread, cost.decode.spread) for cost in costs)
 
     def attention_for(self, threads: int, kernel: str | None = None) -> AttentionCost:

@@ -19,9 +19,10 @@ _PICTURES = (".png", ".svg", ".pdf")
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turns an error of the user's, and of these ``kinds``, into one line and exit code 2."""
+    users: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)
     try:
         yield
-    except (ValueError, OSError, *kinds) as error:
+    except users as error:
         typer.echo(f"fapool: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
 

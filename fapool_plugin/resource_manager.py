@@ -265,10 +265,7 @@ class ResourceManager:
         self._take_cores_back()
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
-        try:
-            self._reap()
-        finally:
-            self._busy.release()
+        self._busy.release()
         self.reap()
 
     @contextmanager

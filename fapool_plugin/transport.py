@@ -97,7 +97,7 @@ class Header(NamedTuple):
     joint: int = 0
     """The attention call, by one number at all pool ranks that work on it together; 0: each works alone."""
     number: int = 0
-    """Joint requests and PEER: the receiving rank's number. HELLO's reply: the node that the rank is on."""
+    """PEER: the receiving rank's number. HELLO's reply: the node that the rank is on."""
     peer: int = 0
     """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank."""
     peers: int = 0

@@ -5,16 +5,17 @@ Profiles are made by hand, so extreme that only one answer can be right; pool ra
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fapool_plugin import attention
 from fapool_plugin.advisor import Advisor
 from fapool_plugin.calibrate import machine
 from fapool_plugin.config import FAPoolConfig
@@ -22,10 +23,8 @@ from fapool_plugin.cost import AttentionCost, Fit, LinearCost, LinkCost, Profile
 from fapool_plugin.forecast import Choice
 from fapool_plugin.forward import Forward
 from fapool_plugin.integrations.huggingface_linear import shape_of
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry
-from fapool_plugin.resource_manager import ResourceManager
 from tests.models import (
     THRESHOLD,
     assert_close,
@@ -47,7 +46,8 @@ MUCH, LITTLE = Fit(c=1.0, b=1.0), Fit(a=1e-9, b=1e-9)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread_of_eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     with one_thread():
         yield
 
@@ -75,13 +75,14 @@ def profile_of(
 
 
 @contextmanager
-def planned(folder: Path, profile: Profile | None = None, **settings: Any) -> Iterator[Any]:
+def planned(folder: Path, profile: Profile | None = None, /, **settings: Any) -> Iterator[Any]:
     """The model with threads for pool ranks, planned with ``profile`` if there is one."""
     if profile is not None:
         path = folder / "profile.json"
         profile.save(path)
         settings["profile"] = str(path)
-    model = load_pooled(folder, **{"activation": "cost", "pool_ranks": 1, "blocks": None} | settings)
+    defaults: dict[str, Any] = {"activation": "cost", "pool_ranks": 1, "blocks": None}
+    model = load_pooled(folder, **defaults | settings)
     model.fa_pool._make_pool = ThreadPool
     with model.fa_pool:
         yield model
@@ -100,22 +101,27 @@ def kinds(model: Any) -> list[str]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_where_attention_rules_and_links_are_free_everything_is_pooled(folder: Path, ranks: int) -> None:
     reference, ids = eager(folder), random_ids(2, LENGTH)
-    expected = reference.generate(ids, **greedily(5, **logits_too()))
+    expected = reference.generate(ids, **greedily(5), **logits_too())
     with planned(folder, profile_of(reference), pool_ranks=ranks) as model:
-        result = model.generate(ids, **greedily(5, **logits_too()))
+        result = model.generate(ids, **greedily(5), **logits_too())
         assert calls(model) == {"prefill": (LAYERS, 0), "decode": (4 * LAYERS, 0)}
+        assert [rank["calls"] for rank in model.fa_pool.stats()["ranks"]] == [5 * LAYERS] * ranks
         assert model.fa_pool.stats()["local_reasons"] == {}
     assert_same_tokens(result.sequences, expected.sequences)
     assert_close(torch.stack(result.logits), torch.stack(expected.logits))
 
 
-def test_where_links_are_dear_nothing_is_borrowed(folder: Path) -> None:
+def test_where_links_are_dear_nothing_is_borrowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill is transformers' own to the last bit; decode is ours, on the base."""
     reference, ids, more = plain(folder), random_ids(2, LENGTH), random_ids(2, 1, seed=1)
     with planned(folder, profile_of(reference, link=DEAR)) as model, torch.no_grad():
         first, expected = model(ids), reference(ids)
         assert torch.equal(first.logits, expected.logits), (first.logits - expected.logits).abs().max()
+        ours: list[int] = []
+        attend = attention.attend
+        monkeypatch.setattr(attention, "attend", lambda *args, **keys: ours.append(1) or attend(*args, **keys))  # type: ignore[func-returns-value]
         step = model(more, past_key_values=first.past_key_values).logits
+        assert len(ours) >= LAYERS, "not our kernel"
         assert_close(step, reference(more, past_key_values=expected.past_key_values).logits)
         assert calls(model) == {"prefill": (0, LAYERS), "decode": (0, LAYERS)}
         assert (kinds(model), model.fa_pool._pool) == ([], None)
@@ -171,22 +177,26 @@ def test_threads_set_later_are_planned_with(folder: Path) -> None:
 
 
 def test_changing_its_mind_sends_only_new_whole_blocks(folder: Path, spy: Callable[[], list[Any]]) -> None:
-    """Pooled prompt, five steps alone, nine pooled ones."""
+    """Pooled prompt, five steps alone, five pooled ones, and four of which the base does more itself."""
     block, reference, ids = 4, eager(folder), random_ids(2, LENGTH)
     steps = [random_ids(2, 1, seed=seed) for seed in range(1, 15)]
     pool, alone = profile_of(reference), profile_of(reference, decode=Fit(), link=DEAR)
+    [one] = pool.attention
+    less = pool.model_copy(update={"attention": (one, one.model_copy(update={"threads": 2, "decode": Fit(c=3.0)}))})
+    shares: list[float] = []
     held: dict[tuple[Any, ...], int] = {}
     moved = 0
-    with planned(folder, pool, pool_ranks=2, kv_block=block) as model, torch.no_grad():
+    with planned(folder, pool, pool_ranks=2, threads_per_rank=2, kv_block=block) as model, torch.no_grad():
         cache, kept = model(ids).past_key_values, reference(ids).past_key_values
         for _, layer, lane, _, stop in spy():
             held[layer, lane] = stop
         for number, step in enumerate(steps):
-            model.fa_pool.advisor.profile = alone if number < 5 else pool
+            model.fa_pool.advisor.profile = alone if number < 5 else pool if number < 10 else less
             before = model.fa_pool.stats()["bytes_sent"]
             got = model(step, past_key_values=cache).logits
             assert_close(got, reference(step, past_key_values=kept).logits, what=f"step {number}")
             told = spy()
+            shares.append(model.fa_pool.advisor._steps[next(reversed(model.fa_pool.advisor._steps))].base_share)
             assert bool(told) == (number >= 5), f"step {number}: {told}"
             sent = model.fa_pool.stats()["bytes_sent"] - before
             assert sent > 0 if told else sent == 0
@@ -199,6 +209,7 @@ def test_changing_its_mind_sends_only_new_whole_blocks(folder: Path, spy: Callab
                 held[layer, lane], moved = stop, moved + stop - start
         assert calls(model)["decode"] == (9 * LAYERS, 5 * LAYERS)
         assert model.fa_pool.stats()["stale"] == 0
+    assert shares[5] < shares[-1] < 1, f"shares of the base: {shares}"
     assert 0 < moved <= LAYERS * 2 * 3 * len(steps), f"{moved} keys were moved"
 
 
@@ -207,11 +218,14 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     """What pool ranks were asked since the last look: (rank, layer, (rank, row, head), first and last new key)."""
     from fapool_plugin.lease import PoolRank
 
-    ask, told = PoolRank.ask, []
+    ask = PoolRank.ask
+    told: list[Any] = []
 
     def asked(self: PoolRank, header: Any, tensors: Any) -> int:
         for row, first, last, *_, start, stop in tensors[0].tolist():
-            told.extend((self.number, header.layer, (self.number, row, head), start, stop) for head in range(first, last))
+            told.extend(
+                (self.number, header.layer, (self.number, row, head), start, stop) for head in range(first, last)
+            )
         return ask(self, header, tensors)
 
     def since() -> list[Any]:
@@ -312,9 +326,7 @@ def test_corrections_converge(pooled: bool, truth: float) -> None:
         assert other == (3.0 if pooled else 2.0)
     counters = lesson.counters.prefill
     assert counters.measured_s == pytest.approx(11 * truth)
-    assert counters.predicted_s == pytest.approx(
-        sum(told * (truth / told) ** (1 - 2.0**-count) for count in range(11))
-    )
+    assert counters.predicted_s == pytest.approx(sum(told * (truth / told) ** (1 - 2.0**-count) for count in range(11)))
 
 
 def test_a_forward_that_lost_a_rank_says_nothing_of_the_plan() -> None:
@@ -358,11 +370,14 @@ def test_an_interrupted_forward_teaches_nothing(folder: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with planned(folder, profile_of(reference)) as model, torch.no_grad():
+        model(ids)
+        before = model.fa_pool.stats()["prefill"]["measured_s"]
+        factors = str(model.fa_pool.advisor._records)
         with monkeypatch.context() as patched:
             patched.setattr(model.model.layers[1].mlp, "forward", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 model(ids)
-        assert model.fa_pool.stats()["prefill"]["measured_s"] == 0
-        assert model.fa_pool.advisor._records == {}
+        assert model.fa_pool.stats()["prefill"]["measured_s"] == before > 0
+        assert str(model.fa_pool.advisor._records) == factors
         model(ids)
-        assert model.fa_pool.stats()["prefill"]["measured_s"] > 0
+        assert model.fa_pool.stats()["prefill"]["measured_s"] > before

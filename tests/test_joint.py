@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.rounds import block_edges, run_rounds
 from fapool_plugin.transport import frame_bytes
+from tests.models import Pair, assert_same_tokens, greedily, one_thread, padded_batch, save_model
 from tests.test_attention import D, E, H, K, Stream, check, dense
 from tests.thread_pool import ThreadPool
 
@@ -199,17 +201,19 @@ def test_a_chain_costs_the_base_one_ranks_keys(managers: Make) -> None:
     went_well(manager)
 
 
-def test_ranks_with_little_memory_take_no_part_in_a_chain() -> None:
-    """What others on the way need, too, would not fit; what they need themselves does."""
-    with manager_of(pool_ranks=4, partition="query_blocks", key_distribution="chain", memory_limit_mib=1) as manager:
+def test_a_rank_with_little_memory_takes_no_part_in_a_chain() -> None:
+    """What it needs itself would fit; what others on the way need would not."""
+    with manager_of(pool_ranks=4, partition="query_blocks", key_distribution="chain") as manager:
+        check(*Stream(manager, (0,)).call(1), 2e-5)  # takes the lease
+        manager.ranks[0].memory_limit = 4 * K * (D + E) * 200
         stream = Stream(manager, (0,))
-        # In all layers the last rank's keys take more than a MiB, the first's do not.
-        stream.layer.layers = 2**20 // (4 * K * (D + E) * 300)
         check(*stream.call(400), 2e-5)
-        held = [stream.state.residency.held(rank.key, 0, 0, 0, K) for rank in manager.ranks]
-        assert 0 < held[0] < 300
-        assert not any(rank.apart for rank in manager.ranks)
+        first, *others = [stream.state.residency.held(rank.key, 0, 0, 0, K) for rank in manager.ranks]
+        assert 0 < first <= 200
+        assert others[0] > 300
+        assert len(set(others)) == 1, "the others form a chain without it"
         check(*stream.call(1), 2e-5)
+        went_well(manager)
 
 
 def test_a_decode_step_without_help_is_one_message_each_way(managers: Make) -> None:
@@ -315,3 +319,20 @@ def profile(link: LinkCost) -> Profile:
         link=link,
         activation_s=0.0,
     )
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_model_generates_the_same_with_a_tree_and_a_chain(strategy: dict[str, Any], tmp_path: Path) -> None:
+    """Four blocks in flight, then decode steps, over real processes."""
+    settings = {"pool_ranks": 3, "partition": "query_blocks", "reduction": "tree", "key_distribution": "chain"}
+    with one_thread(), Pair.of(save_model("llama", tmp_path), **settings, blocks=4) as pair:
+        ids, mask = padded_batch([256, 230])
+        tokens, expected = pair.generate(ids, prefill=4, decode=7, **greedily(8, mask) | strategy)
+        assert_same_tokens(tokens, expected)
+        manager = pair.model.fa_pool
+        assert manager.stats()["prefill"]["overlapped_forwards"] == 1
+        ranks = [manager.counters.rank(rank) for rank in range(3)]
+        assert ranks[0].bytes_sent > 2 * ranks[1].bytes_sent, "keys did not go by way of the first rank"
+        assert ranks[0].bytes_received > ranks[1].bytes_received, "results did not come by way of the first rank"

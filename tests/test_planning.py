@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
-from fapool_plugin import cli, options, planning
+from fapool_plugin import cli, options
 from fapool_plugin.calibrate import machine
 from fapool_plugin.cost import AttentionCost, Fit, LinearCost, LinkCost, Profile
 from fapool_plugin.forecast import Cores, auto_threshold, choose_prefill

@@ -108,7 +108,8 @@ def test_the_cost_of_a_reduction_is_that_of_playing_it(data: st.DataObject) -> N
 
 def test_direct_results_cost_the_base_and_trees_cost_hops() -> None:
     def seconds(ranks: int, sizes: int, whole: int) -> dict[str, float]:
-        return dict(choose_reduction("auto", link(1.0, 0.0), (sizes,) * ranks, whole, 2, (0,) * ranks)[1])
+        _, costs = choose_reduction("auto", link(1.0, 0.0), (sizes,) * ranks, whole, 2, (0,) * ranks)
+        return {str(way): cost for way, cost in costs.items()}
 
     assert seconds(7, 8, 8) == {"direct": 7, "tree": 5, "two_level": 7}
     assert choose_reduction("auto", link(1.0, 0.0), (8,) * 7, 8, 2, (0,) * 7)[0] == "tree"
@@ -177,7 +178,8 @@ def test_neighbouring_lanes_alike_travel_as_one() -> None:
 def test_a_chain_costs_the_base_one_ranks_keys_and_the_last_rank_its_hops() -> None:
     # Four ranks that need the same 100 bytes of keys, with 10 bytes of queries each.
     def seconds(blocks: int) -> dict[str, float]:
-        return dict(distribution_s(link(1.0, 1.0), [10] * 4, [100] * 4, [(4, 100)], blocks))
+        costs = distribution_s(link(1.0, 1.0), [10] * 4, [100] * 4, [(4, 100)], blocks)
+        return {str(way): cost for way, cost in costs.items()}
 
     assert seconds(1) == {"direct": 4 * 111, "chain": 4 * 101}
     busy = 101 + 4 * 11

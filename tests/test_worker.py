@@ -19,6 +19,7 @@ from fapool_plugin.transport import (
     PROTOCOL_VERSION,
     Header,
     Link,
+    LinkLost,
     Message,
     Op,
     Status,
@@ -53,7 +54,7 @@ def hello(link: Link, token: int, version: int = PROTOCOL_VERSION) -> Header:
 
 
 def ask(
-    link: Link, token: int, *, held: int, keys: int, keep: int = 1, sequence: int = 5
+    link: Link, token: int, *, held: int, keys: int, keep: int = 1, sequence: int = 5, **joint: int
 ) -> tuple[Message, torch.Tensor]:
     """Asks for one query against ``keys`` keys of which the rank is believed to hold ``held``."""
     torch.manual_seed(keys)
@@ -63,7 +64,7 @@ def ask(
     header = Header(
         op=Op.ATTEND, token=token, call=9, sequence=sequence, keep=keep, tiles=1, group=1, head_dim=D, v_head_dim=D,
         q_elements=D, k_elements=(keys - held) * D, v_elements=(keys - held) * D, dtype=dtype_code(q.dtype),
-        scale_bits=float_bits(1.0),
+        scale_bits=float_bits(1.0), **joint,
     )  # fmt: skip
     link.send(header, (tiles, q.flatten(), k[held:].flatten(), v[held:].flatten()))
     return link.receive(), torch.softmax(q @ k.T, -1) @ v
@@ -129,6 +130,31 @@ def test_a_lost_link_frees_its_lease(bases: tuple[list[Link], Worker]) -> None:
     while hello(two, 2).status != Status.OK:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_request_to_work_with_unknown_ranks_ends_the_link(bases: tuple[list[Link], Worker]) -> None:
+    """The base learns of it, and other links go on."""
+    (one, two), _ = bases
+    hello(one, 1)
+    hello(two, 1)
+    with pytest.raises(LinkLost, match="goodbye"):
+        ask(one, 1, held=0, keys=5, joint=1)
+    assert ask(two, 1, held=0, keys=5)[0].header.status == Status.OK
+
+
+def test_keys_that_do_not_come_are_told_to_be_missing(bases: tuple[list[Link], Worker]) -> None:
+    (link, _), worker = bases
+    hello(link, 1)
+    link.send(Header(op=Op.PEER, token=1, number=0, peer=1, extra=5))
+    assert ask(link, 1, held=5, keys=5, joint=1, awaits=1)[0].header.status == Status.MISSING
+    assert ask(link, 1, held=0, keys=5)[0].header.status == Status.OK, "it works on alone"
+    assert 5 in worker.prefixes
+
+
+def test_hello_names_the_node(bases: tuple[list[Link], Worker]) -> None:
+    (link, _), worker = bases
+    worker.node = 3
+    assert hello(link, 1).number == 3
 
 
 def test_another_protocol_version_is_named(bases: tuple[list[Link], Worker]) -> None:

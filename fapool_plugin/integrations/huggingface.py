@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,11 @@ class FAPoolForCausalLM(Entrance):
         refuse_model(model, attentions)
         manager = ResourceManager(config, LocalPool)
         if config.enabled:
-            _observe(model, manager)
+            try:
+                _observe(model, manager)
+            except BaseException:
+                manager.close()
+                raise
             _install(model, manager, attentions)
         kind: Any = type(model)
         model.__class__ = _subclass(FAPoolForCausalLM, kind)
@@ -171,6 +177,8 @@ def _observe(model: Any, manager: ResourceManager) -> None:
     config = manager.config
     if config.profile is not None:
         Profile.load(config.profile)
+    # For those who never call close(): what is written is completed when the model goes, or the interpreter.
+    weakref.finalize(manager, _close, manager.closing, os.getpid())
     if config.trace is not None:
         manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
     if config.metrics_port is not None:
@@ -184,6 +192,12 @@ def _observe(model: Any, manager: ResourceManager) -> None:
         cores = manager.advisor.cores(torch.get_num_threads(), torch.cuda.is_available())
         manager.threshold = manager.advisor.threshold(cores, longest)
         manager.counters.log("threshold", f"measured: {manager.threshold} tokens")
+
+
+def _close(closing: ExitStack, owner: int) -> None:
+    """A forked child has the files of its parent, too, and must not write their ends."""
+    if os.getpid() == owner:
+        closing.close()
 
 
 def attention_modules(model: nn.Module) -> Iterator[Any]:

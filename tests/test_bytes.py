@@ -1,0 +1,110 @@
+"""What a model's forwards send to pool ranks is the least that their tiles need: counted position by position.
+
+Which tiles a rank computes is taken from its requests; that they are right, the logits say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fapool_plugin.lease import PoolRank
+from fapool_plugin.transport import frame_bytes
+from tests.models import assert_close, eager, one_thread, random_ids, save_model
+from tests.test_advisor import LAYERS, planned
+
+LONG, GROUP, DIM, FP32 = 300, 2, 8, 4
+QUERY, POSITION = GROUP * DIM * FP32, 2 * DIM * FP32
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+class Ledger:
+    """What was asked of pool ranks, in bytes of queries, keys and values; and what of it was needed."""
+
+    def __init__(self) -> None:
+        self.payload = self.needed = self.messages = self.tables = 0
+        self.known: set[tuple[int, ...]] = set()
+
+    def note(self, rank: int, layer: int, tensors: list[Any]) -> None:
+        table, *payload = tensors
+        self.messages += 1
+        self.tables += table.numel() * 8
+        parts = [x for part in payload for x in ([part] if isinstance(part, Tensor) else part)]
+        self.payload += sum(part.numel() * FP32 for part in parts)
+        for row, first, last, q_start, q_stop, k_start, k_stop, *_ in table.tolist():
+            for head in range(first, last):
+                self.needed += QUERY * (q_stop - q_start)
+                # Keys of a lane lie in one prefix: what is before the first one needed is there as well.
+                seen = {(rank, layer, row, head, at) for at in range(min(k_stop, q_stop))}
+                self.needed += POSITION * len(seen - self.known)
+                self.known |= seen
+                assert k_start < k_stop
+
+    def take(self) -> tuple[int, int, int]:
+        """(sent, needed, at most so much of headers and tables) since the last look."""
+        found = self.payload, self.needed, self.messages * (frame_bytes() + 24) + self.tables
+        self.payload = self.needed = self.messages = self.tables = 0
+        return found
+
+
+@pytest.fixture
+def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    ledger, ask = Ledger(), PoolRank.ask
+
+    def asked(self: PoolRank, header: Any, tensors: Any) -> int:
+        ledger.note(self.number, header.layer, list(tensors))
+        return ask(self, header, tensors)
+
+    monkeypatch.setattr(PoolRank, "ask", asked)
+    return ledger
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.4])
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ["line", "query_blocks"])
+def test_a_prompt_and_its_steps_send_the_least(
+    tmp_path: Path, ledger: Ledger, mode: str, ranks: int, blocks: int, share: float | None
+) -> None:
+    folder = save_model("llama", tmp_path, max_position_embeddings=1024)
+    reference, ids = eager(folder), random_ids(2, LONG)
+    settings: dict[str, Any] = {
+        "pool_ranks": ranks,
+        "blocks": blocks,
+        "base_share": share,
+        "partition": mode,
+        "kv_block": 256,
+    }
+    with planned(folder, activation="length", **settings) as model, torch.no_grad():
+
+        def stats_sent() -> int:
+            return int(model.fa_pool.stats()["bytes_sent"])
+
+        got, want = model(ids), reference(ids)
+        assert_close(got.logits, want.logits)
+        sent, needed, headers = ledger.take()
+        assert sent == needed, f"{sent} bytes of q, k and v were sent, {needed} are needed"
+        if share == 0.0 and ranks == 1:
+            # By closed form, too: everything goes to the only rank.
+            assert sent == LAYERS * 2 * 3 * LONG * (QUERY + POSITION), sent
+        greetings = ranks * frame_bytes()
+        assert sent <= stats_sent() <= sent + headers + greetings
+        for step in range(3):
+            before = stats_sent()
+            more = random_ids(2, 1, seed=step)
+            logits = model(more, past_key_values=got.past_key_values).logits
+            assert_close(logits, reference(more, past_key_values=want.past_key_values).logits, what=f"step {step}")
+            sent, needed, headers = ledger.take()
+            assert 0 < sent == needed, f"step {step}: {sent} bytes sent, {needed} needed"
+            assert sent <= LAYERS * ranks * 2 * 3 * QUERY, f"step {step}: {sent} bytes: keys, too?"
+            assert stats_sent() - before <= sent + headers
