@@ -6,6 +6,7 @@ Knows seconds and lengths. It decides nothing: whoever asks does.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ _STEPS = 16
 """Decode steps are judged together: one is short, and may carry keys for many."""
 _WEIGHT = 0.5
 """Of a new measurement against all earlier ones."""
+_FORGOTTEN = 0.95
+"""Power to which a correction of pooled forwards is raised by each forward that the plan keeps local."""
 
 
 class Profiler(Protocol):
@@ -69,12 +72,13 @@ class Advisor:
         return Cores(threads, 0 if on_own_devices else self.config.threads_per_rank, spare)
 
     def threshold(self, cores: Cores, longest: int) -> int:
-        """``threshold: "auto"``, in tokens; ``longest`` if attention never dominates."""
+        """``threshold: "auto"``, in tokens; beyond all lengths if attention does not dominate
+        up to ``longest``."""
         assert self.profile is not None
         found = auto_threshold(
             self.profile, ranks=self.config.pool_ranks, cores=cores, longest=longest, max_blocks=MOST_BLOCKS
         )
-        return longest if found.auto is None else found.auto
+        return sys.maxsize if found.auto is None else found.auto
 
     @property
     def needs_profile(self) -> bool:
@@ -160,6 +164,9 @@ class Advisor:
         if forward.choice is None or any(rank.lost for rank in forward.ranks):
             return
         pooled = bool(forward.ranks)
+        if not pooled and (lost := self._records.get((forward.phase, True))) is not None:
+            # Only pooled forwards correct this factor: what disturbed one of them must not rule for ever.
+            lost.factor **= _FORGOTTEN
         predicted_s = forward.choice.seconds if pooled else forward.choice.alone_s
         counters = self.counters.phase(forward.phase)
         counters.predicted_s += predicted_s

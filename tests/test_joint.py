@@ -38,19 +38,17 @@ class Nodes(ThreadPool):
     nodes = MappingProxyType({2: 1, 3: 1, 4: 1})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def managers() -> Iterator[Make]:
-    """Managers by configuration, kept for the module."""
-    made: dict[Any, ResourceManager] = {}
+    """Makes managers, and closes them: between many ranks there are many links, and each has threads."""
+    made: list[ResourceManager] = []
 
     def get(**keys: Any) -> ResourceManager:
-        key = tuple(sorted(keys.items()))
-        if key not in made:
-            made[key] = manager_of(**keys)
-        return made[key]
+        made.append(manager_of(**keys))
+        return made[-1]
 
     yield get
-    for manager in made.values():
+    for manager in made:
         manager.close()
 
 
@@ -78,23 +76,24 @@ def links_between(pool: ThreadPool) -> list[Exchange]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_gives_the_same_result(managers: Make, mode: str, ranks: int) -> None:
+def test_every_way_gives_the_same_result(mode: str, ranks: int) -> None:
     """Prompt, decode steps, a draft of several tokens, a second chunk, and steps that move keys."""
     results: list[list[Tensor]] = []
     for reduction, distribution in TOGETHER:
         torch.manual_seed(ranks)
-        manager = managers(pool_ranks=ranks, partition=mode, reduction=reduction, key_distribution=distribution)
-        stream, got = Stream(manager, (0, 4)), []
-        for new in (40, 1, 1, 9, 300, 1, *[1] * 8):
-            out, want = stream.call(new)
-            check(out, want, 2e-5)
-            got.append(out)
-        went_well(manager)
-        assert manager.counters.decode.pooled_calls >= 10
-        assert manager.counters.prefill.pooled_calls >= 1
-        assert all(manager.counters.rank(rank).calls for rank in range(ranks))
-        met = any(exchange._peers for exchange in links_between(pool_of(manager)))
-        assert met == (ranks > 1 and (reduction, distribution) != ("direct", "direct"))
+        keys = {"partition": mode, "reduction": reduction, "key_distribution": distribution}
+        with manager_of(pool_ranks=ranks, **keys) as manager:
+            stream, got = Stream(manager, (0, 4)), []
+            for new in (40, 1, 1, 9, 300, 1, *[1] * 8):
+                out, want = stream.call(new)
+                check(out, want, 2e-5)
+                got.append(out)
+            went_well(manager)
+            assert manager.counters.decode.pooled_calls >= 10
+            assert manager.counters.prefill.pooled_calls >= 1
+            assert all(manager.counters.rank(rank).calls for rank in range(ranks))
+            met = any(exchange._peers for exchange in links_between(pool_of(manager)))
+            assert met == (ranks > 1 and (reduction, distribution) != ("direct", "direct"))
         results.append(got)
     for got in results[1:]:
         for one, first in zip(got, results[0], strict=True):
@@ -102,18 +101,22 @@ def test_every_way_gives_the_same_result(managers: Make, mode: str, ranks: int) 
             assert difference < 2e-5, f"largest difference {difference:.2e}"
 
 
-@settings(deadline=None, max_examples=25)
-@given(data=st.data())
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [2, 5])
-def test_any_history_of_calls_is_exact(managers: Make, ranks: int, mode: str, data: st.DataObject) -> None:
+def test_any_history_of_calls_is_exact(managers: Make, ranks: int, mode: str) -> None:
     manager = managers(pool_ranks=ranks, partition=mode, reduction="tree", key_distribution="chain")
-    stream = Stream(manager, tuple(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))))
-    for call in range(data.draw(st.integers(1, 5))):
-        check(*stream.call(data.draw(st.integers(10 if not call else 1, 30))), 2e-5)
-        if data.draw(st.booleans()):
-            stream.crop(data.draw(st.integers(10, stream.k.shape[2])))
-    went_well(manager)
+
+    @settings(deadline=None, max_examples=25)
+    @given(data=st.data())
+    def any_history(data: st.DataObject) -> None:
+        stream = Stream(manager, tuple(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))))
+        for call in range(data.draw(st.integers(1, 5))):
+            check(*stream.call(data.draw(st.integers(10 if not call else 1, 30))), 2e-5)
+            if data.draw(st.booleans()):
+                stream.crop(data.draw(st.integers(10, stream.k.shape[2])))
+        went_well(manager)
+
+    any_history()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 3e-2)])
