@@ -240,6 +240,9 @@ class Link:
         self._into = into if into is not None else self._received.put
         self.lost: str | None = None
         self._over, self._lost_lock, self._said_goodbye = threading.Event(), threading.Lock(), False
+        # The reader says goodbye on its own: between two transfers of one message it would break the protocol, and
+        # gloo ends a process that receives more than it expects.
+        self._sending = threading.Lock()
         self._outgoing: deque[tuple[int, torch.Tensor, dist.Work]] = deque()
         self.messages_sent = 0
         self.bytes_sent = self.bytes_received = 0
@@ -263,19 +266,22 @@ class Link:
         """
         wire = _Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8))
         _fill(wire, header, tensors)
-        if self.lost:
-            raise LinkLost(self.lost)
-        self.messages_sent += 1
-        try:
-            for transfer in wire.transfers:
-                self._post(transfer)
-        except BaseException as error:
-            # Half a message may be out: nothing after it could be understood.
-            reason = self.fail(f"send failed: {_first_line(error)}")
-            if isinstance(error, RuntimeError):
-                raise LinkLost(reason) from error
-            raise
-        self.bytes_sent += wire.nbytes
+        with self._sending:
+            if self.lost:
+                raise LinkLost(self.lost)
+            self.messages_sent, half = self.messages_sent + 1, False
+            try:
+                for transfer in wire.transfers:
+                    self._post(transfer)
+                    half = True
+            except BaseException as error:
+                # Half a message may be out: nothing after it could be understood, not even a goodbye.
+                self._said_goodbye = self._said_goodbye or half
+                reason = self.fail(f"send failed: {_first_line(error)}")
+                if isinstance(error, RuntimeError):
+                    raise LinkLost(reason) from error
+                raise
+            self.bytes_sent += wire.nbytes
 
     def settle(self, through: int) -> None:
         """Waits until the first ``through`` messages have gone. Call it after the reply, not before: a large send
@@ -325,12 +331,11 @@ class Link:
         self._outgoing.append((self.messages_sent, transfer, self._data.send([transfer], self._peer, self._tag)))
 
     def _say_goodbye(self) -> None:
-        with self._lost_lock:
+        goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8)
+        _fill(_Wire(Header(), goodbye), Header(op=Op.BYE), ())
+        with self._sending, suppress(RuntimeError):
             said, self._said_goodbye = self._said_goodbye, True
-        if not said:
-            goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8)
-            _fill(_Wire(Header(), goodbye), Header(op=Op.BYE), ())
-            with suppress(RuntimeError):
+            if not said:
                 self._post(goodbye)
 
     def _read(self) -> None:

@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -184,6 +185,55 @@ def test_an_interrupted_message_ends_the_link(pair: tuple[Link, Link], monkeypat
         base.send(header, tensors)
     assert base.lost
     assert "send failed" in base.lost
+
+
+def test_goodbye_waits_for_the_end_of_a_message(pair: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its transfers it would be taken for the second one."""
+    base, pool = pair
+    post, sizes = base._post, []
+
+    def slow(transfer: torch.Tensor) -> None:
+        sizes.append(transfer.numel())
+        post(transfer)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(base, "_post", slow)
+    sender = threading.Thread(target=base.send, args=request(torch.zeros(5000), torch.zeros(0), torch.zeros(0)))
+    sender.start()
+    while not sizes:
+        time.sleep(0.01)
+    base.close()
+    sender.join(5)
+    assert sizes[0] == sizes[2] == frame_bytes() < sizes[1]
+    assert pool.receive().tensors[1].numel() == 5000
+    with pytest.raises(LinkLost, match="goodbye"):
+        pool.receive()
+
+
+def test_nothing_is_sent_after_half_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store()
+    base, pool = link_pair(store)
+    post, sizes = base._post, []
+
+    def interrupted(transfer: torch.Tensor) -> None:
+        sizes.append(transfer.numel())
+        if len(sizes) > 1:
+            raise KeyboardInterrupt
+        post(transfer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(base, "_post", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            base.send(*request(torch.zeros(5000), torch.zeros(0), torch.zeros(0)))
+        base.close()
+    assert len(sizes) == 2, "a goodbye would be taken for the rest"
+    pool.close()
+    base.join(5)
+    # What the other end waits for ends with the connection.
+    base._data = base._pulse = None
+    base._outgoing.clear()
+    pool.join(5)
+    assert not any(thread.is_alive() for end in (base, pool) for thread in end._threads)
 
 
 @pytest.mark.processes
