@@ -250,7 +250,9 @@ def test_idle_contenders_leave_the_cores_alone(tmp_path, none_left) -> None:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_processes_of_an_ended_benchmark_end(how: signal.Signals) -> None:
     """In the middle of a turn that would take very long."""
-    code = "from fapool_plugin.bench import app; app()"
+    # A shell's background jobs ignore ^C, and so would their children.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heed}; from fapool_plugin.bench import app; app()"
     root = Path(__file__).resolve().parent.parent
     process = subprocess.Popen(
         [sys.executable, "-c", code, "attention", "--tokens", "200000", "--runs", "1"], cwd=root, stderr=subprocess.PIPE
