@@ -149,6 +149,7 @@ class Advisor:
                 ranks=len(held),
                 cores=cores,
                 steps=block,
+                block=block,
                 base_share=self.config.base_share,
                 alone=False,
             )

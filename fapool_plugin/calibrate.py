@@ -273,7 +273,8 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
     """Messages to a leased pool rank and back, timed at the base; what the rank computes is taken off.
 
     The way there is a request without tiles, answered with nothing. The way back is the answer to narrow queries
-    with wide values. Both are timed as round trips, and so are the errors.
+    with wide values. Both are timed as round trips, and so are the errors. What a message costs the processor is
+    counted at the base, for its own end, and taken to be the same at the other.
 
     Args:
         rank: leased and opened; its link must be idle.
@@ -285,26 +286,47 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
         RuntimeError: the rank refuses, because its lease is over.
     """
     sizes = _LINK_BYTES[::3] if quick else _LINK_BYTES
-    progress("link: to the pool rank", 0, 2)
-    there = fitted([sample(size, _request(rank, size)) for size in sizes], (0, 1))
-    progress("link: back to the base", 1, 2)
 
-    def back(nbytes: int) -> Callable[[], float]:
-        queries = nbytes // (4 * (_WIDE + 1))
-        request = _request(rank, 4 * _NARROW * queries, queries)
-        asking_s = there.b * 4 * (_NARROW * queries + _NARROW + _WIDE)
+    def asking_bytes(nbytes: int) -> int:
+        return 4 * (_NARROW * (nbytes // (4 * (_WIDE + 1))) + _NARROW + _WIDE)
 
-        def timed() -> float:
-            seconds = request()
-            return max(seconds - asking_s, seconds / 2)  # asking may have been quicker than its fit
+    # Threads of a kernel that wait for work would count as busy.
+    with threads_restored():
+        torch.set_num_threads(1)
+        progress("link: to the pool rank", 0, 2)
+        there = fitted([sample(size, _request(rank, size)) for size in sizes], (0, 1))
+        sending = fitted([_processor_sample(size, _request(rank, size)) for size in sizes], (0, 1))
+        progress("link: back to the base", 1, 2)
 
-        return timed
+        def back(nbytes: int) -> Callable[[], float]:
+            queries = nbytes // (4 * (_WIDE + 1))
+            request = _request(rank, 4 * _NARROW * queries, queries)
+            asking_s = there.b * asking_bytes(nbytes)
 
-    back_again = fitted([sample(size, back(size)) for size in sizes], (0, 1))
-    progress("link", 2, 2)
+            def timed() -> float:
+                seconds = request()
+                return max(seconds - asking_s, seconds / 2)  # asking may have been quicker than its fit
+
+            return timed
+
+        back_again = fitted([sample(size, back(size)) for size in sizes], (0, 1))
+        taking = fitted([_processor_sample(size, back(size), sending.b * asking_bytes(size)) for size in sizes], (0, 1))
+        progress("link", 2, 2)
     # An empty message takes half an empty round trip.
-    to_rank, to_base = (fit.model_copy(update={"a": fit.a / 2}) for fit in (there, back_again))
-    return LinkCost(to_rank=to_rank, to_base=to_base)
+    halves = (fit.model_copy(update={"a": fit.a / 2}) for fit in (there, back_again, sending, taking))
+    return LinkCost(**dict(zip(("to_rank", "to_base", "send", "take"), halves, strict=True)))
+
+
+def _processor_sample(n: float, work: Callable[[], float], known_s: float = 0.0) -> Sample:
+    """Processor seconds of all threads of this process while ``work`` is done, less those that are ``known_s``."""
+
+    def timed() -> float:
+        began = time.process_time()
+        work()
+        spent = time.process_time() - began
+        return max(spent - known_s, spent / 2)
+
+    return sample(n, timed)
 
 
 def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], float]:

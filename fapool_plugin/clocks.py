@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
-from math import floor, sqrt
 from typing import NamedTuple
 
 from fapool_plugin.cost import AttentionCost, Profile
+from fapool_plugin.ideal_line import GRANULE, Piece, cut_rows, new_columns, pairs_of, pieces_of, position_at, seconds_of
 from fapool_plugin.partition import Row, partition
 
-GRANULE = 64
-"""Blocks are multiples of this many positions, and so are cuts in long prompts: the kernels' row block."""
 SMALLEST_BLOCK = 256
 """Positions; shorter blocks are not worth their messages."""
 
@@ -83,13 +80,15 @@ class _Sides(NamedTuple):
     rank_call_s: float
 
 
-class _Piece(NamedTuple):
-    """The part [start, stop) of each of ``lanes`` lanes of a row, in fractions of a lane's work."""
+class _Message(NamedTuple):
+    """A request to one rank and its answer, in seconds."""
 
-    row: int
-    lanes: int
-    start: float
-    stop: float
+    arrives: float
+    """After the base has come to asking."""
+    taking: float
+    sending: float
+    back: float
+    """Bytes of the answer."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Prefill:
 
     def block_counts(self, most: int) -> list[int]:
         """How many blocks there may be, up to ``most``, if none is to be short."""
-        return list(range(1, max(1, min(most, _columns(self.rows) // SMALLEST_BLOCK)) + 1))
+        return list(range(1, max(1, min(most, new_columns(self.rows) // SMALLEST_BLOCK)) + 1))
 
     def ceiling_s(self, ranks: int) -> float:
         """Seconds without communication, waiting or cost of a call; both sides busy to the end if they can be."""
@@ -141,49 +140,62 @@ class Prefill:
         """Both clocks through the forward.
 
         Blocks come strictly round robin, handing over at every attention call. For each the base waits for the reply
-        of the layer before, computes what is linear, sends, and computes its own tiles; ranks answer in order.
-        Copying a message keeps both its ends busy.
+        of the layer before and merges it, computes what is linear, asks, and computes its own tiles; ranks answer in
+        order. What a message costs its two ends in processor time keeps them from computing.
         """
-        side, layers, link = self._sides(way.ranks), self.profile.shape.layers, self.profile.link
-        works = [_pairs(row) for row in self.rows]
-        *pieces, own = _pieces(works, self.profile.shape.kv_heads, _parts(way, self.slowdown))
-        speeds, cuts = _speeds(way.ranks, self.slowdown), _cut(self.rows, way.blocks)
+        side, layers = self._sides(way.ranks), self.profile.shape.layers
+        link, call = self.profile.link, self.profile.call
+        works = [pairs_of(row) for row in self.rows]
+        *pieces, own = pieces_of(works, self.profile.shape.kv_heads, _parts(way, self.slowdown))
+        speeds, cuts = _speeds(way.ranks, self.slowdown), cut_rows(self.rows, way.blocks)
         per_pair = [side.ranks_s * sum(speeds) / speed / sum(works) for speed in speeds]
-        lags, copying, copies = [], 0.0, []
+        asking = merging = 0.0
+        messages = []
         for mine in pieces:
-            out, back = self._bytes(mine, cuts)
-            request, reply = (link.to_rank.at(out / way.blocks), link.to_base.at(back / way.blocks)) if mine else (0, 0)
-            lags.append(copying)
-            copying += request
-            copies.append((request, reply))
-        copying += sum(reply for _, reply in copies)
+            out, back = (nbytes / way.blocks for nbytes in self._bytes(mine, cuts))
+            messages.append(_Message(asking + link.to_rank.at(out), link.take.at(out), link.send.at(back), back))
+            if mine:
+                asking += call.ask_s + link.send.at(out)
+                merging += call.merge_s + link.take.at(back)
         linears, owns, pools = [], [], []
         for rows in cuts:
             tokens = sum(row.q_stop - row.q_start for row in rows) / self.tokens
-            pairs = [_pairs(row) / self.profile.shape.kv_heads for row in rows]
+            pairs = [pairs_of(row) / self.profile.shape.kv_heads for row in rows]
             linears.append((side.block_s + (side.linear_s - side.block_s) * tokens) / layers)
-            owns.append(copying + _work(own, pairs, side.base_call_s, side.base_s / sum(works)))
+            owns.append(
+                asking + bool(own) * call.own_s + seconds_of(own, pairs, side.base_call_s, side.base_s / sum(works))
+            )
             pools.append([
-                request + reply + _work(mine, pairs, side.rank_call_s, pair_s)
-                for mine, pair_s, (request, reply) in zip(pieces, per_pair, copies, strict=True)
+                bool(mine) * call.rank_s + message.taking + seconds_of(mine, pairs, side.rank_call_s, pair_s)
+                for mine, pair_s, message in zip(pieces, per_pair, messages, strict=True)
             ])  # fmt: skip
-        base, replies, free = 0.0, [0.0] * way.blocks, [0.0] * way.ranks
+        base, free, replies = 0.0, [0.0] * way.ranks, [0.0] * way.blocks
+        merge = 0.0
         for _ in range(layers):
             for block, linear in enumerate(linears):
-                posted = max(base, replies[block]) + linear
-                free = [max(at, posted + lag) + busy for at, lag, busy in zip(free, lags, pools[block], strict=True)]
-                replies[block] = max(free)
+                posted = max(base, replies[block]) + merge + linear
+                for rank, (message, busy) in enumerate(zip(messages, pools[block], strict=True)):
+                    if not pieces[rank]:
+                        continue
+                    done = max(free[rank], posted + message.arrives) + busy
+                    free[rank] = done + message.sending
+                    replies[block] = max(replies[block], done + link.to_base.at(message.back))
                 base = posted + owns[block]
-        busiest = max(map(sum, zip(*pools, strict=True)))
-        return Played(max(base, *replies), layers * (sum(linears) + sum(owns)), layers * busiest)
+            merge = merging
+        for reply in replies:
+            base = max(base, reply) + merging
+        sending = [message.sending * way.blocks for message in messages]
+        busiest = max(sum(block) + last for *block, last in zip(*pools, sending, strict=True))
+        busy = layers * (sum(linears) + sum(owns) + way.blocks * merging)
+        return Played(max(base, *free), busy, layers * busiest)
 
     def real_bytes(self, way: Way) -> tuple[int, int]:
         """Bytes of all layers to and from all ranks, of the tiles that :func:`partition` gives. Keys of the past
         count as not yet sent."""
         shape, queries = self.profile.shape, 0
         furthest: dict[tuple[int, int, int], int] = {}
-        for rows in _cut(self.rows, way.blocks):
-            block = GRANULE if _columns(rows) >= 4 * GRANULE * (way.ranks + 1) else 1
+        for rows in cut_rows(self.rows, way.blocks):
+            block = GRANULE if new_columns(rows) >= 4 * GRANULE * (way.ranks + 1) else 1
             shares = partition(rows, shape.kv_heads, _parts(way, self.slowdown), block=block, whole=self.rows)
             for rank, tile in ((rank, tile) for rank, share in enumerate(shares[:-1]) for tile in share):
                 queries += (tile.q_stop - tile.q_start) * (tile.head_stop - tile.head_start)
@@ -198,9 +210,10 @@ class Prefill:
             crowd = self.cores.crowding(ranks, self.profile.machine.cores)
             base, rank = _attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).prefill
+            beside = crowd * (self.profile.beside if ranks and self.cores.per_rank else 1.0)
             self._known[ranks] = _Sides(
-                linear.at(self.tokens) * crowd,
-                linear.a * crowd,
+                linear.at(self.tokens) * beside,
+                linear.a * beside,
                 self._attention_s(base) * crowd,
                 self._attention_s(rank) * crowd / sum(_speeds(ranks, self.slowdown)),
                 base.prefill.a * crowd,
@@ -211,16 +224,16 @@ class Prefill:
     def _attention_s(self, cost: AttentionCost) -> float:
         """One layer's attention without the cost of a call, as :func:`cost.share_s` counts it."""
         fit = cost.prefill
-        return max(0.0, (fit.b - fit.c) * self.tokens + 2 * fit.c * sum(_pairs(row) for row in self.rows))
+        return max(0.0, (fit.b - fit.c) * self.tokens + 2 * fit.c * sum(pairs_of(row) for row in self.rows))
 
-    def _bytes(self, pieces: Sequence[_Piece], cuts: Sequence[Sequence[Row]]) -> tuple[float, float]:
+    def _bytes(self, pieces: Sequence[Piece], cuts: Sequence[Sequence[Row]]) -> tuple[float, float]:
         """Bytes of one layer to and from a rank with these pieces, on the ideal line."""
         queries = keys = 0.0
         for row, lanes, start, stop in pieces:
             last = 0.0
             for block in cuts:
-                last = _position(block[row], stop)
-                queries += lanes * (last - _position(block[row], start))
+                last = position_at(block[row], stop)
+                queries += lanes * (last - position_at(block[row], start))
             keys += lanes * last
         return _payload_bytes(self.profile, queries, keys)
 
@@ -246,7 +259,8 @@ class Decode:
         """Seconds of the base alone, with all its threads."""
         cost = self.profile.attention_for(self.cores.total)
         linear = self.profile.linear_for(self.cores.total).decode.at(len(self.lengths))
-        return linear + self.profile.shape.layers * (len(self.lengths) * cost.decode.a + self._attention_s(cost))
+        calls = self.profile.call.own_s + len(self.lengths) * cost.decode.a
+        return linear + self.profile.shape.layers * (calls + self._attention_s(cost))
 
     def ceiling_s(self, ranks: int) -> float:
         """Seconds without communication or cost of a call, and with both sides busy as long."""
@@ -262,20 +276,24 @@ class Decode:
         return side.linear_s + self.profile.shape.layers * max(share * side.base_s, (1 - share) * side.ranks_s)
 
     def play(self, way: Way) -> Played:
-        """Both clocks through the step: the base sends, computes its own keys, and waits for the slowest reply."""
-        side, layers, link = self._sides(way.ranks), self.profile.shape.layers, self.profile.link
+        """Both clocks through the step: the base asks, computes its own keys, and waits for the slowest reply."""
+        side, layers = self._sides(way.ranks), self.profile.shape.layers
+        link, call = self.profile.link, self.profile.call
         *pieces, own = self._pieces(way)
-        sent = received = slowest = busiest = 0.0
+        asking = merging = slowest = busiest = 0.0
         for mine, missing in zip(pieces, self._missing(way), strict=True):
             if not mine:
                 continue
             out, back = _payload_bytes(self.profile, sum(piece.lanes for piece in mine), missing / self.steps)
-            request, reply = link.to_rank.at(out), link.to_base.at(back)
-            busy = request + reply + len(mine) * side.rank_call_s + (1 - way.base_share) * side.ranks_s
-            slowest, busiest = max(slowest, sent + busy), max(busiest, busy)
-            sent, received = sent + request, received + reply
-        base = sent + received + len(own) * side.base_call_s + way.base_share * side.base_s
-        return Played(side.linear_s + layers * max(base, slowest), side.linear_s + layers * base, layers * busiest)
+            work = call.rank_s + len(mine) * side.rank_call_s + (1 - way.base_share) * side.ranks_s
+            slowest = max(slowest, asking + link.to_rank.at(out) + work + link.to_base.at(back) + call.away_s)
+            busiest = max(busiest, link.take.at(out) + work + link.send.at(back))
+            asking += call.ask_s + link.send.at(out)
+            merging += call.merge_s + link.take.at(back)
+        mine_s = bool(own) * call.own_s + len(own) * side.base_call_s + way.base_share * side.base_s
+        step = max(asking + mine_s, slowest, busiest) + merging
+        busy = asking + mine_s + merging
+        return Played(side.linear_s + layers * step, side.linear_s + layers * busy, layers * busiest)
 
     def real_bytes(self, way: Way) -> tuple[int, int]:
         """Bytes of all layers to and from all ranks in this step, with all keys that are sent for later steps."""
@@ -283,8 +301,8 @@ class Decode:
         sent, received = _payload_bytes(self.profile, lanes, sum(self._missing(way)))
         return round(sent) * self.profile.shape.layers, round(received) * self.profile.shape.layers
 
-    def _pieces(self, way: Way) -> list[list[_Piece]]:
-        return _pieces(self.lengths, self.profile.shape.kv_heads, _parts(way, self.slowdown))
+    def _pieces(self, way: Way) -> list[list[Piece]]:
+        return pieces_of(self.lengths, self.profile.shape.kv_heads, _parts(way, self.slowdown))
 
     def _missing(self, way: Way) -> list[int]:
         keys = self.profile.shape.kv_heads * sum(self.lengths)
@@ -334,59 +352,3 @@ def _payload_bytes(profile: Profile, queries: float, keys: float) -> tuple[float
     heads, lse = queries * (shape.heads // shape.kv_heads), 8 if shape.dtype == "float64" else 4
     sent = (heads * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim)) * shape.element_bytes
     return sent, heads * (shape.v_head_dim * shape.element_bytes + lse)
-
-
-def _columns(rows: Sequence[Row]) -> int:
-    """New tokens of the row that has most: what is cut into blocks."""
-    return max(row.q_stop - row.q_start for row in rows)
-
-
-def _cut(rows: Sequence[Row], blocks: int) -> list[list[Row]]:
-    """The rows' queries of each block, with the keys that they see. Blocks differ by a granule at most."""
-    columns = _columns(rows)
-    units = -(-columns // GRANULE)
-    edges = [*(index * units // blocks * GRANULE for index in range(blocks)), columns]
-    # A row's first columns are padding if it is not the longest.
-    positions = [[max(row.q_start, row.q_stop - columns + edge) for row in rows] for edge in edges]
-    return [[Row(*edge, edge[1]) for edge in zip(*ends, strict=True)] for ends in pairwise(positions)]
-
-
-def _pairs(row: Row) -> int:
-    """(query, key) pairs of one causal lane."""
-    return (row.q_stop * (row.q_stop + 1) - row.q_start * (row.q_start + 1)) // 2
-
-
-def _work(pieces: Sequence[_Piece], pairs: Sequence[float], call_s: float, pair_s: float) -> float:
-    """Seconds of one block's part of these pieces; ``pairs`` of each row, a part of them for each lane."""
-    parts = ((pairs[piece.row], piece.lanes * (piece.stop - piece.start)) for piece in pieces)
-    return sum(call_s + pair_s * row * part for row, part in parts if row)
-
-
-def _position(row: Row, fraction: float) -> float:
-    """Where a lane's work reaches this fraction."""
-    if fraction in (0.0, 1.0):
-        return row.q_stop if fraction else row.q_start
-    return sqrt(row.q_start**2 + fraction * (row.q_stop**2 - row.q_start**2))
-
-
-def _pieces(works: Sequence[float], kv_heads: int, parts: Sequence[float]) -> list[list[_Piece]]:
-    """The line of ``kv_heads`` lanes a row, each of the row's work, cut into these parts."""
-    total = sum(works) * kv_heads
-    ends = [0.0, *accumulate(parts)]
-    starts = [0.0, *accumulate(work * kv_heads for work in works)]
-    pieces: list[list[_Piece]] = []
-    for start, stop in pairwise(end / ends[-1] * total for end in ends):
-        mine: list[_Piece] = []
-        for row, work in enumerate(works):
-            if not work:
-                continue
-            # Rounded, so that a cut that meets the end of a lane leaves no sliver.
-            first, last = (round(min(max((at - starts[row]) / work, 0.0), kv_heads), 9) for at in (start, stop))
-            while first < last:
-                head = floor(first)
-                lanes = floor(last) - head if first == head else 0
-                until = head + lanes if lanes else min(head + 1.0, last)
-                mine.append(_Piece(row, lanes or 1, 0.0 if lanes else first - head, 1.0 if lanes else until - head))
-                first = until
-        pieces.append(mine)
-    return pieces

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fapool_plugin.partition import Tile, allowed_pairs
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 class ProfileError(ValueError):
@@ -77,10 +77,27 @@ class LinearCost(_Measured):
 
 
 class LinkCost(_Measured):
-    """One link, as the base sees it. Both fits are in bytes: a message to a pool rank, and one back."""
+    """One link, all fits in bytes of a message.
+
+    ``to_rank`` and ``to_base`` are seconds on the way, copies at both ends included. ``send`` and ``take`` are
+    processor seconds of the end that a message leaves and of the end where it arrives, in whichever threads: where all
+    cores compute, somebody waits for them.
+    """
 
     to_rank: Fit
     to_base: Fit
+    send: Fit = Fit()
+    take: Fit = Fit()
+
+
+class CallCost(_Measured):
+    """What one pooled attention call costs beside kernels and bytes, in seconds."""
+
+    ask_s: float = Field(default=0.0, ge=0, description="The base, for each rank that it asks.")
+    merge_s: float = Field(default=0.0, ge=0, description="The base, for each answer.")
+    own_s: float = Field(default=0.0, ge=0, description="The base, for its own tiles.")
+    rank_s: float = Field(default=0.0, ge=0, description="A pool rank.")
+    away_s: float = Field(default=0.0, ge=0, description="On the way, beyond what messages in a row take.")
 
 
 class Machine(_Measured):
@@ -121,6 +138,12 @@ class Profile(_Measured):
     attention: tuple[AttentionCost, ...] = Field(min_length=1)
     linear: tuple[LinearCost, ...] = Field(min_length=1)
     link: LinkCost
+    call: CallCost = CallCost()
+    beside: float = Field(
+        default=1.0,
+        ge=1,
+        description="How much longer the linear part takes while a pool rank of this machine computes.",
+    )
     activation_s: float = Field(ge=0, description="Seconds from wanting ranks that run already to having them.")
     start_s: float = Field(default=0.0, ge=0, description="Seconds to start local pool ranks the first time.")
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
-from fapool_plugin.clocks import GRANULE, Cores, Decode, Played, Prefill, Way
+from fapool_plugin.clocks import Cores, Decode, Played, Prefill, Way
 from fapool_plugin.cost import Profile
+from fapool_plugin.ideal_line import GRANULE
 from fapool_plugin.partition import Row
 from fapool_plugin.plan import Geometry, make_plan, speeds
 from fapool_plugin.reduction import Lanes, choose_distribution, choose_reduction, routes
@@ -97,6 +98,7 @@ def choose_decode(
     cores: Cores,
     resident: Sequence[Sequence[int]],
     steps: int = 1,
+    block: int = 1,
     slowdown: Sequence[float] = (),
     base_share: float | None = None,
     alone: bool = True,
@@ -110,19 +112,21 @@ def choose_decode(
         lengths: keys of each sequence, the new one included.
         resident: for each rank and sequence, keys held, summed over the KV heads.
         steps: steps for which the choice will be kept; ``seconds`` are one step's, with its part of what is sent.
+        block: keys of a lane that a rank takes or leaves as one: shares are tried in such steps.
 
     The other arguments and errors are :func:`choose_prefill`'s.
     """
     _check(lengths, (0,) * len(lengths), ranks, slowdown, base_share)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; give at least 1")
+    if steps < 1 or block < 1:
+        raise ValueError(f"steps is {steps} and block {block}; give at least 1 of each")
     if len(resident) < ranks or any(len(rows) != len(lengths) for rows in resident):
         raise ValueError(
             f"resident has {[len(rows) for rows in resident]} sequences of each rank; give {len(lengths)} for each "
             f"of {ranks} ranks"
         )
     step = Decode(profile, lengths, cores, [sum(rows) for rows in resident], steps, slowdown)
-    return _best(step, ranks, [1], base_share, alone)
+    finest = max(lengths) // block
+    return _best(step, ranks, [1], base_share, alone, min(_STEPS, finest) if finest else 1)
 
 
 @dataclass(frozen=True)
@@ -177,10 +181,15 @@ def _first(holds: Callable[[int], bool], longest: int) -> int | None:
 
 
 def _best(
-    forward: Prefill | Decode, ranks: int, counts: Sequence[int], base_share: float | None, alone: bool
+    forward: Prefill | Decode,
+    ranks: int,
+    counts: Sequence[int],
+    base_share: float | None,
+    alone: bool,
+    steps: int = _STEPS,
 ) -> Choice:
     """The shortest way; of equally short ones that with fewest ranks."""
-    shares = [step / _STEPS for step in range(_STEPS)] if base_share is None else [base_share]
+    shares = [step / steps for step in range(steps)] if base_share is None else [base_share]
     ways = [Way(p, c, x) for p in range(1, ranks + 1) for c in counts for x in shares]
     best, played = Way(0, 1, 1.0), Played(forward.alone_s, forward.alone_s, 0.0)
     if ways and not alone:

@@ -168,7 +168,7 @@ class _Wire:
         starts, stop = [], 0
         for shape, dtype in parts:
             starts.append(stop)
-            stop += -(-math.prod(shape) * dtype.itemsize // 8) * 8
+            stop += -(-math.prod(shape) * dtype.itemsize // 64) * 64
         inline = frame[8 * len(header) :]
         self.body = torch.empty(stop, dtype=torch.uint8) if stop > INLINE_BYTES else None
         place = inline if self.body is None else self.body

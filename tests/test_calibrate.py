@@ -32,6 +32,10 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def process_time(self) -> float:
+        """A third of the time this process computes."""
+        return self.now / 3
+
     def after(self, seconds: Callable[..., float]) -> Callable[..., None]:
         """A hook that lets time pass."""
 
@@ -218,6 +222,8 @@ def test_a_link_costs_what_its_messages_take(clock: Clock, quick: bool) -> None:
     link = calibrate.measure_link(FakeRank(clock, 3e-4, 7e-10, 5e-10, Status.OK), quick=quick)  # type: ignore[arg-type]
     assert_fit(link.to_rank, a=3e-4, b=7e-10)
     assert_fit(link.to_base, a=3e-4, b=5e-10)
+    # The rank of this test computes half a second in this very process.
+    assert_fit(link.send, a=(3e-4 + 0.25) / 3, b=7e-10 / 3)
 
 
 def test_a_rank_without_a_lease_is_told_of(clock: Clock) -> None:
@@ -250,10 +256,16 @@ def test_calibrate_a_model(tmp_path: Path, name: str, kernel: str) -> None:
         profile.linear_for(1).decode.at(1),
         profile.link.to_rank.at(1e6),
         profile.link.to_base.at(1e6),
+        profile.link.send.at(1e6),
+        profile.link.take.at(1e6),
+        profile.call.ask_s,
+        profile.call.merge_s,
+        profile.call.own_s,
         profile.start_s,
         profile.activation_s,
     ]
-    assert all(value > 0 for value in seconds), seconds
+    assert all(0 < value < 60 for value in seconds), seconds
+    assert profile.beside >= 1
     assert {stage.split(":")[0] for stage in stages} >= {"loading the model", "starting a pool rank", "link", "linear"}
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile

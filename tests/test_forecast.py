@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin.clocks import Decode, Prefill, Way
-from fapool_plugin.cost import AttentionCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape, share_s
+from fapool_plugin.cost import AttentionCost, CallCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape, share_s
 from fapool_plugin.forecast import Choice, Cores, auto_threshold, choose_decode, choose_prefill
 from fapool_plugin.partition import Row, Tile, partition
 
@@ -61,8 +61,11 @@ def profile(
 
 
 ATTENTION, LINEAR = Fit(a=1e-5, b=1e-7, c=4e-9), Fit(a=1e-3, b=2e-5)
-LINK = LinkCost(to_rank=Fit(a=2e-5, b=2e-10), to_base=Fit(a=3e-5, b=3e-10))
-TYPICAL = profile(ATTENTION, LINEAR, LINK)
+LINK = LinkCost(
+    to_rank=Fit(a=2e-5, b=2e-10), to_base=Fit(a=3e-5, b=3e-10), send=Fit(a=1e-5, b=1e-10), take=Fit(a=1.5e-5, b=1.2e-10)
+)
+CALL = CallCost(ask_s=1.1e-5, merge_s=1.3e-5, own_s=7e-6, rank_s=9e-6, away_s=5e-6)
+TYPICAL = profile(ATTENTION, LINEAR, LINK).model_copy(update={"call": CALL, "beside": 1.05})
 
 
 def fits(high_a: float, high_b: float, high_c: float) -> st.SearchStrategy[Fit]:
@@ -123,35 +126,42 @@ def walked_s(told: Profile, rows: list[Row], ranks: int, blocks: int, share: flo
     threads = cores.base(ranks)
     base_cost, rank_cost = told.attention_for(threads), told.attention_for(cores.per_rank or threads)
     linear, tokens = told.linear_for(threads).prefill, sum(row.q_stop - row.q_start for row in rows)
-    traffic = [bytes_of(shares, rank) for rank in range(ranks)]
-    to = [told.link.to_rank.at(out / blocks) for out, _ in traffic]
-    back = [told.link.to_base.at(reply / blocks) for _, reply in traffic]
+    link, call = told.link, told.call
+    out, back = zip(*(bytes_of(shares, rank) for rank in range(ranks)), strict=True)
+    ask = [call.ask_s + link.send.at(nbytes / blocks) for nbytes in out]
+    merge = [call.merge_s + link.take.at(nbytes / blocks) for nbytes in back]
+    slower = told.beside if cores.per_rank else 1.0
 
     @functools.cache
     def posted(step: int) -> float:
         layer, block = divmod(step, blocks)
         new = sum(row.q_stop - row.q_start for row in cuts[block])
-        work = (linear.a + (linear.at(tokens) - linear.a) * new / tokens) / LAYERS
+        work = slower * (linear.a + (linear.at(tokens) - linear.a) * new / tokens) / LAYERS
         ready = left(step - 1) if step else 0.0
-        reply = max((replied(step - blocks, rank) for rank in range(ranks)), default=0.0) if layer else 0.0
-        return max(ready, reply) + work
+        if not layer:
+            return ready + work
+        return max(ready, *(replied(step - blocks, rank) for rank in range(ranks))) + sum(merge) + work
 
     @functools.cache
     def left(step: int) -> float:
-        own = share_s(base_cost, KV_HEADS, shares[step % blocks][ranks])
-        return posted(step) + sum(to) + own + sum(back)
+        own = shares[step % blocks][ranks]
+        return posted(step) + sum(ask) + (call.own_s if share else 0.0) + share_s(base_cost, KV_HEADS, own)
 
     @functools.cache
+    def computed(step: int, rank: int) -> float:
+        free = computed(step - 1, rank) + link.send.at(back[rank] / blocks) if step else 0.0
+        start = max(free, posted(step) + sum(ask[:rank]) + link.to_rank.at(out[rank] / blocks))
+        work = call.rank_s + share_s(rank_cost, KV_HEADS, shares[step % blocks][rank])
+        return start + link.take.at(out[rank] / blocks) + work
+
     def replied(step: int, rank: int) -> float:
-        arrives = posted(step) + sum(to[:rank])
-        free = replied(step - 1, rank) if step else 0.0
-        busy = to[rank] + share_s(rank_cost, KV_HEADS, shares[step % blocks][rank]) + back[rank]
-        return max(arrives, free) + busy
+        return computed(step, rank) + link.to_base.at(back[rank] / blocks)
 
     last = LAYERS * blocks - 1
-    return max(
-        left(last), *(replied(step, rank) for step in range(last - blocks + 1, last + 1) for rank in range(ranks))
-    )
+    base = left(last)
+    for step in range(last - blocks + 1, last + 1):
+        base = max(base, *(replied(step, rank) for rank in range(ranks))) + sum(merge)
+    return max(base, *(computed(last, rank) + link.send.at(back[rank] / blocks) for rank in range(ranks)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -272,39 +282,6 @@ def test_slow_ranks_get_less_and_the_base_more() -> None:
     even, slow = (choose_prefill(TYPICAL, [8192], slowdown=factors, **kwargs) for factors in ((), (3.0, 3.0)))
     assert slow.base_share > even.base_share, f"{slow}, without slowdown {even}"
     assert slow.seconds > even.seconds
-
-
-def test_a_decode_step_is_the_longer_of_two_clocks() -> None:
-    """Two ranks and the base take one head each of one row: the second rank is asked after the first."""
-    link = LinkCost(to_rank=Fit(a=3e-4, b=1e-9), to_base=Fit(a=2e-4, b=2e-9))
-    told, keys = profile(ATTENTION, LINEAR, link, decode=(Fit(a=1e-4, b=3e-7), Fit(a=1e-3, b=1e-3))), 3000
-    predicted = Decode(told, [keys], DEVICES, held=[keys, keys]).play(Way(2, 1, 1 / 3)).seconds
-    head = 1e-4 + 3e-7 * keys / KV_HEADS
-    request = link.to_rank.at(GROUP * HEAD_DIM * 2)
-    reply = link.to_base.at(GROUP * (V_HEAD_DIM * 2 + 4))
-    expected = 2e-3 + LAYERS * max(2 * (request + reply) + head, 2 * request + head + reply)
-    assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
-    # Without the base each rank has a head and half of another: two lanes, two tiles.
-    request, reply = link.to_rank.at(2 * GROUP * HEAD_DIM * 2), link.to_base.at(2 * GROUP * (V_HEAD_DIM * 2 + 4))
-    predicted = Decode(told, [keys], DEVICES, held=[2 * keys, 2 * keys]).play(Way(2, 1, 0.0)).seconds
-    expected = 2e-3 + LAYERS * max(2 * (request + reply), 2 * request + 2 * 1e-4 + 3e-7 * keys / 2 + reply)
-    assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
-
-
-def test_decode_takes_what_is_resident_and_sends_only_for_many_steps() -> None:
-    link = LinkCost(to_rank=Fit(a=1e-6, b=1e-9), to_base=Fit(a=1e-6, b=1e-9))
-    told = profile(ATTENTION, LINEAR, link, decode=(Fit(b=1e-7), Fit(b=1e-5)))
-    held = [[KV_HEADS * 8000 // 4]]
-    kwargs: dict[str, Any] = {"ranks": 1, "cores": DEVICES}
-    once = choose_decode(told, [8000], resident=held, **kwargs)
-    assert once.ranks == 1
-    assert once.base_share == pytest.approx(0.75, abs=0.011), f"{once}: the rank holds a quarter"
-    nothing = choose_decode(told, [8000], resident=[[0]], **kwargs)
-    assert nothing.ranks == 0, f"{nothing}"
-    often = choose_decode(told, [8000], resident=[[0]], steps=10**6, **kwargs)
-    assert often.ranks == 1, f"{often}"
-    keys = round((1 - often.base_share) * KV_HEADS * 8000)
-    assert often.bytes_sent >= LAYERS * keys * (HEAD_DIM + V_HEAD_DIM) * 2, f"{often}"
 
 
 @settings(max_examples=40, deadline=None)

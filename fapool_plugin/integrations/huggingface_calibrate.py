@@ -19,9 +19,10 @@ from platformdirs import user_cache_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fapool_plugin.calibrate import Progress, check_effort, machine, measure_attention, measure_link, silent
+from fapool_plugin.calibrate_calls import kept_busy, measure_calls
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import Machine, Profile, Shape
-from fapool_plugin.integrations.huggingface_linear import full_layers, look, measure_linear, shape_of
+from fapool_plugin.integrations.huggingface_linear import full_layers, look, measure_beside, measure_linear, shape_of
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.metrics import RankCounters
@@ -86,7 +87,8 @@ def make_profile(
     attention = measure_attention(
         shape, threads, budget_s * 0.4, progress, quick=quick, softcap=softcap, device=model.device
     )
-    return Profile(
+    beside = measure_beside(model, lambda seconds: kept_busy(rank, shape, seconds))
+    profile = Profile(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=quick,
         machine=machine(),
@@ -94,9 +96,11 @@ def make_profile(
         attention=attention,
         linear=linear,
         link=link,
+        beside=beside,
         activation_s=activation_s,
         start_s=start_s,
     )
+    return profile.model_copy(update={"call": measure_calls(rank, profile, softcap=softcap, device=model.device)})
 
 
 def calibrate_model(

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,7 @@ NAME = "fapool_calibrate"
 
 _TOKENS = (64, 256, 1024, 4096)
 _QUICK_TOKENS = (64, 512)
+_BESIDE_TOKENS, _BESIDE_PAIRS = 1024, 5
 _SEQUENCES = (1, 2, 4, 8, 16)
 _QUICK_SEQUENCES = (1, 4)
 _FEWEST_CALLS = 3
@@ -274,3 +275,24 @@ def measure_linear(
             costs.append(LinearCost(threads=count, prefill=fitted(prefill, (0, 1)), decode=fitted(decode, (0, 1))))
         progress("linear", len(threads), len(threads))
     return tuple(costs)
+
+
+def measure_beside(model: Any, busy: Callable[[float], AbstractContextManager[None]]) -> float:
+    """How much longer the linear part takes, with one thread, while another process of this machine is ``busy`` for
+    the seconds that it is told; at least 1.
+
+    Both are timed in turns, over a few layers. On devices of their own they do not meet.
+    """
+    if model.device.type != "cpu":
+        return 1.0
+    with _Model.opened(model) as opened:
+        torch.set_num_threads(1)
+        timed = opened.timed(1, _BESIDE_TOKENS, limit_s=0.0)
+        timed()
+        ratios = []
+        for _ in range(_BESIDE_PAIRS):
+            began = time.perf_counter()
+            alone_s = timed()
+            with busy(time.perf_counter() - began):
+                ratios.append(timed() / alone_s)
+    return max(1.0, statistics.median(ratios))
