@@ -58,10 +58,12 @@ class Report:
 
     def ceiling(self, result: Result) -> float | None:
         """What its threads allow over the baseline; where only attention is shared, no more than the time of all the
-        rest allows. None for the baseline itself."""
+        rest allows. What says itself how fast it could be at best is believed. None for the baseline itself."""
         baseline = self.results[0]
         if result is baseline:
             return None
+        if result.facts and "least_s" in result.facts[0]:
+            return baseline.median_s / statistics.median(facts["least_s"] for facts in result.facts)
         threads = min(result.contender.working_threads, max(os.cpu_count() or 1, baseline.contender.working_threads))
         by_threads = threads / baseline.contender.working_threads
         attention = [facts["attention_s"] for facts in baseline.facts if "attention_s" in facts]

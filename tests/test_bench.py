@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from fapool_plugin import bench, bench_turns, contenders
 from fapool_plugin.bench_report import Report, Result
 from fapool_plugin.contenders import Contender, ContenderError, Team
+from fapool_plugin.transport import frame_bytes
 
 SHAPE = {"tokens": 70, "heads": 4, "kv_heads": 2, "head_dim": 16}
 LIMIT_S = 120
@@ -88,12 +89,12 @@ def test_decode(tmp_path, none_left) -> None:
     found = complete(file, 2)
     assert list(found) == ["sdpa, 1 thread", "sdpa, 2 threads", "fapool, 1 + 1", "fapool by plan, 2 + 1"]
     assert "fapool by plan, 2 + 1: " in done.output, "whether it pooled is not said"
-    layers, steps, header = 4, 3 + 1, 8 * 64
+    layers, steps, tables = 4, 3 + 1, 8 * 64
     queries = 4 * 2 * 8 * 64  # fp32, two sequences, eight heads of 64
     for facts in found["fapool, 1 + 1"]["facts"]:
         assert facts["pooled_calls"] == layers * steps
         sent = facts["bytes_sent"] / (layers * steps)
-        assert sent <= queries + header, f"{sent} bytes a call: keys were sent within the turn"
+        assert sent <= frame_bytes() + queries + tables, f"{sent} bytes a call: keys were sent within the turn"
         assert len(facts["step_seconds"]) == 3
 
 
@@ -326,6 +327,9 @@ def test_the_ceiling_is_that_of_threads_and_of_what_is_not_shared(monkeypatch) -
     # Where nearly everything is attention, threads are the limit.
     baseline.facts[:] = [{"attention_s": 9.9}] * 3
     assert report.ceiling(pooled) == 4.0
+    # A cache of its own makes the baseline's rest no limit.
+    pooled.facts[:] = [{"least_s": 2.0}] * 3
+    assert report.ceiling(pooled) == 5.0
 
 
 def test_answers_are_compared_by_value_and_by_place() -> None:

@@ -26,6 +26,8 @@ from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.integrations.huggingface_runs import _without_bars, demo_prompt, prepare
 from fapool_plugin.kernels import attend
 from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.plan import Geometry
+from fapool_plugin.resource_manager import ResourceManager
 
 Turn = tuple[float, Tensor | None, dict[str, Any]]
 Make = Callable[[], Turn]
@@ -144,7 +146,24 @@ def pooled_decode(model: str, ids: list[int], tokens: int, batch: int, steps: in
     loaded = _pooled(model, fa_pool)
     state = SequenceState(prompt_columns=tokens, capacity=tokens + steps + 1)
     cache = PooledCache(loaded.config.get_text_config(decoder=True), loaded.fa_pool, state)
-    return _decode(loaded, cache, ids, tokens, batch, steps)
+    turn, least_s = _decode(loaded, cache, ids, tokens, batch, steps), _least_s(loaded.fa_pool, tokens, batch)
+
+    def bounded() -> Turn:
+        seconds, logits, facts = turn()
+        return seconds, logits, facts | ({"least_s": least_s} if least_s else {})
+
+    return bounded
+
+
+def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
+    """What no plan's step can be faster than, by the profile. The stock cache, copied in every step, says nothing of
+    ours."""
+    advisor, keys = manager.advisor, tokens + 1
+    if advisor.profile is None:
+        return None
+    cores = advisor.cores(torch.get_num_threads(), torch.cuda.is_available())
+    held = [[keys * advisor.profile.shape.kv_heads] * batch] * manager.config.pool_ranks
+    return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
 
 
 class _AttentionClock:
