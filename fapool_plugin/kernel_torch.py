@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _ROW_BLOCK = 32  # rows of q that the CPU operator takes at a time, when they are few
+_MORE_ROWS = (192, 768)  # from so many rows on it takes more at a time, and is faster
 # No chunk has fewer keys: three blocks of the CPU operator. Shorter ones cost more to merge than they save.
 _LEAST_KEYS = 1536
 # A busiest thread within this factor of the shortest possible is good enough: more chunks are more to merge.
@@ -30,7 +31,8 @@ def flash_piece(
     T, K = k_BTKD.shape[1:3]
     rows, on_cpu = H // K * S, not q_BSHD.is_cuda
     k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-    if S > 1 and (causal or rows > _ROW_BLOCK or not on_cpu):
+    as_rows = on_cpu and not causal and (rows <= _ROW_BLOCK or _steps(rows) > _steps(S))
+    if S > 1 and not as_rows:
         out_BHSD, lse_BHS = _operator(on_cpu, softmax_scale)(q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, 0.0, causal)
         return out_BHSD.transpose(1, 2), lse_BHS
 
@@ -49,6 +51,10 @@ def flash_piece(
         return out_BKRD.reshape(B, 1, H, D), lse_BKR.reshape(B, H, 1)
     out_BSKGD = out_BKRD.view(B, K, H // K, S, D).permute(0, 3, 1, 2, 4)
     return out_BSKGD.reshape(B, S, H, D), lse_BKR.reshape(B, H, S)
+
+
+def _steps(rows: int) -> int:
+    return sum(rows >= more for more in _MORE_ROWS)
 
 
 @lru_cache(maxsize=1024)

@@ -109,6 +109,12 @@ def test_a_batch_that_keeps_the_threads_busy_is_not_cut(any_keys_are_cut, operat
     assert [tuple(shape) for _, shape, _ in operator_calls] == [(8, 3, 40, 8), (1, 3, 40, 8)]
 
 
+@pytest.mark.parametrize(("S", "rows"), [(100, 300), (191, 573), (256, 768), (300, 900), (200, 200), (800, 800)])
+def test_heads_of_a_group_are_rows_where_that_makes_larger_steps(S, rows, operator_calls):
+    check(*tensors(2, S, 70, 6, 2, 8))
+    assert [shape[2] for shape, *_ in operator_calls] == [rows], f"{operator_calls}"
+
+
 @given(units=st.integers(1, 70), threads=st.integers(1, 40), most=st.integers(0, 50))
 @settings(max_examples=300, deadline=None)
 def test_chunks_leave_no_thread_much_longer_busy_than_need_be(units, threads, most):
