@@ -69,7 +69,7 @@ def profile_of(
         shape=shape,
         attention=(AttentionCost(kernel="torch", dtype=shape.dtype, threads=1, prefill=prefill, decode=decode),),
         linear=(LinearCost(threads=1, prefill=linear, decode=linear),),
-        link=LinkCost(to_rank=link, to_base=link),
+        link=LinkCost(to_rank=link, to_base=link, send=link, take=link),
         activation_s=0.0,
     ).model_copy(update=changes)
 

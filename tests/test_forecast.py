@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fapool_plugin.clocks import Decode, Prefill, Way
 from fapool_plugin.cost import AttentionCost, CallCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape, share_s
-from fapool_plugin.forecast import Choice, Cores, auto_threshold, choose_decode, choose_prefill
+from fapool_plugin.forecast import SLACK, Choice, Cores, auto_threshold, choose_decode, choose_prefill
 from fapool_plugin.partition import Row, Tile, partition
 
 KV_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, LAYERS = 3, 2, 16, 8, 4
@@ -210,7 +210,7 @@ def test_never_below_the_ceiling_and_never_worse_with_more_ranks(told, lengths, 
     )
     assert fewer.seconds >= fewer.ceiling_s * (1 - 1e-9), f"{fewer}"
     if alone or ranks:
-        assert more.seconds <= fewer.seconds, f"{ranks} ranks {fewer}, one more {more}"
+        assert more.seconds <= fewer.seconds * (1 + SLACK), f"{ranks} ranks {fewer}, one more {more}"
     if alone:
         assert fewer.seconds <= fewer.alone_s
     assert max(fewer.base_busy_s, fewer.pool_busy_s) <= fewer.seconds * (1 + 1e-9), f"{fewer}"
@@ -265,6 +265,18 @@ def test_the_ceiling_is_the_best_balance() -> None:
         )
         found = Prefill(told, [Row(0, length, length)], DEVICES).ceiling_s(ranks)
         assert found == pytest.approx(expected, rel=1e-3), f"{ranks} ranks, {length} tokens"
+
+
+def test_blocks_that_cost_nearly_nothing_are_taken() -> None:
+    found = choose_prefill(TYPICAL, [32768], ranks=2, cores=DEVICES, max_blocks=8)
+    by_blocks = {
+        blocks: min(Prefill(TYPICAL, [Row(0, 32768, 32768)], DEVICES).play(Way(2, blocks, x / 100)) for x in range(100))
+        for blocks in range(1, 9)
+    }
+    least = min(played.seconds for played in by_blocks.values())
+    near = [blocks for blocks, played in by_blocks.items() if played.seconds <= least * (1 + SLACK)]
+    assert found.blocks == max(near), f"{found}, {by_blocks}"
+    assert found.seconds <= least * (1 + SLACK)
 
 
 def test_links_decide() -> None:
