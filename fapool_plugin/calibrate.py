@@ -39,6 +39,7 @@ _KEYS_BYTES = 128 * 2**20
 """So much memory is read before the same keys come again: in a model, all weights lie between two such calls."""
 _LINK_BYTES = tuple(4096 * 4**power for power in range(7))
 """4 KiB to 16 MiB."""
+_QUICK_LINK_BYTES = (2**12, 2**20)
 _NARROW, _WIDE = 8, 127
 """Head dims of queries and values with which an answer, 512 bytes a query with its LSE, outweighs its request."""
 
@@ -285,7 +286,7 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
         LinkLost: the rank is gone.
         RuntimeError: the rank refuses, because its lease is over.
     """
-    sizes = _LINK_BYTES[::3] if quick else _LINK_BYTES
+    sizes = _QUICK_LINK_BYTES if quick else _LINK_BYTES
 
     def asking_bytes(nbytes: int) -> int:
         return 4 * (_NARROW * (nbytes // (4 * (_WIDE + 1))) + _NARROW + _WIDE)

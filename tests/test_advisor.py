@@ -329,6 +329,20 @@ def test_corrections_converge(pooled: bool, truth: float) -> None:
     assert counters.predicted_s == pytest.approx(sum(told * (truth / told) ** (1 - 2.0**-count) for count in range(11)))
 
 
+def test_one_slow_pooled_forward_does_not_rule_for_ever() -> None:
+    """What only pooled forwards correct is forgotten while the plan has none."""
+    lesson = Lesson()
+    with pytest.warns(RuntimeWarning):
+        lesson.took(200.0)
+    slow = lesson.now("prefill").seconds
+    assert slow == pytest.approx(20.0)
+    for count in range(1, 60):
+        lesson.took(3.0, pooled=False)
+        found = lesson.now("prefill").seconds
+        assert found == pytest.approx(2 * 10 ** (0.95**count)), f"{found} after {count} local forwards"
+    assert lesson.now("prefill").seconds < 3.0, "pooling is never tried again"
+
+
 def test_a_forward_that_lost_a_rank_says_nothing_of_the_plan() -> None:
     lesson = Lesson()
     rank: Any = type("Rank", (), {"lost": True})()

@@ -28,7 +28,7 @@ from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.metrics import RankCounters
 from fapool_plugin.transport import Op
 
-QUICK_S, FULL_S = 2.0, 50.0
+QUICK_S, FULL_S = 1.5, 50.0
 """Default budgets, in seconds; starting a pool rank and loading a model are not part of them."""
 
 
@@ -87,7 +87,7 @@ def make_profile(
     attention = measure_attention(
         shape, threads, budget_s * 0.4, progress, quick=quick, softcap=softcap, device=model.device
     )
-    beside = measure_beside(model, lambda seconds: kept_busy(rank, shape, seconds))
+    beside = measure_beside(model, lambda seconds: kept_busy(rank, shape, seconds), quick=quick)
     profile = Profile(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=quick,

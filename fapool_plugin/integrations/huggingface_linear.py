@@ -32,8 +32,10 @@ NAME = "fapool_calibrate"
 """How the attention and the mask function are registered; transformers looks for "flash" in such names."""
 
 _TOKENS = (64, 256, 1024, 4096)
-_QUICK_TOKENS = (64, 512)
-_BESIDE_TOKENS, _BESIDE_PAIRS = 1024, 5
+_QUICK_TOKENS = (64, 384)
+_BESIDE = 1024, 5
+_QUICK_BESIDE = 256, 3
+"""Tokens, and pairs of runs."""
 _SEQUENCES = (1, 2, 4, 8, 16)
 _QUICK_SEQUENCES = (1, 4)
 _FEWEST_CALLS = 3
@@ -277,7 +279,7 @@ def measure_linear(
     return tuple(costs)
 
 
-def measure_beside(model: Any, busy: Callable[[float], AbstractContextManager[None]]) -> float:
+def measure_beside(model: Any, busy: Callable[[float], AbstractContextManager[None]], *, quick: bool = False) -> float:
     """How much longer the linear part takes, with one thread, while another process of this machine is ``busy`` for
     the seconds that it is told; at least 1.
 
@@ -287,10 +289,11 @@ def measure_beside(model: Any, busy: Callable[[float], AbstractContextManager[No
         return 1.0
     with _Model.opened(model) as opened:
         torch.set_num_threads(1)
-        timed = opened.timed(1, _BESIDE_TOKENS, limit_s=0.0)
+        tokens, pairs = _QUICK_BESIDE if quick else _BESIDE
+        timed = opened.timed(1, tokens, limit_s=0.0)
         timed()
         ratios = []
-        for _ in range(_BESIDE_PAIRS):
+        for _ in range(pairs):
             began = time.perf_counter()
             alone_s = timed()
             with busy(time.perf_counter() - began):

@@ -84,4 +84,4 @@ class ModelProfiler:
         return sorted({total, max(1, total - self.config.pool_ranks * per_rank), per_rank})
 
     def _say(self) -> None:
-        print(f"fa_pool: measuring this machine once, about {QUICK_S:g} seconds ...", file=sys.stderr, flush=True)
+        print(f"fa_pool: measuring this machine once, about {2 * QUICK_S:g} seconds ...", file=sys.stderr, flush=True)
