@@ -19,6 +19,8 @@ from tests.models import assert_close, eager, one_thread, random_ids, save_model
 from tests.test_advisor import LAYERS, planned
 
 LONG, GROUP, DIM, FP32 = 300, 2, 8, 4
+GAPS = 4 * 63
+"""Bytes between the tensors of a message, at most: each of four begins at a multiple of 64."""
 QUERY, POSITION = GROUP * DIM * FP32, 2 * DIM * FP32
 
 
@@ -52,7 +54,7 @@ class Ledger:
 
     def take(self) -> tuple[int, int, int]:
         """(sent, needed, at most so much of headers and tables) since the last look."""
-        found = self.payload, self.needed, self.messages * (frame_bytes() + 24) + self.tables
+        found = self.payload, self.needed, self.messages * (frame_bytes() + GAPS) + self.tables
         self.payload = self.needed = self.messages = self.tables = 0
         return found
 
