@@ -42,10 +42,16 @@ class Cores:
         return max(1, self.total - max(0, ranks * self.per_rank - self.spare))
 
     def crowding(self, ranks: int, machine: int) -> float:
-        """How much longer work takes when there are more threads than the ``machine`` has cores."""
+        """How much longer work takes while all threads compute and are more than the ``machine`` has cores."""
         if ranks == 0 or self.per_rank == 0:
             return 1.0
         return max(1.0, (self.base(ranks) + ranks * self.per_rank) / max(machine, self.total))
+
+    def crowded_s(self, ranks: int, machine: int, base_s: float, pool_s: float) -> float:
+        """Seconds lost to taking turns, if the base computes for ``base_s`` and meanwhile each rank for ``pool_s``."""
+        ranks_alone = max(1.0, ranks * self.per_rank / max(machine, self.total))
+        together_s = (self.crowding(ranks, machine) - 1) * min(base_s, pool_s)
+        return together_s + (ranks_alone - 1) * max(0.0, pool_s - base_s)
 
 
 class Way(NamedTuple):
@@ -66,7 +72,7 @@ class Played(NamedTuple):
 
 
 class _Sides(NamedTuple):
-    """Costs while the base has so many ranks, slowed down where threads crowd."""
+    """Costs while the base has so many ranks."""
 
     linear_s: float
     """The whole forward, in one block."""
@@ -126,15 +132,21 @@ class Prefill:
             return self.alone_s
         side, layers = self._sides(ranks), self.profile.shape.layers
         both = layers * (side.base_s + side.ranks_s)
-        share = max(0.0, layers * side.ranks_s - side.linear_s) / both if both else 0.0
-        return side.linear_s + share * layers * side.base_s
+        balanced = max(0.0, layers * side.ranks_s - side.linear_s) / both if both else 0.0
+        # Lost turns grow with what both do at a time: where they are many, doing it all on one side is the least.
+        return min(
+            max(base_s, pool_s) + self._crowded_s(ranks, base_s, pool_s)
+            for share in (0.0, balanced, 1.0)
+            for base_s, pool_s in ((side.linear_s + share * layers * side.base_s, (1 - share) * layers * side.ranks_s),)
+        )
 
     def bound_s(self, way: Way) -> float:
         """Seconds that this way takes at least; quickly known."""
         side, layers = self._sides(way.ranks), self.profile.shape.layers
         linear = side.linear_s + (way.blocks - 1) * side.block_s
         mine, theirs = layers * way.base_share * side.base_s, layers * (1 - way.base_share) * side.ranks_s
-        return linear + max(mine, theirs) if way.blocks == 1 else max(linear + mine, theirs)
+        bound_s = linear + max(mine, theirs) if way.blocks == 1 else max(linear + mine, theirs)
+        return bound_s + self._crowded_s(way.ranks, linear + mine, theirs)
 
     def play(self, way: Way) -> Played:
         """Both clocks through the forward.
@@ -187,7 +199,8 @@ class Prefill:
         sending = [message.sending * way.blocks for message in messages]
         busiest = max(sum(block) + last for *block, last in zip(*pools, sending, strict=True))
         busy = layers * (sum(linears) + sum(owns) + way.blocks * merging)
-        return Played(max(base, *free), busy, layers * busiest)
+        crowded_s = self._crowded_s(way.ranks, busy, layers * busiest)
+        return Played(max(base, *free) + crowded_s, busy, layers * busiest)
 
     def real_bytes(self, way: Way) -> tuple[int, int]:
         """Bytes of all layers to and from all ranks, of the tiles that :func:`partition` gives. Keys of the past
@@ -207,19 +220,21 @@ class Prefill:
 
     def _sides(self, ranks: int) -> _Sides:
         if ranks not in self._known:
-            crowd = self.cores.crowding(ranks, self.profile.machine.cores)
             base, rank = _attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).prefill
-            beside = crowd * (self.profile.beside if ranks and self.cores.per_rank else 1.0)
+            beside = self.profile.beside if ranks and self.cores.per_rank else 1.0
             self._known[ranks] = _Sides(
                 linear.at(self.tokens) * beside,
                 linear.a * beside,
-                self._attention_s(base) * crowd,
-                self._attention_s(rank) * crowd / sum(_speeds(ranks, self.slowdown)),
-                base.prefill.a * crowd,
-                rank.prefill.a * crowd,
+                self._attention_s(base),
+                self._attention_s(rank) / sum(_speeds(ranks, self.slowdown)),
+                base.prefill.a,
+                rank.prefill.a,
             )
         return self._known[ranks]
+
+    def _crowded_s(self, ranks: int, base_s: float, pool_s: float) -> float:
+        return self.cores.crowded_s(ranks, self.profile.machine.cores, base_s, pool_s)
 
     def _attention_s(self, cost: AttentionCost) -> float:
         """One layer's attention without the cost of a call, as :func:`cost.share_s` counts it."""
