@@ -66,10 +66,15 @@ class Advisor:
     _records: dict[tuple[Phase, bool], _Record] = field(default_factory=dict)
     _steps: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
-    def cores(self, threads: int, on_own_devices: bool) -> Cores:
+    @property
+    def lends_cores(self) -> bool:
+        """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher."""
+        return self.config.pool == "local" and not torch.cuda.is_available()
+
+    def cores(self, threads: int) -> Cores:
         """How threads move, if the base has ``threads`` of them without a lease."""
         spare = max(0, len(os.sched_getaffinity(0)) - threads)
-        return Cores(threads, 0 if on_own_devices else self.config.threads_per_rank, spare)
+        return Cores(threads, self.config.threads_per_rank if self.lends_cores else 0, spare)
 
     def threshold(self, cores: Cores, longest: int) -> int:
         """``threshold: "auto"``, in tokens; beyond all lengths if attention does not dominate
@@ -93,7 +98,7 @@ class Advisor:
         assert forward.sequence is not None
         if not any(row.q_stop > row.q_start for row in forward.geometry.rows):
             return None  # all that is new is padding
-        cores = self.cores(torch.get_num_threads(), torch.cuda.is_available())
+        cores = self.cores(torch.get_num_threads())
         if forward.phase == "prefill":
             return self.prefill(forward.geometry, cores, overlap=overlap)
         rows = [index for index, row in enumerate(forward.geometry.rows) if row.keys]

@@ -23,6 +23,21 @@ class FAPoolConfigError(ValueError):
     """A configuration that cannot be used; the message holds every bad key, its rule and its remedy."""
 
 
+class BaseConfig(BaseModel):
+    """How the base ranks of a launch share one model: ``"base"`` in the settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tensor_parallel: Literal["none", "megatron", "deepspeed"] | None = Field(
+        None,
+        description="Who splits the model over base ranks: Megatron-core's layers, DeepSpeed's AutoTP, or nobody; "
+        "null: as init_inference's own tp_size asks, by Megatron-core where it is installed.",
+    )
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, description="Base ranks that share one model; null: init_inference's own tp_size."
+    )
+
+
 class FAPoolConfig(BaseModel):
     """The plugin's settings. Immutable; unknown keys are refused; types are strict ("8" is not 8).
 
@@ -35,10 +50,25 @@ class FAPoolConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     enabled: bool = Field(True, description="false: every forward stays local, as without the plugin.")
-    pool: Literal["local"] = Field(
-        "local", description="Where pool ranks come from; local: started by the base process on this machine."
+    pool: Literal["local", "launch"] = Field(
+        "local",
+        description="Where pool ranks come from; local: started by the base process on this machine; launch: ranks of "
+        "the deepspeed, torchrun, accelerate or MPI launch itself.",
     )
-    pool_ranks: int = Field(1, ge=0, description="How many pool ranks to start in all.")
+    pool_ranks: int = Field(
+        1, ge=0, description="How many pool ranks there are in all; with local, how many each base process starts."
+    )
+    pool_placement: Literal["last", "per_node"] = Field(
+        "last",
+        description="Which ranks of a launch become pool ranks: the last of all, or the last of each node.",
+    )
+    store_port: int | None = Field(
+        None, ge=1, le=65535, description="Where base and pool ranks of a launch meet; null: MASTER_PORT + 1."
+    )
+    base: BaseConfig = Field(
+        BaseConfig(tensor_parallel=None, tensor_parallel_size=None),
+        description="How the base ranks of a launch share one model; see docs/deepspeed.md.",
+    )
     activation: Literal["cost", "length"] = Field(
         "cost",
         description="cost: above the threshold, pooled where the plan predicts that to be faster; length: always.",
@@ -67,7 +97,7 @@ class FAPoolConfig(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="The base's part of a pooled call; null: every rank alike, 1 / (pool_ranks + 1).",
+        description="The base's part of a pooled call; null: every rank alike.",
     )
     blocks: int | None = Field(
         None,
@@ -157,6 +187,20 @@ class FAPoolConfig(BaseModel):
         return self.model_dump()
 
 
+def section_of(source: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str]) -> FAPoolConfig | None:
+    """The settings in a DeepSpeed config; None if it has no "fa_pool" section. Raises as :meth:`FAPoolConfig.load`."""
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        try:
+            content = _read_json(path)
+        except FAPoolConfigError as error:
+            raise FAPoolConfigError(f"{path}: {error}") from None
+        return FAPoolConfig.load(path) if isinstance(content, Mapping) and SECTION in content else None
+    if isinstance(source, Mapping) and SECTION not in source:
+        return None
+    return FAPoolConfig.load(source)
+
+
 def check_machine(config: FAPoolConfig, available_bytes: int) -> None:
     """Refuse more local pool ranks than memory can hold.
 
@@ -195,18 +239,22 @@ def _read_json(path: str) -> Any:
 
 def _message(error: ValidationError) -> str:
     """One line per bad key, in place of pydantic's several."""
-    schema = FAPoolConfig.model_json_schema()["properties"]
     lines: dict[str, str] = {}
     for problem in error.errors():
-        key = str(problem["loc"][0])
+        inside: type[BaseModel] = FAPoolConfig
+        path, (key, *deeper) = [], map(str, problem["loc"])
+        if key == "base" and deeper:
+            inside, path, key = BaseConfig, [key], deeper[0]
+        schema = inside.model_json_schema()["properties"]
         if problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(key.lower(), schema, n=1)
             text = "unknown key; " + (f'did you mean "{close[0]}"?' if close else "leave it out")
         elif problem["type"] == "value_error":
             text = str(problem["ctx"]["error"])
         else:
-            text = f"must be {_rule(schema[key])}; {_remedy(key, problem['input'], schema[key])}"
-        lines[key] = f"{key} = {_shown(problem['input'])}: {text}"
+            text = f"must be {_rule(schema[key])}; {_remedy(inside, key, problem['input'], schema[key])}"
+        name = ".".join([*path, key])
+        lines[name] = f"{name} = {_shown(problem['input'])}: {text}"
     head = "fa_pool configuration refused:"
     if len(lines) == 1:
         return f"{head} {next(iter(lines.values()))}"
@@ -217,6 +265,8 @@ def _rule(schema: Mapping[str, Any]) -> str:
     """A field's JSON schema in words, so that the words cannot differ from the check."""
     if "anyOf" in schema:
         return " or ".join(_rule(option) for option in schema["anyOf"])
+    if "$ref" in schema:
+        return "an object such as " + json.dumps(schema["default"])
     if "enum" in schema or "const" in schema:
         return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
     names = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
@@ -226,12 +276,12 @@ def _rule(schema: Mapping[str, Any]) -> str:
     return " ".join([names[schema["type"]], " and ".join(bounds)]).strip()
 
 
-def _remedy(key: str, value: Any, schema: Mapping[str, Any]) -> str:
+def _remedy(model: type[BaseModel], key: str, value: Any, schema: Mapping[str, Any]) -> str:
     default = json.dumps(schema["default"])
     if isinstance(value, str):
         try:
             # Only a value that would be right bare: 8, 0.5, true.
-            FAPoolConfig(**{key: json.loads(value)})
+            model(**{key: json.loads(value)})
         except ValueError:
             pass
         else:

@@ -123,7 +123,7 @@ def _exchange() -> None:
     import torch
     import torch.distributed as dist
 
-    from fapool_plugin.transport import open_store
+    from fapool_plugin.meeting import open_store
 
     gloo: Any = dist.ProcessGroupGloo
     keeper = open_store(_HOST, _PATIENCE)

@@ -35,14 +35,14 @@ _UNSETTLED = 8
 """Messages to one rank that may be under way."""
 
 
-def connect_at(host: str, port: int, patience_s: float) -> Connect:
-    """Links that meet on the store at ``host``:``port``; the other end is waited for, and may be silent, for
-    ``patience_s`` seconds."""
+def connect_at(host: str, port: int, patience_s: float, bind: str | None = None) -> Connect:
+    """Links that meet on the store at ``host``:``port`` and bind to ``bind`` (default: ``host``); the other end is
+    waited for, and may be silent, for ``patience_s`` seconds."""
 
     def connect(name: str, side: Literal["base", "pool"], into: Callable[[Arrived], object]) -> Link:
         # A store's client waits under a lock: a link of its own must not wait for another.
         store = dist.TCPStore(host, port, None, False, timedelta(seconds=patience_s))
-        return Link(store, name, side, timeout_s=patience_s, connect_timeout_s=patience_s, host=host, into=into)
+        return Link(store, name, side, timeout_s=patience_s, connect_timeout_s=patience_s, host=bind or host, into=into)
 
     return connect
 

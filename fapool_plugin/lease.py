@@ -1,6 +1,7 @@
 """A leased pool rank, seen from the base: take the lease, ask, get the answer that belongs to the question.
 
-Knows one link and one lease; not what is asked. Of other ranks it knows those that this one was introduced to.
+Knows one link and one lease, and what a pool of ranks can do; not what is asked. Of other ranks
+it knows those that this one was introduced to.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -103,3 +105,19 @@ class PoolRank:
     def tell(self, op: Op, sequence: int = 0) -> None:
         """Sends a message that has no reply."""
         self.link.send(Header(op=op, token=self.token, sequence=sequence))
+
+
+class Pool(Protocol):
+    """Where pool ranks come from."""
+
+    def new_token(self) -> int:
+        """Names the next lease; ranks serve all who give the same one."""
+
+    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
+        """Links to every rank that is ready, by rank number. Raises RuntimeError if there is none."""
+
+    def discard(self, rank: int, reason: str) -> str:
+        """Gives up a lost rank and everything of it; returns its description."""
+
+    def close(self) -> None:
+        """Ends every rank of this pool."""

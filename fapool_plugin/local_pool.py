@@ -6,21 +6,20 @@ Knows how to start and end them; what they are asked to do is not known here.
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.transport import Link, open_store
+from fapool_plugin.meeting import open_store, ring
+from fapool_plugin.transport import Link
+from fapool_plugin.worker_process import end, start
 
 _HOST = "127.0.0.1"
-_SILENCE_FACTOR = 6
-"""A pool rank waits this many times ``timeout_s`` for its base: a base may be paused, a lost rank costs only time."""
 
 
 class LocalPool:
@@ -36,6 +35,10 @@ class LocalPool:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._links: dict[int, Link] = {}
         self._started = 0
+
+    def new_token(self) -> int:
+        """A lease of its own each time: nobody else uses these ranks."""
+        return secrets.randbits(62)
 
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
         """Links to all ranks, starting those that are missing. Raises RuntimeError if none can be started."""
@@ -71,7 +74,7 @@ class LocalPool:
             link.fail(reason)
         if process is None:
             return ""
-        _end(process, 0)
+        end(process, 0)
         if link is not None:
             link.join(1.0)
         return f" (pid {process.pid})"
@@ -85,33 +88,21 @@ class LocalPool:
         for link in links.values():
             link.close()
         for process in processes.values():
-            _end(process, 2.0)
+            end(process, 2.0)
         for link in links.values():
             link.join(1.0)
 
     def _start(self, rank: int) -> str:
         self._started += 1
-        name, config = f"rank{rank}.{self._started}", self.config
+        name = f"rank{rank}.{self._started}"
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        command = [sys.executable, "-m", "fapool_plugin.worker"]
-        command += ["--store", f"{_HOST}:{self._store.port}", "--links", name, "--device", device]
-        command += ["--threads", str(config.threads_per_rank), "--parent", str(os.getpid())]
-        command += ["--memory-limit", str(config.memory_limit_mib * 2**20), "--block", str(config.kv_block)]
-        command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s))]
-        command += ["--patience", str(config.timeout_s)]
-        # The OpenMP runtime reads its team's size once, before torch can set it.
-        environment = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}
-        # A base that found this package by a path of its own must have ranks that find the same one.
-        here = str(Path(__file__).resolve().parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
-        self._processes[rank] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-        )
+        self._processes[rank] = start(name, f"{_HOST}:{self._store.port}", self.config, device=device)
         return name
 
     def _connect(self, name: str) -> Link:
         patience, limit = self.config.timeout_s, self.config.start_timeout_s
-        return Link(self._store, name, "base", timeout_s=patience, connect_timeout_s=limit, host=_HOST)
+        link = ring(self._store, name)
+        return Link(self._store, link, "base", timeout_s=patience, connect_timeout_s=limit, host=_HOST)
 
     def _wait_ready(self, rank: int, name: str) -> None:
         deadline = time.monotonic() + self.config.start_timeout_s
@@ -124,14 +115,3 @@ class LocalPool:
                     f"pool rank {rank} was not ready within start_timeout_s = {self.config.start_timeout_s:g} s"
                 )
             time.sleep(0.01)
-
-
-def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Ends a process that this pool started, and collects it."""
-    if process.stdin is not None:
-        process.stdin.close()
-    try:
-        process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -25,27 +24,14 @@ from fapool_plugin.advisor import Advisor, Profiler
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forward import Forward
 from fapool_plugin.kv_cache import SequenceState
-from fapool_plugin.lease import PoolRank
+from fapool_plugin.lease import Pool, PoolRank
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry
 from fapool_plugin.timeline import Timeline
-from fapool_plugin.transport import Link, LinkLost, Op
+from fapool_plugin.transport import LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
-
-
-class Pool(Protocol):
-    """Where pool ranks come from."""
-
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that is ready, by rank number. Raises RuntimeError if there is none."""
-
-    def discard(self, rank: int, reason: str) -> str:
-        """Gives up a lost rank and everything of it; returns its description."""
-
-    def close(self) -> None:
-        """Ends every rank of this pool."""
 
 
 _LOCAL, _ALONE, _POOLED = range(3)
@@ -67,9 +53,15 @@ class ResourceManager:
     """
 
     def __init__(
-        self, config: FAPoolConfig, make_pool: Callable[[FAPoolConfig], Pool], agree: Agree = _unasked
+        self,
+        config: FAPoolConfig,
+        make_pool: Callable[[FAPoolConfig], Pool],
+        agree: Agree = _unasked,
+        base_ranks: int = 1,
     ) -> None:
         self.config, self._make_pool, self._agree = config, make_pool, agree
+        self.base_ranks = base_ranks
+        """That share one model, and so use every pool rank at the same time."""
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
         """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
         self.counters, self.timeline = Counters(), Timeline()
@@ -92,8 +84,8 @@ class ResourceManager:
         """The sequence for which no rank was to be had: it is not tried again at every step."""
         self._finalizer: weakref.finalize[Any, ResourceManager] | None = None
 
-    def __reduce__(self) -> tuple[type[ResourceManager], tuple[FAPoolConfig, Callable[[FAPoolConfig], Pool], Agree]]:
-        return ResourceManager, (self.config, self._make_pool, self._agree)
+    def __reduce__(self) -> tuple[type[ResourceManager], tuple[Any, ...]]:
+        return ResourceManager, (self.config, self._make_pool, self._agree, self.base_ranks)
 
     def __enter__(self) -> ResourceManager:
         return self
@@ -210,9 +202,15 @@ class ResourceManager:
             ranks=tuple(ranks) if mode == _POOLED else (),
             blocks=blocks,
             choice=choice,
-            base_share=choice.base_share if choice is not None else self.config.base_share,
+            base_share=choice.base_share if choice is not None else self._own_share(len(ranks)),
             rank_cost=self.advisor.rank_cost(),
         )
+
+    def _own_share(self, ranks: int) -> float | None:
+        """The base's part without a plan: as much as any other's, of whom several base ranks may ask at a time."""
+        if self.config.base_share is not None or self.base_ranks == 1:
+            return self.config.base_share
+        return self.base_ranks / (self.base_ranks + ranks)
 
     def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
         """Takes the profile there is, or measures a quick one with the first leased rank."""
@@ -237,9 +235,9 @@ class ResourceManager:
 
     def _lend_cores(self, ranks: int) -> None:
         """Local pool ranks on the CPU compute on cores that the base leaves to them."""
-        if not torch.cuda.is_available():
+        if self.advisor.lends_cores:
             self._threads = threads = torch.get_num_threads()
-            torch.set_num_threads(self.advisor.cores(threads, False).base(ranks))
+            torch.set_num_threads(self.advisor.cores(threads).base(ranks))
 
     def _take_cores_back(self) -> None:
         if self._threads is not None:
@@ -363,8 +361,7 @@ class ResourceManager:
             if self._pool is None:
                 self._pool, self._owner = self._make_pool(self.config), os.getpid()
                 self._finalizer = weakref.finalize(self, self._pool.close)
-            token = secrets.randbits(62)
-            links = self._pool.acquire(_log.info)
+            links, token = self._pool.acquire(_log.info), self._pool.new_token()
             self.ranks = [PoolRank(n, link, token, self.counters.rank(n)) for n, link in sorted(links.items())]
             for rank in list(self.ranks):
                 with self.guard(rank):

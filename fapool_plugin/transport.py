@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import queue
-import socket
 import struct
 import threading
 import time
@@ -185,13 +184,6 @@ class _Wire:
     @property
     def nbytes(self) -> int:
         return sum(transfer.numel() for transfer in self.transfers)
-
-
-def open_store(host: str, timeout: timedelta) -> dist.TCPStore:
-    """A store on a free port of ``host`` alone: by itself a TCPStore listens on every interface."""
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return dist.TCPStore(host, port, None, True, timeout, False, master_listen_fd=listener.detach())
 
 
 def _group(store: dist.Store, name: str, rank: int, timeout: timedelta, host: str | None) -> Any:

@@ -12,8 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from torch import Tensor
 from fapool_plugin.exchange import Inbox, Payload, connect_at
 from fapool_plugin.kernels import attend
 from fapool_plugin.kv_cache import PrefixStore
+from fapool_plugin.meeting import wait_for_ring
 from fapool_plugin.transport import (
     PROTOCOL_VERSION,
     Header,
@@ -54,10 +57,10 @@ class Worker:
         self.lease: int | None = None
         self._holders: set[Link] = set()
 
-    def serve(self, links: Iterable[Link]) -> None:
-        """Answers requests until every one of ``links`` has ended."""
+    def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
+        """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
         alive = set(links)
-        while alive:
+        while alive or stay:
             link, item = self.inbox.get()
             if isinstance(item, LinkLost):
                 alive.discard(link)
@@ -219,11 +222,29 @@ def end_with_parent(parent: int) -> None:
         threading.Thread(target=target, daemon=True).start()
 
 
+def _accept(connect: Callable[[str], Link], store: dist.Store, name: str) -> None:
+    """Opens every link that is asked for, until the store is gone."""
+
+    def open_link(link: str) -> None:
+        # Whoever asked and does not come learns it at the other end.
+        with suppress(RuntimeError):
+            connect(link)
+
+    with suppress(RuntimeError):
+        for number in count(1):
+            link = wait_for_ring(store, name, number)
+            threading.Thread(target=open_link, args=(link,), name=f"fapool {link}", daemon=True).start()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry of a pool rank's process."""
     parser = argparse.ArgumentParser(prog="python -m fapool_plugin.worker", description=__doc__)
     parser.add_argument("--store", required=True, metavar="HOST:PORT", help="where base and pool ranks meet")
-    parser.add_argument("--links", required=True, help="names of the links to serve, separated by commas")
+    parser.add_argument("--name", required=True, help="by which links to it are asked for")
+    parser.add_argument("--bind", help="address for links; default: the store's host")
+    parser.add_argument(
+        "--stay", action="store_true", help="serve one base rank after the other; else end with the first"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
     parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
     parser.add_argument("--block", type=int, default=256, help="positions by which storage grows")
@@ -240,13 +261,24 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     host, port = options.store.rsplit(":", 1)
-    store = dist.TCPStore(host, int(port), None, False, timedelta(seconds=options.silence))
-    inbox = Inbox(connect_at(host, int(port), options.patience), options.patience)
-    names = options.links.split(",")
-    for name in names:
-        store.set(f"{name}/ready", str(os.getpid()))
-    links = [Link(store, name, "pool", timeout_s=options.silence, host=host, into=inbox.put) for name in names]
-    Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node).serve(links)
+    bind, silence = options.bind or host, options.silence
+
+    def client() -> dist.TCPStore:
+        # A store's client waits under a lock: whoever waits has one of its own.
+        return dist.TCPStore(host, int(port), None, False, timedelta(seconds=silence))
+
+    def connect(name: str) -> Link:
+        return Link(client(), name, "pool", timeout_s=silence, host=bind, into=inbox.put)
+
+    inbox = Inbox(connect_at(host, int(port), options.patience, bind), options.patience)
+    worker = Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node)
+    store = client()
+    store.set(f"{options.name}/ready", str(os.getpid()))
+    if options.stay:
+        threading.Thread(target=_accept, args=(connect, store, options.name), daemon=True).start()
+        worker.serve([], stay=True)
+    else:
+        worker.serve([connect(wait_for_ring(store, options.name, 1))])
     sys.stdout.flush()
     os._exit(0)
 

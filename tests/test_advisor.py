@@ -172,7 +172,7 @@ def test_threads_set_later_are_planned_with(folder: Path) -> None:
     with planned(folder, two, kv_block=64) as model, torch.no_grad():
         manager, geometry = model.fa_pool, Geometry((0,), (41,), 40, 41)
         manager.advisor.profile = two
-        choices = [manager.advisor.decode(geometry, manager.advisor.cores(n, False), [[60]]) for n in (1, 2)]
+        choices = [manager.advisor.decode(geometry, manager.advisor.cores(n), [[60]]) for n in (1, 2)]
     assert choices[0].alone_s > 1 > choices[1].alone_s, f"{choices}"
 
 

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fapool_plugin.config import MIB, FAPoolConfig, FAPoolConfigError, check_machine
+from fapool_plugin.config import MIB, BaseConfig, FAPoolConfig, FAPoolConfigError, check_machine, section_of
 
 DEFAULTS = {
     "enabled": True,
     "pool": "local",
     "pool_ranks": 1,
+    "pool_placement": "last",
+    "store_port": None,
+    "base": {"tensor_parallel": None, "tensor_parallel_size": None},
     "threshold": 4096,
     "release_ratio": 0.5,
     "partition": "line",
@@ -36,8 +39,11 @@ DEFAULTS = {
 # Per setting: values just inside its rule, and values just outside of it or of another type.
 CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "enabled": ([True, False], [1, 0, "true", None]),
-    "pool": (["local"], ["launch", "attach", "", None, 1]),
+    "pool": (["local", "launch"], ["attach", "", None, 1]),
     "pool_ranks": ([1, 7], [0, -1, 1.0, "1", True, None]),
+    "pool_placement": (["last", "per_node"], ["first", None, 1]),
+    "store_port": ([1, 29501, 65535, None], [0, 65536, "29501", True]),
+    "base": ([BaseConfig()], [None, 1, "megatron"]),
     "activation": (["cost", "length"], ["auto", None, 1]),
     "threshold": ([0, 1, 10**7, "auto"], [-1, 4096.0, "4096", "Auto", True, None]),
     "profile": (["profile.json", None], [1, True, {}]),
@@ -125,6 +131,39 @@ def test_an_unknown_key_names_the_nearest(wrong: str, right: str) -> None:
 @pytest.mark.parametrize("key", ["zzz", "self", "kv_home", 7])
 def test_a_key_like_no_other_is_unknown_too(key: Any) -> None:
     assert f"{key} = 1: unknown key" in refusal({key: 1})
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        ({"tensor_parallel": "megatro"}, 'base.tensor_parallel = "megatro": must be "none" or "megatron" or'),
+        (
+            {"tensor_parallel_size": "2"},
+            'base.tensor_parallel_size = "2": must be a whole number >= 1 or null; write 2',
+        ),
+        ({"tensor_parallel_size": 0}, "base.tensor_parallel_size = 0: must be"),
+        ({"tensor_parallell": "none"}, 'base.tensor_parallell = "none": unknown key; did you mean "tensor_parallel"?'),
+    ],
+)
+def test_keys_of_base_are_named_with_it(base: dict[str, Any], told: str) -> None:
+    assert told in refusal({"base": base})
+
+
+def test_base_is_kept() -> None:
+    config = FAPoolConfig.load({"base": {"tensor_parallel": "megatron", "tensor_parallel_size": 2}})
+    assert (config.base.tensor_parallel, config.base.tensor_parallel_size) == ("megatron", 2)
+    assert FAPoolConfig.load(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_section_is_told_from_a_config_without_one(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"fa_pool": {"pool_ranks": 3}}')
+    assert section_of(path) == section_of({"fa_pool": {"pool_ranks": 3}}) == FAPoolConfig(pool_ranks=3)
+    path.write_text('{"train_batch_size": 8}')
+    assert section_of(path) is section_of({"train_batch_size": 8}) is None
+    path.write_text('{"fa_pool": {"pool_rank": 3}}')
+    with pytest.raises(FAPoolConfigError, match=f"^{path}: .*did you mean"):
+        section_of(path)
 
 
 def test_all_bad_keys_stand_in_one_message() -> None:

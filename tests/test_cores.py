@@ -179,5 +179,4 @@ def test_forwards_of_two_threads_lend_in_turn(folder: Path) -> None:
 def test_what_is_planned_with_is_what_is_lent(cores: Callable[[int], None], available: int) -> None:
     cores(available)
     advisor = Advisor(FAPoolConfig(threads_per_rank=2), Counters())
-    assert advisor.cores(TOTAL, False) == Cores(TOTAL, 2, max(0, available - TOTAL))
-    assert advisor.cores(TOTAL, True).base(3) == TOTAL, "ranks on devices of their own"
+    assert advisor.cores(TOTAL) == Cores(TOTAL, 2, max(0, available - TOTAL))

@@ -105,7 +105,7 @@ def broken_links(document: Path) -> list[str]:
 def test_the_readmes_configuration_is_the_codes() -> None:
     rows = table(read("README.md"), "key")
     expected = [
-        [f"`{name}`", f"`{json.dumps(field.default)}`", field.description or ""]
+        [f"`{name}`", f"`{json.dumps(FAPoolConfig().to_dict()[name])}`", field.description or ""]
         for name, field in FAPoolConfig.model_fields.items()
     ]
     assert rows == expected

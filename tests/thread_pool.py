@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -13,7 +14,8 @@ import torch.distributed as dist
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.exchange import Arrived, Inbox, connect_at
-from fapool_plugin.transport import Link, open_store
+from fapool_plugin.meeting import open_store
+from fapool_plugin.transport import Link
 from fapool_plugin.worker import Worker
 
 HOST = "127.0.0.1"
@@ -64,6 +66,9 @@ class ThreadPool:
         """The pool ranks' ends of all links."""
         self._threads: list[threading.Thread] = []
         self._made = 0
+
+    def new_token(self) -> int:
+        return secrets.randbits(62)
 
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
         for rank in range(self.config.pool_ranks):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.attention import FAPoolAttention
-from fapool_plugin.config import FAPoolConfig, check_machine
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
 from fapool_plugin.cost import Profile
 from fapool_plugin.integrations.huggingface_attention import NAME
 from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, one_block_model
 from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.launch import JOINED
+from fapool_plugin.launched_pool import LaunchedPool
+from fapool_plugin.lease import Pool
 from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.prometheus import serve
-from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.resource_manager import Agree, ResourceManager
 from fapool_plugin.trace import Trace
 
 FULL_LAYERS = {"full_attention", "hybrid"}
@@ -70,23 +73,42 @@ class FAPoolForCausalLM(Entrance):
         """
         config = FAPoolConfig.load(fa_pool) if fa_pool is not None else None
         if config is not None:
-            check_machine(config, psutil.virtual_memory().available)
+            _pool_maker(config)
         text = os.fspath(path)
         if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
             raise FileNotFoundError(f"there is no model folder at {text}")
         return cls.wrap(AutoModelForCausalLM.from_pretrained(path, *args, **hf_kwargs), config)
 
     @staticmethod
-    def wrap(model: Any, fa_pool: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None) -> Any:
-        """Pools a loaded model, in place: the same object, its weights untouched. Raises as ``from_pretrained``."""
+    def wrap(
+        model: Any,
+        fa_pool: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        *,
+        agree: Agree | None = None,
+        base_ranks: int = 1,
+    ) -> Any:
+        """Pools a loaded model, in place: the same object, its weights untouched.
+
+        Args:
+            model: a transformers causal language model.
+            fa_pool: as in ``from_pretrained``.
+            agree: makes base ranks that share the model decide alike; None: the model is this rank's alone.
+            base_ranks: how many base ranks share the model.
+
+        Raises as ``from_pretrained``.
+        """
         if isinstance(model, FAPoolForCausalLM):
             raise ValueError(f"{type(model).__name__} is pooled already")
         saved = getattr(model.config, "fapool", None)
         config = FAPoolConfig.load(saved if fa_pool is None else fa_pool)
-        check_machine(config, psutil.virtual_memory().available)
+        make_pool = _pool_maker(config)
+        if config.threshold == "auto" and base_ranks > 1:
+            raise FAPoolConfigError(
+                f'threshold "auto" cannot be measured while {base_ranks} base ranks share the model: give a number'
+            )
         attentions = list(attention_modules(model))
         refuse_model(model, attentions)
-        manager = ResourceManager(config, LocalPool)
+        manager = ResourceManager(config, make_pool, *((agree, base_ranks) if agree is not None else ()))
         if config.enabled:
             try:
                 _observe(model, manager)
@@ -155,7 +177,8 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     one_block = one_block_model(model, holding[-1], set(kinds))
     if not makes_cache:
         one_block = one_block or "it takes a cache of its own kind only"
-    profiler = functools.partial(_profiler, manager.config)
+    # What base ranks share cannot be measured by one of them: their collectives belong together.
+    profiler = functools.partial(_profiler, manager.config) if manager.base_ranks == 1 else _no_profiler
     forwards = Forwards(manager, local, full, makes_cache, one_block, profiler)
     for module in entrances:
         if module is not model:
@@ -165,7 +188,28 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     model.set_attn_implementation(NAME)
 
 
+def _pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:
+    """Where pool ranks come from. Raises FAPoolConfigError if that is not here."""
+    if config.pool == "local" or not config.enabled:
+        check_machine(config, psutil.virtual_memory().available)
+        return LocalPool
+    launch = JOINED.get()
+    if launch is None:
+        raise FAPoolConfigError(
+            '"pool": "launch", but no launch was joined: start with `deepspeed --module fapool_plugin.run SCRIPT '
+            "--deepspeed_config FILE`, call fapool_plugin.integrations.deepspeed.setup(FILE) first, or set "
+            '"pool": "local"'
+        )
+    return functools.partial(LaunchedPool, launch)
+
+
+def _no_profiler(module: Any) -> None:
+    return None
+
+
 def _profiler(config: FAPoolConfig, module: Any) -> Any:
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return None  # ZeRO-3: what gathers weights is done by all ranks or by none
     # Measuring is a module's matter that most programs never need.
     from fapool_plugin.integrations.huggingface_profile import ModelProfiler
 
@@ -189,7 +233,7 @@ def _observe(model: Any, manager: ResourceManager) -> None:
         manager.advisor.profile = profiler.known() or profiler.measure_alone()
         text = model.config.get_text_config(decoder=True)
         longest = getattr(text, "max_position_embeddings", None) or _LONGEST
-        cores = manager.advisor.cores(torch.get_num_threads(), torch.cuda.is_available())
+        cores = manager.advisor.cores(torch.get_num_threads())
         manager.threshold = manager.advisor.threshold(cores, longest)
         manager.counters.log("threshold", f"measured: {manager.threshold} tokens")
 

@@ -161,7 +161,7 @@ def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
     advisor, keys = manager.advisor, tokens + 1
     if advisor.profile is None:
         return None
-    cores = advisor.cores(torch.get_num_threads(), torch.cuda.is_available())
+    cores = advisor.cores(torch.get_num_threads())
     held = [[keys * advisor.profile.shape.kv_heads] * batch] * manager.config.pool_ranks
     return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
 

@@ -68,7 +68,7 @@ class Forwards:
     full_layers: int
     makes_cache: bool
     one_block: str | None
-    profiler: Callable[[Any], Profiler]
+    profiler: Callable[[Any], Profiler | None]
 
     def run(self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs ``enter``, which is ``owner``'s own forward with its hooks, as it is decided."""
