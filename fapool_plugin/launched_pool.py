@@ -59,7 +59,8 @@ class LaunchedPool:
             known = self._ranks.get(number)
             if known is not None and not known.link.lost:
                 continue
-            self._ranks.pop(number, None)
+            if known is not None:
+                self.discard(number, known.link.lost or "")
             try:
                 self._ranks[number] = self._find(number, announce)
                 self._seen.add(number)
@@ -92,7 +93,7 @@ class LaunchedPool:
     def _find(self, number: int, announce: Callable[[str], object]) -> _Rank:
         store, key = self._store(), self.launch.pool_key(number)
         deadline = time.monotonic() + (0.0 if number in self._seen else self.config.start_timeout_s)
-        while not (store.check([key]) and store.check([f"{store.get(key).decode()}/ready"])):
+        while not self._is_ready(key):
             if store.check([f"{key}/gone"]):
                 raise RuntimeError(store.get(f"{key}/gone").decode())
             if time.monotonic() > deadline:
@@ -103,15 +104,20 @@ class LaunchedPool:
         announce(f"linking to pool rank {number}")
         # A worker that died a moment ago is not waited for as long as one that starts.
         patience, limit = self.config.timeout_s, min(self.config.start_timeout_s, max(5.0, self.config.timeout_s))
-        link = Link(
-            self.launch.store(limit),
-            ring(store, worker),
-            "base",
-            timeout_s=patience,
-            connect_timeout_s=limit,
-            host=self.launch.bind,
-        )
+        name, own = ring(store, worker), self.launch.store(limit)
+        try:
+            link = Link(own, name, "base", timeout_s=patience, connect_timeout_s=limit, host=self.launch.bind)
+        except RuntimeError:
+            store.set(f"{worker}/discarded", "it was ready and opened no link")
+            raise
         return _Rank(worker, int(store.get(f"{worker}/ready")), link)
+
+    def _is_ready(self, key: str) -> bool:
+        store = self._store()
+        if not store.check([key]):
+            return False
+        worker = store.get(key).decode()
+        return bool(store.check([f"{worker}/ready"])) and not store.check([f"{worker}/discarded"])
 
     def _store(self) -> Any:
         if self._client is None:

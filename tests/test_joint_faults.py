@@ -16,7 +16,6 @@ import pytest
 
 from fapool_plugin.attention import _Call
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.transport import LinkLost, Message

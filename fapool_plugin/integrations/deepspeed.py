@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import log_dist
 
 from fapool_plugin.agreement import agree_over
 from fapool_plugin.config import SECTION, FAPoolConfig, FAPoolConfigError, section_of
 from fapool_plugin.enlist import enlist, say_once
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM, attention_modules
+from fapool_plugin.launch import is_first
 
 _TAG = "FAPool"
 
@@ -204,7 +205,9 @@ def _pool(model: Any, settings: FAPoolConfig, group: Any) -> None:
         raise FAPoolConfigError(str(error)) from error
     layers = list(attention_modules(model))
     pooled = sum(hasattr(layer, SECTION) for layer in layers)
-    log_dist(f"fa_pool: attention replaced in {pooled} of {len(layers)} attention layers", ranks=[0])
+    if is_first():
+        text = f"fa_pool: attention replaced in {pooled} of {len(layers)} attention layers of {type(model).__name__}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _observe(engine: Any) -> None:
