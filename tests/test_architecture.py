@@ -28,7 +28,7 @@ ROWS = (
     {"forward"},
     {"advisor"},
     {"resource_manager"},
-    {"joint"},
+    {"agreement", "joint"},
     {"attention", "worker", "exchange", "rounds", "calibrate"},
     {"local_pool", "calibrate_calls"},
     {"integrations"},
