@@ -20,7 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
-from fapool_plugin.integrations.megatron_attention import OUTSIDE, FAPoolCoreAttention
+from fapool_plugin.integrations.megatron_attention import OUTSIDE, Document, FAPoolCoreAttention
 from fapool_plugin.integrations.megatron_weights import llama_arguments, llama_config
 from fapool_plugin.kernels import attend
 from fapool_plugin.local_pool import LocalPool
@@ -144,6 +144,26 @@ def test_packed_documents_are_those_that_stand_alone(model: Any, reference: Any,
 
 
 @torch.no_grad()
+def test_only_long_documents_become_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, alone = [], []
+    pooled, document = FAPoolCoreAttention._pooled, FAPoolCoreAttention._document
+
+    def pooled_noted(self: Any, q: Tensor, k: Tensor, v: Tensor, decided: Any) -> Tensor:
+        rows.append((tuple(q.shape), decided.geometry.stops))
+        return pooled(self, q, k, v, decided)
+
+    def document_noted(self: Any, one: Document, *given: Tensor) -> Tensor:
+        alone.append(one)
+        return document(self, one, *given)
+
+    monkeypatch.setattr(FAPoolCoreAttention, "_pooled", pooled_noted)
+    monkeypatch.setattr(FAPoolCoreAttention, "_document", document_noted)
+    mm.logits_of(model, random_ids(1, 75), packed_seq_params=mm.pack([20, mm.THRESHOLD, 30, 9]))
+    assert rows == [((2, mm.HEADS, 30, mm.DIM), (20, 30))] * LAYERS
+    assert alone == [Document(20, 36), Document(66, 75)] * LAYERS
+
+
+@torch.no_grad()
 def test_short_documents_of_a_long_pack_stay_local(model: Any, reference: Any) -> None:
     texts = [random_ids(1, mm.THRESHOLD, seed) for seed in range(4)]
     before = local_forwards(model)
@@ -200,6 +220,18 @@ def test_a_context_that_is_used_again_changed_or_taken_back(model: Any, referenc
     fresh = random_ids(2, 30, seed=6)
     for found, stop in zip(mm.steps(model, context, [fresh[:, :29], fresh[:, 29:]]), (29, 30), strict=True):
         close(found, reference(fresh[:, :stop]).logits[:, -1], f"logits of another prompt after {stop}")
+
+
+@torch.no_grad()
+def test_two_sequences_in_the_rows_of_one_context(model: Any, reference: Any) -> None:
+    """As a pipeline's microbatches share one: each call sees its own rows."""
+    context, ids = StaticInferenceContext(2, 64), random_ids(2, 42)
+    for start, stop in ((0, 40), (40, 41), (41, 42)):
+        for row in range(2):
+            context.batch_size_offset = row
+            logits = mm.logits_of(model, ids[row : row + 1, start:stop], inference_context=context)[:, -1]
+            close(logits, reference(ids[row : row + 1, :stop]).logits[:, -1], f"row {row}'s logits after {stop}")
+        context.increment_sequence_len_offset(stop - start)
 
 
 @torch.no_grad()
@@ -267,6 +299,10 @@ def test_a_killed_pool_rank_changes_nothing(folder: Path, groups: Any, reference
         for logits, stop in zip(found, (71, 72), strict=True):
             close(logits, reference(ids[:, :stop]).logits[:, -1], f"logits after {stop}")
         assert pool.stats()["faults"] == 1
+        context.reset()
+        with pools(model, prefill=LAYERS, decode=0):
+            (again,) = mm.steps(model, context, [ids[:, :30]])
+        close(again, reference(ids[:, :30]).logits[:, -1], "logits of the next prompt")
 
 
 @torch.no_grad()
