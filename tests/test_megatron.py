@@ -354,6 +354,10 @@ def test_weights_have_the_names_of_megatrons_own(model: Any, groups: Any, refere
     own = GPTModel(
         config, get_gpt_layer_local_spec(normalization="RMSNorm"), pg_collection=groups, **llama_arguments(settings)
     )
-    assert {k: getattr(v, "shape", None) for k, v in model.state_dict().items()} == {
-        k: getattr(v, "shape", None) for k, v in own.state_dict().items()
-    }
+
+    def shapes(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: getattr(value, "shape", getattr(value, "local_shape", None)) for name, value in state.items()}
+
+    assert shapes(model.state_dict()) == shapes(own.state_dict())
+    ours, theirs = (shapes(one.sharded_state_dict(metadata={"dp_cp_group": groups.tp})) for one in (model, own))
+    assert ours == theirs, "distributed checkpoints"

@@ -49,14 +49,15 @@ def settings(folder: Path) -> dict[str, Any]:
     return eager(folder).config.to_dict()
 
 
-def layer(settings: dict[str, Any], groups: Any = None, changed: dict[str, Any] | None = None, **others: Any) -> Any:
+def layer(settings: dict[str, Any], changed: dict[str, Any], **others: Any) -> Any:
     """One core_attention, as Megatron's attention layers build it."""
     config = llama_config(settings)
-    for name, value in (changed or {}).items():
+    for name, value in changed.items():
         setattr(config, name, value)
     core = get_fapool_layer_spec(config, mm.OURS).submodules.self_attention.submodules.core_attention
     given = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "cp_comm_type": "p2p"}
-    return core(config=config, layer_number=1, softmax_scale=None, pg_collection=groups, **(given | others))
+    given |= {"softmax_scale": None, "pg_collection": None}
+    return core(config=config, layer_number=1, **(given | others))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def layer(settings: dict[str, Any], groups: Any = None, changed: dict[str, Any] 
 )
 def test_a_layer_that_is_not_plain_is_refused(settings: dict[str, Any], changed: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        layer(settings, changed=changed)
+        layer(settings, changed)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +90,8 @@ def test_a_layer_that_is_not_plain_is_refused(settings: dict[str, Any], changed:
     ],
 )
 def test_a_layer_in_another_place_is_refused(settings: dict[str, Any], others: dict[str, Any], told: str) -> None:
-    config = llama_config(settings)
-    core = get_fapool_layer_spec(config, mm.OURS).submodules.self_attention.submodules.core_attention
-    given = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self", "pg_collection": None}
     with pytest.raises(ValueError, match=told):
-        core(config=config, layer_number=1, **(given | others))
+        layer(settings, {}, **others)
 
 
 @pytest.mark.parametrize(

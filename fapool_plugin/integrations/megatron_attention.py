@@ -91,6 +91,8 @@ class FAPoolCoreAttention(MegatronModule):
         _refuse_config(config, attn_mask_type, attention_type, pg_collection, agrees)
         # apply_query_key_layer_scaling divides scores and multiplies them again: nothing is left of it.
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else float(softmax_scale)
+        # Where Megatron's checkpoints look for it.
+        self.tp_group = getattr(pg_collection, "tp", None)
         self.core = FAPoolAttention(manager, layer_number - 1, config.num_layers, stands_for="sdpa")
 
     def forward(

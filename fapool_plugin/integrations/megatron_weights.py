@@ -37,7 +37,7 @@ def llama_config(settings: Mapping[str, Any], *, tp_size: int = 1, **others: Any
     if kv_heads % tp_size or settings["vocab_size"] % tp_size or settings["intermediate_size"] % tp_size:
         wrong.append(
             f"{kv_heads} KV heads, {settings['intermediate_size']} FFN channels and {settings['vocab_size']} tokens "
-            f"for {tp_size} tensor-parallel ranks"
+            f"for {tp_size} tensor-parallel ranks (choose a number that divides all three)"
         )
     if wrong:
         raise ValueError(f"not a plain Llama model that can be cut so: {'; '.join(wrong)}")
