@@ -25,7 +25,10 @@ def test_a_configuration_is_valid(path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
-def test_generate_hf_pools_a_long_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", ["generate_hf.py", "generate_megatron.py"])
+def test_an_example_pools_a_long_prompt(tmp_path: Path, example: str) -> None:
+    if "megatron" in example:
+        pytest.importorskip("megatron.core")
     folder = save_model("llama", tmp_path)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -34,7 +37,7 @@ def test_generate_hf_pools_a_long_prompt(tmp_path: Path) -> None:
     config = json.loads((ROOT / "configs" / "fa_pool.json").read_text())
     config["fa_pool"] |= {"activation": "length", "threshold": 16, "kv_block": 8, "memory_limit_mib": 64}
     (tmp_path / "fa_pool.json").write_text(json.dumps(config))
-    arguments = (ROOT / "examples" / "generate_hf.py", folder, tmp_path / "prompt.txt", tmp_path / "fa_pool.json")
+    arguments = (ROOT / "examples" / example, folder, tmp_path / "prompt.txt", tmp_path / "fa_pool.json")
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
