@@ -21,6 +21,7 @@ from fapool_plugin.supervisor import supervise
 
 _FAREWELL_S = 5.0
 """Rank 0, which hosts the store, waits this long at its end for all others to end, too."""
+_FAILED_S = 1.5
 _LAST_WORDS_S = 3.0
 """Others wait this long with an error of theirs: rank 0 may have the same to say, and a launcher ends all at the first
 rank that fails."""
@@ -78,12 +79,12 @@ def _say_settings_once(
 
 
 def _leave(launch: Launch, store: dist.TCPStore) -> None:
-    """A base rank's last word: pool ranks end when all have said it. Rank 0, whose store it is, waits for base and
-    pool ranks, unless it failed."""
+    """A base rank's last word: pool ranks end when all have said it. Rank 0, whose store it is, waits for all."""
     failed = getattr(sys, "last_value", None) is not None
     with suppress(RuntimeError):
-        store.add(launch.over_key, 1)
-        deadline = time.monotonic() + _FAREWELL_S
+        # One that fails ends the job: nobody waits for the others' work then.
+        store.add(launch.over_key, launch.base_ranks if failed else 1)
+        deadline = time.monotonic() + (_FAILED_S if failed else _FAREWELL_S)
         for key, ranks in ((launch.over_key, launch.base_ranks), (launch.gone_key, launch.pool_ranks)):
-            while launch.number == 0 and not failed and store.add(key, 0) < ranks and time.monotonic() < deadline:
+            while launch.number == 0 and store.add(key, 0) < ranks and time.monotonic() < deadline:
                 time.sleep(0.05)

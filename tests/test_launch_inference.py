@@ -229,7 +229,7 @@ WRONG: dict[str, tuple[int, dict[str, Any], dict[str, Any], list[str], str]] = {
     "no base rank": (2, {}, {"pool_ranks": 2}, [], "pool_ranks is 2, and the launch has 2 ranks"),
     "a typo": (2, {}, {"pool_rank": 1}, [], 'did you mean "pool_ranks"?'),
     "kernel injection": (
-        2, {}, {}, ["--options", '{"replace_with_kernel_inject": true}'], "replace_with_kernel_inject",
+        2, {}, {}, ["--options", '{"replace_with_kernel_inject": true}'], "take over their attention",
     ),
     "more tensor-parallel ranks than KV heads": (
         5, {}, {"base": {"tensor_parallel": "megatron", "tensor_parallel_size": 4}}, [], "3 KV heads",
