@@ -45,14 +45,10 @@ def place(nodes: Sequence[int], pool_ranks: int, how: Literal["last", "per_node"
     """
     world = len(nodes)
     if not 0 < pool_ranks < world:
+        remedy = f"set pool_ranks to {world - 1} or less" if world > 1 else 'set "pool": "local"'
         raise FAPoolConfigError(
             f"pool_ranks is {pool_ranks}, and the launch has {world} rank{'s' * (world != 1)}: at least one must be a "
-            f"base rank and one a pool rank; start {pool_ranks + 1} or more ranks"
-            + (
-                f', or set pool_ranks to {world - 1} or less, or "pool": "local"'
-                if world > 1
-                else ', or "pool": "local"'
-            )
+            f"base rank and one a pool rank; start {pool_ranks + 1} or more ranks, or {remedy}"
         )
     pool = tuple(range(world - pool_ranks, world)) if how == "last" else _last_of_each_node(nodes, pool_ranks)
     return Placement(tuple(rank for rank in range(world) if rank not in pool), pool, tuple(nodes))
