@@ -7,6 +7,7 @@ so the group under test is not the default one.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -40,17 +41,20 @@ class BaseRanks:
             limit_s += _START_S
         asked = self._ranks[:size]
         for _, connection in asked:
-            connection.send((size, function, args))
+            # Plain pickle: multiprocessing's would put tensors into shared memory.
+            connection.send_bytes(pickle.dumps((size, function, args)))
         results: dict[int, Any] = {}
         until = time.monotonic() + limit_s
         while len(results) < size:
             for rank, (process, connection) in enumerate(asked):
-                if rank in results or not connection.poll(0.01):
-                    if rank not in results and not process.is_alive() and not connection.poll():
+                if rank in results:
+                    continue
+                if not connection.poll(0.01):
+                    if not process.is_alive() and not connection.poll():
                         self.close()
                         raise AssertionError(f"base rank {rank} ended with code {process.exitcode}")
                     continue
-                failed, results[rank] = connection.recv()
+                failed, results[rank] = pickle.loads(connection.recv_bytes())
                 if failed:
                     self.close()
                     raise AssertionError(f"base rank {rank}:\n{results[rank]}")
@@ -100,10 +104,10 @@ def _serve(connection: Connection, store: str, rank: int, world: int) -> None:
     # Whoever asks may be gone.
     with suppress(EOFError, OSError):
         while True:
-            size, function, args = connection.recv()
+            size, function, args = pickle.loads(connection.recv_bytes())
             try:
                 answer = False, function(groups[size], *args)
             except BaseException:
                 answer = True, traceback.format_exc()
-            connection.send(answer)
+            connection.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()

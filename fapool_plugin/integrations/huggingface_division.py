@@ -39,6 +39,8 @@ def refuse_parallel(model_or_config: Any, size: int) -> None:
         blocks = list(blocks_of(model_or_config))
         for block in blocks:
             _refuse_block(name, block)
+        if not any(block.is_attention for block in blocks):
+            raise ValueError(_cannot(name, "transformers' tensor-parallel plan names no module of it"))
         _refuse_ends(name, model_or_config)
         least = min(block.kv_heads for block in blocks if block.is_attention)
     if size > least:
