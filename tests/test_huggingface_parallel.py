@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fapool_plugin.integrations.huggingface_parallel import refuse_parallel, same_random_numbers, split_model
 from tests.base_ranks import BaseRanks, base_ranks
@@ -229,8 +230,8 @@ def layer_results(group: ProcessGroup) -> dict[str, float]:
     widths = [5, 7] if group.size() == 2 else [3, 4, 5]
     mine = slice(sum(widths[:rank]), sum(widths[: rank + 1]))
     up, down = nn.Linear(12, 12), nn.Linear(12, 10)
-    weights = [up.weight[mine].detach(), up.bias[mine].detach(), down.weight[:, mine].detach(), down.bias.detach()]
-    column, row = ColumnParallel(*weights[:2], group), RowParallel(*weights[2:], group)
+    column = ColumnParallel(up.weight[mine].detach(), up.bias[mine].detach(), group)
+    row = RowParallel(down.weight[:, mine].detach(), down.bias.detach(), group)
     a, b = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
     expected = down(up(a).transpose(0, 1))
     got = row(column(b).transpose(0, 1))
@@ -331,6 +332,17 @@ def test_weights_beside_the_plan_are_refused(tmp_path: Path) -> None:
     """Cohere's norms of queries and keys are of all heads, and in no plan."""
     model = plain(save_config(tiny_config("cohere", ("head_dim",), use_qk_norm=True), tmp_path))
     with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight, \(6, 8\), is not in transformers' plan"):
+        refuse_parallel(model, 2)
+
+
+def test_plans_of_a_part_of_the_model_are_refused() -> None:
+    """A model of several kinds of input: its decoder is not where the plan looks for it."""
+    text = tiny_config("gemma3_text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"Gemma3ForConditionalGeneration cannot be .* names no module of it"):
         refuse_parallel(model, 2)
 
 
