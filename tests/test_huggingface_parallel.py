@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fapool_plugin.integrations.huggingface_parallel import refuse_parallel, same_random_numbers, split_model
+from fapool_plugin.integrations.huggingface_parallel import (
+    load_parallel,
+    refuse_parallel,
+    same_random_numbers,
+    split_model,
+)
 from tests.base_ranks import BaseRanks, base_ranks
 from tests.models import (
     PAD,
@@ -176,17 +181,35 @@ def test_each_rank_holds_its_part_and_no_more(tmp_path: Path, ranks: BaseRanks, 
 # Gradients
 
 
-def gradients(group: ProcessGroup, folder: Path, ids: Tensor, mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    model = split(group, folder)
+def gradients(
+    group: ProcessGroup, way: str, folder: Path, ids: Tensor, mask: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    from fapool_plugin.integrations import megatron_layers
+
+    if way == "split":
+        model = split(group, folder)
+    elif way == "loaded":
+        model = load_parallel(folder, group, megatron_layers)
+    else:
+        model = split_model(plain(folder).requires_grad_(False), group, megatron_layers).requires_grad_(True)
     loss = model(ids, attention_mask=mask, labels=labels).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("way", ["loaded", "split while frozen"])
+def test_gradients_do_not_depend_on_how_a_model_was_divided(tmp_path: Path, ranks: BaseRanks, way: str) -> None:
+    check_gradients(tmp_path, ranks, "qwen3", 2, way)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_whole_model(tmp_path: Path, ranks: BaseRanks, name: str, size: int) -> None:
     """Of every weight: padded rows and columns get none, the padding token's embedding neither."""
+    check_gradients(tmp_path, ranks, name, size, "split")
+
+
+def check_gradients(tmp_path: Path, ranks: BaseRanks, name: str, size: int, way: str) -> None:
     folder, (ids, mask) = saved(name, tmp_path), padded_batch([9, 14])
     ids[1, 5] = PAD
     # A row's first token would be predicted at a padded position, where anything may stand.
@@ -194,7 +217,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path: Path, ranks: BaseRanks
     reference = eager(folder)
     loss = reference(ids, attention_mask=mask, labels=labels).loss
     loss.backward()
-    parts = ranks.run(size, gradients, folder, ids, mask, labels)
+    parts = ranks.run(size, gradients, way, folder, ids, mask, labels)
     for part in parts:
         assert_close(part["loss"], loss.detach(), what="loss")
     for key, parameter in reference.named_parameters():
@@ -221,17 +244,17 @@ def test_what_was_frozen_stays_frozen(tmp_path: Path, ranks: BaseRanks) -> None:
 # Layers by themselves
 
 
-def layer_results(group: ProcessGroup) -> dict[str, float]:
+def layer_results(group: ProcessGroup, frozen: bool) -> dict[str, float]:
     """Largest differences from whole layers, of inputs and gradients that lie in another order in memory."""
-    from fapool_plugin.integrations.megatron_layers import ColumnParallel, ParallelHead, RowParallel
+    from fapool_plugin.integrations.megatron_layers import ColumnParallel, ParallelEmbedding, ParallelHead, RowParallel
 
     torch.manual_seed(0)
-    rank, inputs = group.rank(), torch.randn(5, 2, 12).transpose(0, 1)
-    widths = [5, 7] if group.size() == 2 else [3, 4, 5]
+    size, rank, inputs = group.size(), group.rank(), torch.randn(5, 2, 12).transpose(0, 1)
+    widths = [5, 7] if size == 2 else [3, 4, 5]
     mine = slice(sum(widths[:rank]), sum(widths[: rank + 1]))
     up, down = nn.Linear(12, 12), nn.Linear(12, 10)
-    column = ColumnParallel(up.weight[mine].detach(), up.bias[mine].detach(), group)
-    row = RowParallel(down.weight[:, mine].detach(), down.bias.detach(), group)
+    column = ColumnParallel(up.weight[mine].detach(), up.bias[mine].detach(), group).requires_grad_(not frozen)
+    row = RowParallel(down.weight[:, mine].detach(), down.bias.detach(), group).requires_grad_(not frozen)
     a, b = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
     expected = down(up(a).transpose(0, 1))
     got = row(column(b).transpose(0, 1))
@@ -240,21 +263,24 @@ def layer_results(group: ProcessGroup) -> dict[str, float]:
     (got * weight).sum().backward()
     assert a.grad is not None
     assert b.grad is not None
-    head = nn.Linear(12, 7)
-    each = -(-7 // group.size())
-    padded = nn.functional.pad(head.weight.detach(), (0, 0, 0, each * group.size() - 7))
-    logits = ParallelHead(padded[rank * each :][:each].clone(), None, group, vocabulary=7)(inputs)
+    table = torch.randn(7, 12)
+    each = -(-7 // size)
+    part = nn.functional.pad(table, (0, 0, 0, each * size - 7))[rank * each :][:each].clone()
+    logits = ParallelHead(part, None, group, vocabulary=7)(inputs)
     assert logits.is_contiguous()
+    ids = torch.randint(7, (5, 3)).t()
     return {
         "output": (got - expected).abs().max().item(),
         "gradient": (b.grad - a.grad).abs().max().item(),
-        "logits": (logits - nn.functional.linear(inputs, head.weight)).abs().max().item(),
+        "logits": (logits - inputs @ table.t()).abs().max().item(),
+        "embeddings": (ParallelEmbedding(part, group)(ids) - table[ids]).abs().max().item(),
     }
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_layers_sum_what_lies_in_any_order_in_memory(ranks: BaseRanks, size: int) -> None:
-    for differences in ranks.run(size, layer_results):
+def test_layers_sum_what_lies_in_any_order_in_memory(ranks: BaseRanks, size: int, frozen: bool) -> None:
+    for differences in ranks.run(size, layer_results, frozen):
         assert max(differences.values()) < 1e-5, differences
 
 

@@ -65,7 +65,8 @@ def split_model(model: Any, group: ProcessGroup, layers: ParallelLayers) -> Any:
         whole: Tensor = model.get_parameter(name).detach()
         return whole if cut is None else cut.of(whole)
 
-    return _Divider(group, layers, read).divide(model)
+    _Divider(group, layers, read).divide(model)
+    return _sum_gradients(model, group)
 
 
 def load_parallel(path: str | os.PathLike[str], group: ProcessGroup, layers: ParallelLayers, **hf_kwargs: Any) -> Any:
@@ -113,7 +114,7 @@ def load_parallel(path: str | os.PathLike[str], group: ProcessGroup, layers: Par
         _read_rest(model, checkpoint, names)
     with suppress(OSError):  # without a file, the one that the configuration implies
         model.generation_config = GenerationConfig.from_pretrained(path, **hub)
-    return model.eval()
+    return _sum_gradients(model, group).eval()
 
 
 def same_random_numbers(group: ProcessGroup) -> None:
@@ -139,18 +140,14 @@ class _Divider:
     layers: ParallelLayers
     read: Read
 
-    def divide(self, model: Any) -> Any:
+    def divide(self, model: Any) -> None:
         size, rank = self.group.size(), self.group.rank()
         for block in list(blocks_of(model)):
             for child, cut in block.cuts(size, rank).items():
                 whole = getattr(block.module, child)
                 setattr(block.module, child, self._linear(f"{block.name}.{child}", whole, cut))
-            for parameter in block.shared_by_heads():
-                # Each rank's gradient is that of its own heads.
-                parameter.register_hook(self._summed)
         self._divide_ends(model)
         model.save_pretrained = model.push_to_hub = model.resize_token_embeddings = _refused(model, size)
-        return model
 
     def _linear(self, name: str, whole: nn.Linear, cut: Cut) -> nn.Module:
         # A sum has its bias added once, by every rank.
@@ -179,10 +176,22 @@ class _Divider:
             part.weight = shared
         model.set_output_embeddings(_as_trainable(part, head))
 
-    def _summed(self, grad: Tensor) -> Tensor:
+
+def _sum_gradients(model: Any, group: ProcessGroup) -> Any:
+    """Of what every rank applies to its own heads: each would have their gradient only."""
+
+    def summed(grad: Tensor) -> Tensor:
         total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
+        dist.all_reduce(total, group=group)
         return total
+
+    for block in blocks_of(model):
+        for parameter in block.shared_by_heads():
+            # A hook is taken only by what is trained, and stays.
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True).register_hook(summed)
+            parameter.requires_grad_(trained)
+    return model
 
 
 def _as_trainable(part: nn.Module, whole: nn.Module) -> nn.Module:

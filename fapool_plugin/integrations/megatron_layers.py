@@ -70,8 +70,8 @@ class RowParallel(RowParallelLinear):
 
     def forward(self, input_BSI: Tensor) -> Tensor:
         """(B, S, I) to (B, S, O)."""
-        # Megatron returns the sum of a copy, thus no sum, for what is not contiguous.
-        output_BSO, _ = super().forward(input_BSI.contiguous())
+        # Megatron's sum is lost where it is not contiguous; a product is, in whatever order its input lies in memory.
+        output_BSO, _ = super().forward(input_BSI)
         return output_BSO
 
 
