@@ -1,6 +1,6 @@
 """Several base ranks of one model decide alike: the first of them says how, the others follow.
 
-Knows a process group and two numbers; not what they mean, nor when they are asked for.
+Knows process groups and two numbers; not what they mean, nor when they are asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from fapool_plugin.config import FAPoolConfigError
 from fapool_plugin.resource_manager import Agree
 
 
@@ -27,6 +28,22 @@ def agree_over(group: distributed.ProcessGroup | None = None) -> Agree:
         RuntimeError: from torch.distributed, when called before it is initialized, or when a rank is gone.
     """
     return _Broadcast(group)
+
+
+def neighbours(size: int) -> distributed.ProcessGroup:
+    """This rank's group among groups of ``size`` neighbouring base ranks, which share one model. Called by all ranks.
+
+    Raises:
+        FAPoolConfigError: ``size`` does not divide the base ranks.
+    """
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    if size > world or world % size:
+        raise FAPoolConfigError(
+            f"tensor_parallel_size is {size}, and there are {world} base ranks: it must divide them. Start more ranks, "
+            "or make it smaller"
+        )
+    made = [distributed.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    return made[rank // size]
 
 
 class _Broadcast:

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "pool_ranks": ([1, 7], [0, -1, 1.0, "1", True, None]),
     "pool_placement": (["last", "per_node"], ["first", None, 1]),
     "store_port": ([1, 29501, 65535, None], [0, 65536, "29501", True]),
-    "base": ([BaseConfig()], [None, 1, "megatron"]),
+    "base": ([BaseConfig(tensor_parallel="none", tensor_parallel_size=None)], [None, 1, "megatron"]),
     "activation": (["cost", "length"], ["auto", None, 1]),
     "threshold": ([0, 1, 10**7, "auto"], [-1, 4096.0, "4096", "Auto", True, None]),
     "profile": (["profile.json", None], [1, True, {}]),

@@ -68,7 +68,7 @@ def only_long_prompts_were_pooled(stats: dict[str, Any]) -> None:
     assert kinds == ["activating", "idle"] * long, stats["events"]
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "autotp 2 + 1": ("even", 3, {"tensor_parallel": {"tp_size": 2}}, {"base": {"tensor_parallel": "deepspeed"}}),
     "megatron 2 + 1": ("odd", 3, {"tensor_parallel": {"tp_size": 2}}, {}),
     "megatron 3 + 1": ("odd", 4, {}, {"base": {"tensor_parallel": "megatron", "tensor_parallel_size": 3}}),

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.enlist import enlist
-from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
+from fapool_plugin.integrations.huggingface import FAPoolForCausalLM, PreTrainedModel
 from fapool_plugin.launch import JOINED
 
 
@@ -58,5 +57,5 @@ class FAPoolPlugin:
             self.prepare(*objects)
             return prepare(*objects, **kwargs)
 
-        accelerator.prepare = pooled  # type: ignore[method-assign]
+        accelerator.prepare = pooled
         return accelerator

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from fapool_plugin.agreement import agree_over
+from fapool_plugin.agreement import agree_over, neighbours
 from fapool_plugin.config import SECTION, FAPoolConfig, FAPoolConfigError, section_of
 from fapool_plugin.enlist import enlist, say_once
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM, attention_modules
@@ -80,14 +79,15 @@ class _Host:
                 '{"enabled": false}'
             )
         split, size = _split(given, settings)
-        config_of = model.config.get_text_config(decoder=True)
-        longest = getattr(config_of, "max_position_embeddings", None)
+        longest = _longest(model)
         if longest and "max_out_tokens" not in given and "max_tokens" not in given:
             # DeepSpeed's own default refuses prompts longer than 1024 tokens.
             given["max_out_tokens"] = longest
         group = None
+        if split != "none":
+            deepspeed.init_distributed()
         if split == "megatron":
-            group = _split_by_megatron(model, size, given.get("dtype"))
+            group = _split_by_megatron(model, size)
             given = _without_tensor_parallel(given)
         engine = original(model, config=given)
         if split == "deepspeed":
@@ -154,14 +154,14 @@ def _split(given: Mapping[str, Any], settings: FAPoolConfig) -> tuple[str, int]:
         )
     if size == 1:
         return "none", 1
-    deepspeed.init_distributed()
-    world = dist.get_world_size()
-    if size > world or world % size:
-        raise FAPoolConfigError(
-            f"tensor_parallel_size is {size}, and there are {world} base ranks: it must divide them. Start more ranks, "
-            "or make it smaller"
-        )
     return who, size
+
+
+def _longest(model: Any) -> int | None:
+    """Positions that a transformers model can have."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    return getattr(text, "max_position_embeddings", None)
 
 
 def _without_tensor_parallel(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,15 +169,13 @@ def _without_tensor_parallel(given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in given.items() if key not in ("tensor_parallel", "tp", "mp_size")}
 
 
-def _split_by_megatron(model: Any, size: int, dtype: torch.dtype | None) -> Any:
-    """Splits a model over groups of ``size`` neighbouring base ranks; returns this rank's group."""
+def _split_by_megatron(model: Any, size: int) -> Any:
+    """Divides a model among groups of ``size`` neighbouring base ranks; returns this rank's group."""
     from fapool_plugin.integrations import huggingface_parallel, megatron_layers
 
     try:
         huggingface_parallel.refuse_parallel(model, size)
         group = neighbours(size)
-        if dtype is not None:
-            model.to(dtype)
         huggingface_parallel.split_model(model, group, megatron_layers)
     except ValueError as error:
         raise FAPoolConfigError(str(error)) from error
@@ -185,17 +183,15 @@ def _split_by_megatron(model: Any, size: int, dtype: torch.dtype | None) -> Any:
     return group
 
 
-def neighbours(size: int) -> Any:
-    """The group of this rank among groups of ``size`` neighbouring ranks. Called by all ranks."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    made = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
-    return made[rank // size]
-
-
 def _pool(model: Any, settings: FAPoolConfig, group: Any) -> None:
     """Pools a model in place, and says how much of it."""
     if isinstance(model, FAPoolForCausalLM):
-        return  # the user did it already
+        if group is None:
+            return  # the user did it already
+        raise FAPoolConfigError(
+            "the model was pooled before it was divided among base ranks: give init_inference what "
+            "AutoModelForCausalLM.from_pretrained returns"
+        )
     agree = None if group is None else agree_over(group)
     try:
         FAPoolForCausalLM.wrap(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from fapool_plugin.agreement import agree_over
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
 from fapool_plugin.cost import Profile
@@ -77,6 +78,11 @@ class FAPoolForCausalLM(Entrance):
         text = os.fspath(path)
         if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
             raise FileNotFoundError(f"there is no model folder at {text}")
+        if config is not None and config.enabled and config.base.tensor_parallel not in (None, "none"):
+            from fapool_plugin.integrations.huggingface_base import load_divided
+
+            model, group = load_divided(path, config.base, **hf_kwargs)
+            return cls.wrap(model, config, agree=agree_over(group), base_ranks=group.size())
         return cls.wrap(AutoModelForCausalLM.from_pretrained(path, *args, **hf_kwargs), config)
 
     @staticmethod
