@@ -159,7 +159,7 @@ def _split(given: Mapping[str, Any], settings: FAPoolConfig) -> tuple[str, int]:
 
 def _longest(model: Any) -> int | None:
     """Positions that a transformers model can have."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     return getattr(text, "max_position_embeddings", None)
 

@@ -26,8 +26,8 @@ def load_divided(path: str | os.PathLike[str], base: BaseConfig, **hf_kwargs: An
     """
     if base.tensor_parallel != "megatron":
         raise FAPoolConfigError(
-            f'base.tensor_parallel is "{base.tensor_parallel}": DeepSpeed divides what deepspeed.init_inference is given. '
-            'Load the model with AutoModelForCausalLM and give it that, or set "megatron"'
+            f'base.tensor_parallel is "{base.tensor_parallel}": DeepSpeed divides what deepspeed.init_inference is '
+            'given. Load the model with AutoModelForCausalLM and give it that, or set "megatron"'
         )
     try:
         from fapool_plugin.integrations import megatron_layers

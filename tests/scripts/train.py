@@ -1,0 +1,53 @@
+"""An ordinary DeepSpeed training script with an evaluation of a long sequence; it knows the plugin's counters only."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int, default=0)
+parser.add_argument("--model", required=True)
+parser.add_argument("--steps", type=int, default=3)
+parser.add_argument("--length", type=int, default=200)
+parser.add_argument("--out", type=Path, required=True)
+parser = deepspeed.add_config_arguments(parser)
+arguments = parser.parse_args()
+
+torch.set_num_threads(1)
+# Built by a compiler and kept in shared memory: the runs without the plugin do without it, too.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
+rank = dist.get_rank()
+
+
+def batch(seed: int) -> torch.Tensor:
+    return torch.randint(3, 99, (1, arguments.length), generator=torch.Generator().manual_seed(seed))
+
+
+losses = []
+for step in range(arguments.steps):
+    ids = batch(step * dist.get_world_size() + rank)
+    loss = engine(input_ids=ids, labels=ids).loss
+    engine.backward(loss)
+    engine.step()
+    losses.append(float(loss))
+engine.eval()
+with torch.no_grad():
+    ids = batch(1000 + rank)
+    evaluated = float(engine(input_ids=ids, labels=ids).loss)
+engine.save_checkpoint(str(arguments.out / "checkpoint"))
+pooled = getattr(engine.module, "fa_pool", None)
+told = {
+    "losses": losses,
+    "evaluated": evaluated,
+    "world": {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")},
+    "stats": pooled.stats() if pooled is not None else None,
+}
+(arguments.out / f"base{rank}.json").write_text(json.dumps(told))
