@@ -56,10 +56,10 @@ class ResourceManager:
         self,
         config: FAPoolConfig,
         make_pool: Callable[[FAPoolConfig], Pool],
-        agree: Agree = _unasked,
+        agree: Agree | None = None,
         base_ranks: int = 1,
     ) -> None:
-        self.config, self._make_pool, self._agree = config, make_pool, agree
+        self.config, self._make_pool, self._agree = config, make_pool, agree or _unasked
         self.base_ranks = base_ranks
         """That share one model, and so use every pool rank at the same time."""
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize

@@ -31,7 +31,7 @@ ROWS = (
     {"agreement", "joint"},
     {"attention", "worker", "exchange", "rounds", "calibrate"},
     {"local_pool", "launched_pool", "supervisor", "calibrate_calls"},
-    {"enlist"},
+    {"enlist", "pools"},
     {"integrations"},
     {
         "run",

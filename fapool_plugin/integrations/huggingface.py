@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,16 +21,13 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.agreement import agree_over
 from fapool_plugin.attention import FAPoolAttention
-from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.cost import Profile
 from fapool_plugin.integrations.huggingface_attention import NAME
 from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, one_block_model
 from fapool_plugin.kv_cache import SequenceState
-from fapool_plugin.launch import JOINED
-from fapool_plugin.launched_pool import LaunchedPool
-from fapool_plugin.lease import Pool
-from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.pools import pool_maker
 from fapool_plugin.prometheus import serve
 from fapool_plugin.resource_manager import Agree, ResourceManager
 from fapool_plugin.trace import Trace
@@ -74,7 +70,7 @@ class FAPoolForCausalLM(Entrance):
         """
         config = FAPoolConfig.load(fa_pool) if fa_pool is not None else None
         if config is not None:
-            _pool_maker(config)
+            pool_maker(config)
         text = os.fspath(path)
         if not Path(text).exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
             raise FileNotFoundError(f"there is no model folder at {text}")
@@ -107,14 +103,14 @@ class FAPoolForCausalLM(Entrance):
             raise ValueError(f"{type(model).__name__} is pooled already")
         saved = getattr(model.config, "fapool", None)
         config = FAPoolConfig.load(saved if fa_pool is None else fa_pool)
-        make_pool = _pool_maker(config)
+        make_pool = pool_maker(config)
         if config.threshold == "auto" and base_ranks > 1:
             raise FAPoolConfigError(
                 f'threshold "auto" cannot be measured while {base_ranks} base ranks share the model: give a number'
             )
         attentions = list(attention_modules(model))
         refuse_model(model, attentions)
-        manager = ResourceManager(config, make_pool, *((agree, base_ranks) if agree is not None else ()))
+        manager = ResourceManager(config, make_pool, agree, base_ranks)
         if config.enabled:
             try:
                 _observe(model, manager)
@@ -192,21 +188,6 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
             module.__class__ = _subclass(Entrance, kind)
         module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
     model.set_attn_implementation(NAME)
-
-
-def _pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:
-    """Where pool ranks come from. Raises FAPoolConfigError if that is not here."""
-    if config.pool == "local" or not config.enabled:
-        check_machine(config, psutil.virtual_memory().available)
-        return LocalPool
-    launch = JOINED.get()
-    if launch is None:
-        raise FAPoolConfigError(
-            '"pool": "launch", but no launch was joined: start with `deepspeed --module fapool_plugin.run SCRIPT '
-            "--deepspeed_config FILE`, call fapool_plugin.integrations.deepspeed.setup(FILE) first, or set "
-            '"pool": "local"'
-        )
-    return functools.partial(LaunchedPool, launch)
 
 
 def _no_profiler(module: Any) -> None:

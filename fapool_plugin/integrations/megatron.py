@@ -12,17 +12,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import psutil
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
-from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.megatron_attention import FAPoolCoreAttention
 from fapool_plugin.integrations.megatron_forward import one_forward
 from fapool_plugin.integrations.megatron_host import allocate_cache, settle_on_cpu
-from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.pools import pool_maker
 from fapool_plugin.prometheus import serve
 from fapool_plugin.resource_manager import Agree, ResourceManager
 from fapool_plugin.trace import Trace
@@ -53,13 +52,13 @@ def get_fapool_layer_spec(
         ValueError: the layers cannot be pooled exactly; raised when they are built.
     """
     settings = FAPoolConfig.load(fa_pool)
-    check_machine(settings, psutil.virtual_memory().available)
+    make_pool = pool_maker(settings)
     if settings.threshold == "auto" or settings.profile is not None:
         raise FAPoolConfigError(
             f"threshold = {settings.threshold!r}, profile = {settings.profile!r}: nothing measures Megatron's own "
             "models yet; give the threshold as a number, and no profile"
         )
-    manager = ResourceManager(settings, LocalPool) if agree is None else ResourceManager(settings, LocalPool, agree)
+    manager = ResourceManager(settings, make_pool, agree, config.tensor_model_parallel_size)
     if settings.enabled and settings.trace is not None:
         manager.timeline.trace = manager.closing.enter_context(Trace(settings.trace))
     if settings.enabled and settings.metrics_port is not None:

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +32,8 @@ if plugin is not None:
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 rows = [torch.randint(3, 99, (arguments.length,), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-loader = torch.utils.data.DataLoader([{"input_ids": row, "labels": row} for row in rows], batch_size=1)
+dataset: Any = [{"input_ids": row, "labels": row} for row in rows]
+loader: Any = torch.utils.data.DataLoader(dataset, batch_size=1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 losses = []
 for batch in loader:
