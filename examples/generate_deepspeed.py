@@ -42,7 +42,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(given.model)
     elif sizes:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.float32).eval()
     else:
         raise SystemExit("--model is missing, and the config has no model section: give one of both")
     if given.prompt_file and tokenizer:
