@@ -83,13 +83,13 @@ def check(document: str, block: Block, folder: Path, timeout_s: float = TIMEOUT_
         assert re.search(pattern, done.stdout), f"{pattern!r} is not printed:\n{done.stdout}"
 
 
-RUN = [
-    pytest.param(text, block, id=f"{path.stem}: {block.said}")
+RUN: dict[str, tuple[str, Block]] = {
+    f"{path.stem}: {block.said}": (text, block)
     for path in DOCUMENTS
     for text in [path.read_text(encoding="utf-8")]
     for block in blocks(text)
     if block.marker == "run"
-]
+}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -99,7 +99,7 @@ def test_every_block_says_whether_it_is_run(path: Path) -> None:
 
 
 def test_every_document_has_a_block_that_runs() -> None:
-    shown = [parameter.values[1].said for parameter in RUN]
+    shown = [block.said for _, block in RUN.values()]
     assert len(shown) == len(set(shown)), "a name stands in two documents"
     assert CASES.keys() <= set(shown), f"{sorted(CASES.keys() - set(shown))} stand in no document"
     silent = [path.name for path in DOCUMENTS if "<!-- run: " not in path.read_text(encoding="utf-8")]
@@ -108,9 +108,9 @@ def test_every_document_has_a_block_that_runs() -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(TIMEOUT_S + 60)
-@pytest.mark.parametrize(("document", "block"), RUN)
-def test_it_runs(document: str, block: Block, tmp_path: Path) -> None:
-    check(document, block, tmp_path)
+@pytest.mark.parametrize("name", RUN)
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    check(*RUN[name], tmp_path)
 
 
 GOOD = """Text `<!-- run: x -->` in text.
