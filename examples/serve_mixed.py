@@ -100,7 +100,7 @@ def draw(path: Path, requests: list[Request], events: list[dict[str, str]]) -> N
     spans.set_yticks(range(len(requests)), [f"{request.tokens} tokens" for request in requests])
     spans.invert_yaxis()
     spans.set_title("Requests (pale: decode), and the lease of the pool ranks")
-    spans.legend(handles=[Patch(color=color, label=name) for name, color in colors.items()])
+    spans.legend(handles=[Patch(color=color, label=name) for name, color in colors.items()], loc="upper right")
     moments, states = [0.0], ["idle"]
     for event in events:
         if event["kind"] in STATES:

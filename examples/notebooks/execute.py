@@ -78,8 +78,8 @@ def execute(notebook: Any, cell_timeout_s: int = 600) -> None:
 
 
 def fingerprint(notebook: Any) -> str:
-    """Of all cells' sources: tells outputs of these cells from those of others."""
-    sources = json.dumps([[cell.cell_type, cell.source] for cell in notebook.cells])
+    """Of all code: tells outputs of these cells from those of others."""
+    sources = json.dumps([cell.source for cell in notebook.cells if cell.cell_type == "code"])
     return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
