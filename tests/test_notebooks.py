@@ -40,8 +40,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "02_threshold_and_plan.ipynb": (
         "profile written to profile.json",
-        "ON THIS MACHINE",
-        "WITH CORES OF THEIR OWN",
+        r"Prefill of one sequence, up to 1 pool rank\(s\), predicted",
+        r"\n +512 ",
         r"on this machine, 1 pool rank\(s\): {'auto'",
         r"pooled: [1-9]\d* calls pooled, 0 local",
         r"300 ( +\d+\.\d\d){4}\n",
@@ -146,6 +146,7 @@ def test_a_good_notebook_has_no_problems() -> None:
         (committed(stream("x" * 400_000)), "400000 or more"),
         (committed(stream("careful", "stderr")), "output on stderr: 'careful'"),
         (committed(nbformat.v4.new_output("error", ename="E", evalue="no", traceback=[])), "ended with E: no"),
+        (committed(stream("\x1b[2Kmoving")), "a terminal's cursor"),
         (committed(stream("in /home/someone/x.py")), "a path of the machine: /home/someone/x.py"),
         (committed(stream("'/root'")), "a path of the machine: /root"),
         (committed(nbformat.v4.new_output("execute_result", {"text/html": "<b>/tmp/x"})), "machine: /tmp/x"),

@@ -73,7 +73,7 @@ def execute(notebook: Any, cell_timeout_s: int = 600) -> None:
         )
         # tqdm misses widgets, which would only draw its bars.
         quiet = {"IPYTHONDIR": str(folder / "ipython"), "PYTHONWARNINGS": "ignore:IProgress not found"}
-        client = NotebookClient(notebook, km=manager, timeout=cell_timeout_s)
+        client = NotebookClient(notebook, km=manager, timeout=cell_timeout_s, coalesce_streams=True)
         client.execute(cleanup_kc=True, cwd=str(folder / "work"), env=os.environ | quiet)
 
 
@@ -120,6 +120,8 @@ def problems(text: str) -> Iterator[str]:
     for shown in [*(cell.source for cell in notebook.cells), *(text for output in outputs for text in _texts(output))]:
         if path := _PATHS.search(shown):
             yield f"it shows a path of the machine: {path[0]}"
+        if "\x1b" in shown:
+            yield "an output moves a terminal's cursor or colors it: print plain text"
 
 
 def _texts(output: Any) -> Iterator[str]:
