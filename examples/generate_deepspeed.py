@@ -54,7 +54,11 @@ def main() -> None:
 
     engine = deepspeed.init_inference(model, config=config)
     began = time.perf_counter()
-    out_BS = engine.generate(input_ids=ids_BS, max_new_tokens=given.max_new_tokens, do_sample=False)
+    # Without a mask generate() takes every pad token in the prompt for padding.
+    mask_BS = torch.ones_like(ids_BS)
+    out_BS = engine.generate(
+        input_ids=ids_BS, attention_mask=mask_BS, max_new_tokens=given.max_new_tokens, do_sample=False
+    )
     took_s = time.perf_counter() - began
     if dist.is_initialized() and dist.get_rank() > 0:
         return

@@ -14,8 +14,9 @@ from typing import Any
 
 import psutil
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 
@@ -120,6 +121,19 @@ def save_model(name: str, folder: Path, seed: int | None = None, **settings: Any
     values = {**_COMMON, **family.settings, **settings}
     values = {key: value for key, value in values.items() if key not in family.without}
     return save_config(AutoConfig.for_model(family.model_type, **values), folder, family.seed if seed is None else seed)
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Saves a tokenizer beside a model: one token for each word, "w3" is token 3, whatever it does not know token 0."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
+    return folder
+
+
+def words(count: int) -> str:
+    """A text of so many tokens, none of them special."""
+    return " ".join(f"w{3 + i % 90}" for i in range(count))
 
 
 def tiny_config(model_type: str, without: tuple[str, ...] = (), **settings: Any) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import typer
+from matplotlib import image as mpimg
+from typer.testing import CliRunner
 
 from fapool_plugin import FAPoolConfig
-from tests.models import VOCABULARY, save_model
+from tests.models import save_model, save_tokenizer, words
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,24 +26,77 @@ def test_a_configuration_is_valid(path: Path) -> None:
     assert config.to_dict() | json.loads(path.read_text())["fa_pool"] == config.to_dict()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(save_model("llama", tmp_path_factory.mktemp("model")))
+
+
+def run(example: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / example), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("example", ["generate_hf.py", "generate_megatron.py"])
-def test_an_example_pools_a_long_prompt(tmp_path: Path, example: str) -> None:
+def test_an_example_pools_a_long_prompt(folder: Path, tmp_path: Path, example: str) -> None:
     if "megatron" in example:
         pytest.importorskip("megatron.core")
-    folder = save_model("llama", tmp_path)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
-    (tmp_path / "prompt.txt").write_text(" ".join(f"w{3 + i % 90}" for i in range(60)))
+    (tmp_path / "prompt.txt").write_text(words(60))
     config = json.loads((ROOT / "configs" / "fa_pool.json").read_text())
     config["fa_pool"] |= {"activation": "length", "threshold": 16, "kv_block": 8, "memory_limit_mib": 64}
     (tmp_path / "fa_pool.json").write_text(json.dumps(config))
-    arguments = (ROOT / "examples" / example, folder, tmp_path / "prompt.txt", tmp_path / "fa_pool.json")
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = run(example, folder, tmp_path / "prompt.txt", tmp_path / "fa_pool.json")
     assert done.returncode == 0, done.stderr
     assert "prefill: 2 pooled calls, 0 local ones" in done.stdout
     assert "decode: 62 pooled calls, 0 local ones" in done.stdout
     assert "draining: the last long sequence ended" in done.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_serve_mixed_leases_for_long_prompts_only(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(words(100))
+    options = ("--model", folder, "--prompt-file", tmp_path / "prompt.txt", "--threshold", 40, "--new-tokens", 3)
+    picture = tmp_path / "serve.png"
+    done = run("serve_mixed.py", *options, "--lengths", "8,60,10,70,12", "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    served = [re.split(r" {2,}", line.strip()) for line in done.stdout.splitlines() if re.match(r" +\d", line)]
+    assert [(row[0], row[2], row[3]) for row in served] == [
+        ("8", "local", "idle, then idle"),
+        ("60", "pooled", "active, then idle"),
+        ("10", "local", "idle, then idle"),
+        ("70", "pooled", "active, then idle"),
+        ("12", "local", "idle, then idle"),
+    ]
+    assert all(float(row[1]) >= 0 for row in served)
+    assert "2 activations, 2 releases, 0 faults" in done.stdout
+    kinds = re.findall(r"^\S+  (\w+): ", done.stdout, re.MULTILINE)
+    assert kinds == 2 * ["activating", "active", "draining", "idle"]
+    pixels = mpimg.imread(picture)
+    assert pixels.shape[:2] == (600, 1080)
+    # The spans of pooled and of local requests, in matplotlib's first two colors; the legend stands at the right.
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):
+        same = abs(pixels[:, : 3 * pixels.shape[1] // 4, :3] * 255 - color).max(axis=-1) < 1
+        assert same.sum() > 100, f"hardly a pixel of {color}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--lengths", "8,many"), "--lengths 8,many are no whole numbers; give such as"),
+        (("--lengths", "0,8"), "--lengths is 0; give at least 1"),
+        (("--lengths", "8,90"), "--lengths asks for 90 tokens; the text has 50: give fewer"),
+        (("--lengths", "8", "--new-tokens", "250"), "are 258, the model has 256 positions: give lengths of at most 6"),
+        (("--lengths", "8", "--plot", "serve.txt"), "--plot serve.txt is no picture"),
+        (("--lengths", "8", "--activation", "never"), 'activation = "never"'),
+    ],
+)
+def test_serve_mixed_tells_what_is_wrong(folder: Path, tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
+    (tmp_path / "prompt.txt").write_text(words(50))
+    app = typer.Typer()
+    app.command()(runpy.run_path(str(ROOT / "examples" / "serve_mixed.py"))["main"])
+    options = ["--model", str(folder), "--prompt-file", str(tmp_path / "prompt.txt")]
+    done = CliRunner().invoke(app, [*options, *arguments])
+    assert done.exit_code == 2, done.output
+    assert told in done.stderr.splitlines()[-1]
