@@ -25,6 +25,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=6000, help="length of the prompt, at most")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each base rank")
+    parser.add_argument("--json", type=Path, help="also write tokens, seconds and counters to this file")
     given = deepspeed.add_config_arguments(parser).parse_args()
     if not given.deepspeed_config:
         parser.error("--deepspeed_config is missing: give a JSON file such as configs/ds_inference_fapool.json")
@@ -67,8 +68,11 @@ def main() -> None:
     if tokenizer:
         print(f"text: {tokenizer.decode(tokens)!r}")
     print(f"{ids_BS.shape[1]} prompt tokens, {len(tokens)} new ones: {took_s:.1f} s")
-    if hasattr(engine.module, "fa_pool"):
-        stats = engine.module.fa_pool.stats()
+    pool = getattr(engine.module, "fa_pool", None)
+    stats = pool.stats() if pool else None
+    if given.json:
+        given.json.write_text(json.dumps({"tokens": tokens, "seconds": took_s, "stats": stats}), encoding="utf-8")
+    if stats:
         for phase in ("prefill", "decode"):
             print(
                 f"{phase}: {stats[phase]['pooled_calls']} attention calls pooled, {stats[phase]['local_calls']} local"

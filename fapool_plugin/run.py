@@ -76,11 +76,12 @@ def _enter(path: str | None) -> None:
 
         say_once(error, None)
         raise SystemExit(2) from None
-    if settings is None or not settings.enabled:
+    if settings is None:
         return
-    from fapool_plugin.enlist import enlist
+    if settings.enabled:
+        from fapool_plugin.enlist import enlist
 
-    enlist(settings)
+        enlist(settings)
     if importlib.util.find_spec("deepspeed") is not None:
         from fapool_plugin.integrations.deepspeed import install
 

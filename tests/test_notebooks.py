@@ -27,6 +27,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "RUNS": 1,
         "QUICK": True,
     },
+    "03_deepspeed_and_megatron.ipynb": {"TOKENS": 300, "NEW_TOKENS": 4, "THRESHOLD": 200, "LAYOUTS": [(1, 0), (2, 1)]},
 }
 EXPECTED: dict[str, tuple[str, ...]] = {
     "01_quickstart.ipynb": (
@@ -45,6 +46,13 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         r"on this machine, 1 pool rank\(s\): {'auto'",
         r"pooled: [1-9]\d* calls pooled, 0 local",
         r"300 ( +\d+\.\d\d){4}\n",
+    ),
+    "03_deepspeed_and_megatron.ipynb": (
+        r"base 1 \+ pool 0: .* pooled calls {'prefill': 0, 'decode': 0}",
+        r"base 2 \+ pool 1: .* pooled calls {'prefill': [1-9]\d*, 'decode': 90}",
+        "tokens are identical",
+        "active - 1 pool rank",
+        r"prefill: \d+ pooled calls",
     ),
 }
 """What a run has to print, as patterns, in this order."""

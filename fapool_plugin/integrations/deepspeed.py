@@ -47,14 +47,16 @@ def setup(config: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str]) -> 
     except FAPoolConfigError as error:
         say_once(error, None)
         raise SystemExit(2) from None
-    if settings is not None and settings.enabled:
-        enlist(settings)
+    if settings is not None:
+        if settings.enabled:
+            enlist(settings)
         install(settings)
 
 
 def install(settings: FAPoolConfig) -> None:
-    """Puts ours in the place of ``deepspeed.init_inference`` and ``deepspeed.initialize``."""
-    if get_accelerator().device_name() == "cpu":
+    """Puts ours in the place of ``deepspeed.init_inference`` and ``deepspeed.initialize``. What is not enabled only
+    loses its section, which DeepSpeed would refuse as an unknown key."""
+    if settings.enabled and get_accelerator().device_name() == "cpu":
         # Built anew with a compiler in every new environment, and it knows no group smaller than the launch.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     host = _Host(settings)
@@ -113,9 +115,9 @@ class _Host:
 
     def _agreed(self, section: Any) -> FAPoolConfig | None:
         """The settings of one model: a section in its own config must fit the launch. None: not pooled."""
-        if section is None:
-            return self.settings
-        settings = FAPoolConfig.load(section)
+        settings = self.settings if section is None else FAPoolConfig.load(section)
+        if not self.settings.enabled:
+            return None
         if not settings.enabled:
             return None
         for key in ("pool", "pool_ranks", "pool_placement", "store_port"):
