@@ -158,7 +158,7 @@ def test_a_good_notebook_has_no_problems() -> None:
         (committed(stream("in /home/someone/x.py")), "a path of the machine: /home/someone/x.py"),
         (committed(stream("'/root'")), "a path of the machine: /root"),
         (committed(nbformat.v4.new_output("execute_result", {"text/html": "<b>/tmp/x"})), "machine: /tmp/x"),
-        (committed(source="open('/work/x')"), "machine: /work/x"),
+        (committed(source="open('/data/models/x')"), "machine: /data/models/x"),
         (committed(stream("C:\\Users\\x")), "machine: C:"),
     ],
 )

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 LARGEST = 400_000
 """Bytes of a notebook with its outputs."""
 _KERNEL = "this-python"
-_PATHS = re.compile(r"(?<![\w.:/<])(?:/(?:home|root|Users|tmp|var|mnt|opt|usr|private)(?![\w-])|~/|[A-Za-z]:\\)\S*")
+_PATHS = re.compile(r"(?<![\w.:/<])(?:/(?:(?:home|root|Users|tmp)(?![\w-])|[\w.-]+/[\w.-])|~/|[A-Za-z]:\\)\S*")
 
 
 def with_parameters(notebook: Any, parameters: Mapping[str, Any]) -> Any:
