@@ -1,9 +1,10 @@
 """torch's own flash operators on one piece of a rectangle: every key is seen by every query, or a causal square.
 
 On the CPU the operator works on one sequence, head and block of queries at a time, so a decode step gives it no
-more to do at once than it has KV heads. Here the keys of few queries are cut until every thread has as much. The
-module knows no other mask and no other kernel; `kernels` cuts rectangles into such pieces. (The operators: Dao
-2023, FlashAttention-2; cutting keys: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding.)
+more to do at once than it has KV heads. Here the keys of few queries are cut until every thread has as much. Its
+backward works on one sequence and head at a time, which are not cut. The module knows no other mask and no other
+kernel; `kernels` and `kernel_backward` cut rectangles into such pieces. (The operators: Dao 2023, FlashAttention-2;
+cutting keys: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding.)
 """
 
 from functools import lru_cache, partial
@@ -51,6 +52,31 @@ def flash_piece(
         return out_BKRD.reshape(B, 1, H, D), lse_BKR.reshape(B, H, 1)
     out_BSKGD = out_BKRD.view(B, K, H // K, S, D).permute(0, 3, 1, 2, 4)
     return out_BSKGD.reshape(B, S, H, D), lse_BKR.reshape(B, H, S)
+
+
+def flash_piece_backward(
+    dout_BSHD: Tensor,
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    out_BSHD: Tensor,
+    lse_BHS: Tensor,
+    softmax_scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one piece, (dq, dk, dv) in lse's dtype, given the finished rows' out and lse; strides are free.
+
+    Asks of lengths, last dimensions and `causal` what `flash_piece` does; lse is fp32 (fp64). The CPU operator adds up
+    a key's gradients in the dtype of the key, and in bf16 they would be off by percents: give it fp32.
+    """
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout_BSHD, q_BSHD, k_BTKD, v_BTKD, out_BSHD))
+    if q_BSHD.is_cuda:
+        gradients = _flash_backward_on_cuda(dout, q, k, v, out, lse_BHS, causal, softmax_scale)
+    else:
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradients = backward(dout, q, k, v, out, lse_BHS, 0.0, causal, scale=softmax_scale)
+    dq, dk, dv = (x.transpose(1, 2).to(lse_BHS.dtype) for x in gradients)
+    return dq, dk, dv
 
 
 def _steps(rows: int) -> int:
@@ -115,3 +141,25 @@ def _flash_on_cuda(
     k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
     out, lse, *_ = flash(q, k, v, dropout_p, causal, scale=scale)
     return out.unflatten(0, (B, K)).flatten(1, 2), lse.unflatten(0, (B, K)).flatten(1, 2)
+
+
+def _flash_backward_on_cuda(
+    dout_BHSD: Tensor,
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    out_BHSD: Tensor,
+    lse_BHS: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CUDA operator's backward, with KV heads as batch entries like in `_flash_on_cuda`. Untried on a GPU."""
+    (B, H, S, _), (K, T) = q_BHSD.shape, k_BKTD.shape[1:3]
+    dout, q, out, lse = (x.unflatten(1, (K, H // K)).flatten(0, 1) for x in (dout_BHSD, q_BHSD, out_BHSD, lse_BHS))
+    k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of dropout
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse.contiguous(), None, None, S, T, 0.0, causal, unused, unused, scale=scale
+    )
+    dk, dv = (x.sum(1, dtype=lse.dtype).unflatten(0, (B, K)) for x in (dk, dv))
+    return dq.unflatten(0, (B, K)).flatten(1, 2), dk, dv

@@ -1,25 +1,25 @@
 """Exact attention of one rectangle: queries against keys and values, answered as (out, lse).
 
 Because the log-sum-exp comes along, rectangles that share queries can be computed anywhere and merged into
-the attention of their union. All that differs between CPU and CUDA kernels lives here; the module knows no
-model, no cache and no transport, and keeps nothing for a backward pass: callers detach.
+the attention of their union. Which kernel runs where is decided here, for `kernel_backward` too. The module knows
+no model, no cache and no transport, and keeps nothing for a backward pass: callers detach.
 
 Before a kernel runs, the rectangle is trimmed to the queries that see a key and the keys that are seen. So no
 kernel ever meets an empty or fully masked row, where they answer differently or crash.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fapool_plugin.kernel_torch import flash_piece
+from fapool_plugin.rectangle import Band, exact_dtype, one_head_dim
 
 _DENSE_ROWS = 256  # queries in one score block of the dense kernel, at most
 _DENSE_SCORES = 1 << 22  # scores in one such block: 16 MiB in fp32
@@ -50,20 +50,14 @@ def attend(
     Raises ValueError for shapes, dtypes or devices that do not fit together, and for a kernel that is
     unknown, unavailable, or unable to do what is asked.
     """
-    dtype, device = q_BSHD.dtype, q_BSHD.device
-    if not (dtype == k_BTKD.dtype == v_BTKE.dtype and dtype.is_floating_point):
-        raise ValueError(f"dtypes {dtype}, {k_BTKD.dtype}, {v_BTKE.dtype}: convert q, k and v to one float dtype")
-    if not device == k_BTKD.device == v_BTKE.device:
-        raise ValueError(f"devices {device}, {k_BTKD.device}, {v_BTKE.device}: move q, k and v to one device")
-    shapes = q_BSHD.shape, k_BTKD.shape, v_BTKE.shape
-    job = _prepare(*shapes, dtype, device.type, causal, q_offset, window_size, softcap, kernel)
+    job = job_of(q_BSHD, k_BTKD, v_BTKE, causal, q_offset, window_size, softcap, kernel)
     if job.whole:
         out_BSHE, lse_BHS = _KERNELS[job.kernel].run(q_BSHD, k_BTKD, v_BTKE, softmax_scale, job.band, softcap)
         return out_BSHE, lse_BHS.contiguous()
 
     B, S, H, _ = q_BSHD.shape
     out_BSHE = q_BSHD.new_zeros(B, S, H, v_BTKE.shape[3])
-    lse_BHS = q_BSHD.new_full((B, H, S), -torch.inf, dtype=_accumulator(dtype))
+    lse_BHS = q_BSHD.new_full((B, H, S), -torch.inf, dtype=exact_dtype(q_BSHD.dtype))
     if not job.empty:
         q, k, v = q_BSHD[:, job.queries], k_BTKD[:, job.keys], v_BTKE[:, job.keys]
         part = _KERNELS[job.kernel].run(q, k, v, softmax_scale, job.band, softcap)
@@ -86,7 +80,7 @@ def merge_(out_BSHE: Tensor, lse_BHS: Tensor, part_out: Tensor, part_lse: Tensor
             f"cannot merge a part of shapes {tuple(part_out.shape)}, {tuple(part_lse.shape)} into "
             f"{tuple(out_BSHE.shape)}, {tuple(lse_BHS.shape)}: cut both to the same queries and heads first"
         )
-    if out_BSHE.dtype != _accumulator(out_BSHE.dtype) or lse_BHS.dtype != _accumulator(lse_BHS.dtype):
+    if out_BSHE.dtype != exact_dtype(out_BSHE.dtype) or lse_BHS.dtype != exact_dtype(lse_BHS.dtype):
         raise ValueError(f"{out_BSHE.dtype}, {lse_BHS.dtype} accumulators round at each merge: use float32 or float64")
     part_lse = part_lse.to(lse_BHS.dtype)
     # Two empty sides give -inf - -inf, so the weight of an empty part is set rather than computed.
@@ -149,45 +143,35 @@ def pick_kernel(
     return kernel
 
 
-class _Band(NamedTuple):
-    """What a rectangle's mask lets through: query i sees key j if i + low <= j <= i + high."""
-
-    low: int
-    high: int
-
-    @classmethod
-    def of(cls, S: int, T: int, offset: int, causal: bool, window_size: tuple[int, int]) -> "_Band":
-        left, right = window_size
-        if causal:
-            right = 0  # a right side that looks ahead has nothing to add
-        # -S and T reach beyond the first and the last key from every query.
-        return cls(low=-S if left < 0 else offset - left, high=T if right < 0 else offset + right)
-
-    def trim(self, S: int, T: int) -> tuple[slice, slice, "_Band"]:
-        """The queries that see a key, the keys they see, and the band between those two."""
-        q_start = max(0, -self.high)
-        q_stop = max(q_start, min(S, T - self.low))
-        k_start = max(0, q_start + self.low)
-        k_stop = max(k_start, min(T, q_stop + self.high))
-        shift = q_start - k_start
-        return slice(q_start, q_stop), slice(k_start, k_stop), _Band(self.low + shift, self.high + shift)
-
-    def hides_left(self, S: int) -> bool:
-        return S - 1 + self.low > 0
-
-    def hides_right(self, T: int) -> bool:
-        return self.high < T - 1
-
-
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """The trimmed rectangle of one call, its band, and the kernel that computes it."""
 
     kernel: str
     queries: slice
     keys: slice
-    band: _Band
+    band: Band
     whole: bool  # nothing was trimmed
     empty: bool  # nothing is left
+
+
+def job_of(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKE: Tensor,
+    causal: bool,
+    q_offset: int | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    kernel: str | None,
+) -> Job:
+    """What to compute of one call, forward or backward, and by which kernel. Raises ValueError as `attend` does."""
+    dtype, device = q_BSHD.dtype, q_BSHD.device
+    if not (dtype == k_BTKD.dtype == v_BTKE.dtype and dtype.is_floating_point):
+        raise ValueError(f"dtypes {dtype}, {k_BTKD.dtype}, {v_BTKE.dtype}: convert q, k and v to one float dtype")
+    if not device == k_BTKD.device == v_BTKE.device:
+        raise ValueError(f"devices {device}, {k_BTKD.device}, {v_BTKE.device}: move q, k and v to one device")
+    shapes = q_BSHD.shape, k_BTKD.shape, v_BTKE.shape
+    return _prepare(*shapes, dtype, device.type, causal, q_offset, window_size, softcap, kernel)
 
 
 @lru_cache(maxsize=256)
@@ -202,7 +186,7 @@ def _prepare(
     window_size: tuple[int, int],
     softcap: float,
     kernel: str | None,
-) -> _Job:
+) -> Job:
     """What follows from shapes and arguments alone. Kept, because all layers of a forward ask for the same.
 
     Raises ValueError as `attend` does.
@@ -220,32 +204,29 @@ def _prepare(
     if not softcap >= 0:
         raise ValueError(f"softcap {softcap}: use 0 for none, else a positive number")
     offset = T - S if q_offset is None else q_offset
-    queries, keys, band = _Band.of(S, T, offset, causal, window_size).trim(S, T)
+    queries, keys, band = Band.of(S, T, offset, causal, window_size).trim(S, T)
     rows, columns = queries.stop - queries.start, keys.stop - keys.start
     empty = min(B, rows, columns) == 0
     windowed = not empty and band.hides_left(rows)
     name = pick_kernel(device_type, dtype, max(D, v[3]), left_window=windowed, softcap=softcap > 0, kernel=kernel)
-    return _Job(name, queries, keys, band, whole=not empty and (rows, columns) == (S, T), empty=empty)
+    return Job(name, queries, keys, band, whole=not empty and (rows, columns) == (S, T), empty=empty)
 
 
 def _flash_attn(
-    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: _Band, softcap: float
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: Band, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """The flash-attn package (Dao 2023, FlashAttention-2). Untried on a GPU."""
     flash_attn_func = _flash_attn_func()
     assert flash_attn_func is not None
     S, T, E = q_BSHD.shape[1], k_BTKD.shape[1], v_BTKE.shape[3]
-    # Its window counts from the bottom-right diagonal. After trimming neither side can come out negative.
-    left = T - S - band.low if band.hides_left(S) else -1
-    right = band.high - (T - S) if band.hides_right(T) else -1
-    q, k, v = _one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=8)
+    q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=8)
     # causal stays False: the window's right side says the same, at any offset.
     out, lse_BHS, _ = flash_attn_func(
         q,
         k,
         v,
         softmax_scale=softmax_scale,
-        window_size=(left, right),
+        window_size=band.bottom_right_window(S, T),
         softcap=softcap,
         return_attn_probs=True,
     )
@@ -253,7 +234,7 @@ def _flash_attn(
 
 
 def _torch_flash(
-    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: _Band, softcap: float
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: Band, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """torch's own flash kernels (Dao 2023) on CPU and CUDA: no window on the left, no softcap.
 
@@ -261,7 +242,7 @@ def _torch_flash(
     aligns its causal mask to: every query sees the first `offset` keys, and then a square begins.
     """
     S, T, E, offset = q_BSHD.shape[1], k_BTKD.shape[1], v_BTKE.shape[3], band.high
-    q, k, v = _one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=8 if q_BSHD.is_cuda else 1)
+    q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=8 if q_BSHD.is_cuda else 1)
     if not band.hides_right(T):
         out, lse_BHS = flash_piece(q, k, v, softmax_scale, causal=False)
         return out[..., :E], lse_BHS
@@ -279,8 +260,21 @@ def _torch_flash(
     return out[..., :E], lse_BHS
 
 
+def dense_blocks(S: int, T: int, band: Band, heads: int) -> Iterator[tuple[slice, slice]]:
+    """Queries of one block of a dense kernel and the keys they see, block after block.
+
+    `heads` query heads of all sequences together are computed at a time. Their scores in one block are no more than
+    `_DENSE_SCORES`, unless one query alone has more.
+    """
+    widest = min(T, band.high - band.low + _DENSE_ROWS)
+    step = max(1, min(_DENSE_ROWS, _DENSE_SCORES // (heads * widest)))
+    for start in range(0, S, step):
+        stop = min(S, start + step)
+        yield slice(start, stop), slice(max(0, start + band.low), min(T, stop + band.high))
+
+
 def _dense(
-    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: _Band, softcap: float
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: Band, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Plain attention in blocks of queries (Rabe and Staats 2021), touching only the keys a block sees.
 
@@ -288,35 +282,28 @@ def _dense(
     """
     B, S, H, _ = q_BSHD.shape
     T, K, E = v_BTKE.shape[1:]
-    G, exact = H // K, _accumulator(q_BSHD.dtype)
+    G, exact = H // K, exact_dtype(q_BSHD.dtype)
     out_BSHE = q_BSHD.new_empty(B, S, H, E)
     lse_BHS = q_BSHD.new_empty(B, H, S, dtype=exact)
-    widest = min(T, band.high - band.low + _DENSE_ROWS)
-    step = max(1, min(_DENSE_ROWS, _DENSE_SCORES // (B * H * widest)))
     # Autocast would turn the products back into half precision.
     with torch.autocast(q_BSHD.device.type, enabled=False):
-        for start in range(0, S, step):
-            stop = min(S, start + step)
-            rows = stop - start
-            first, last = max(0, start + band.low), min(T, stop + band.high)
-            q_BKGsD = q_BSHD[:, start:stop].unflatten(2, (K, G)).permute(0, 2, 3, 1, 4).to(exact)
-            k_BKDt = k_BTKD[:, first:last].permute(0, 2, 3, 1).to(exact)
-            v_BKtE = v_BTKE[:, first:last].transpose(1, 2).to(exact)
+        for queries, keys in dense_blocks(S, T, band, B * H):
+            rows = queries.stop - queries.start
+            q_BKGsD = q_BSHD[:, queries].unflatten(2, (K, G)).permute(0, 2, 3, 1, 4).to(exact)
+            k_BKDt = k_BTKD[:, keys].permute(0, 2, 3, 1).to(exact)
+            v_BKtE = v_BTKE[:, keys].transpose(1, 2).to(exact)
 
             # A group's heads and queries are rows of one product, so K and V are never repeated.
             scores = (q_BKGsD.flatten(2, 3) @ k_BKDt).mul_(softmax_scale)
             if softcap > 0:
                 scores.div_(softcap).tanh_().mul_(softcap)
-            j = torch.arange(first, last, device=q_BSHD.device)
-            i = torch.arange(start, stop, device=q_BSHD.device)[:, None]
-            hidden = (j < i + band.low) | (j > i + band.high)
-            scores.unflatten(2, (G, rows)).masked_fill_(hidden, -torch.inf)
+            scores.unflatten(2, (G, rows)).masked_fill_(band.hidden(queries, keys, q_BSHD.device), -torch.inf)
             lse = scores.logsumexp(dim=-1)
             out = scores.sub_(lse[..., None]).exp_() @ v_BKtE
 
             out_BsKGE = out.unflatten(2, (G, rows)).permute(0, 3, 1, 2, 4)
-            out_BSHE[:, start:stop].unflatten(2, (K, G)).copy_(out_BsKGE)
-            lse_BHS[:, :, start:stop] = lse.view(B, H, rows)
+            out_BSHE[:, queries].unflatten(2, (K, G)).copy_(out_BsKGE)
+            lse_BHS[:, :, queries] = lse.view(B, H, rows)
     return out_BSHE, lse_BHS
 
 
@@ -324,7 +311,7 @@ def _dense(
 class _Kernel:
     """A kernel function, where it runs, and what it can do."""
 
-    run: Callable[[Tensor, Tensor, Tensor, float, _Band, float], tuple[Tensor, Tensor]]
+    run: Callable[[Tensor, Tensor, Tensor, float, Band, float], tuple[Tensor, Tensor]]
     fits: Callable[[str, torch.dtype, int], bool]
     left_window: bool
     softcap: bool
@@ -337,6 +324,11 @@ def _flash_attn_func() -> Callable[..., Any] | None:
         return importlib.import_module("flash_attn").flash_attn_func
     except ImportError:
         return None
+
+
+def flash_attn_backward() -> Callable[..., Any]:
+    """flash-attn's backward of one call, which it offers under no public name. Untried on a GPU."""
+    return importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_backward
 
 
 def _fits_cuda(device_type: str, dtype: torch.dtype, head_dim: int) -> bool:
@@ -366,22 +358,5 @@ _KERNELS: Mapping[str, _Kernel] = MappingProxyType(
 )
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _per_row(weight_BHS: Tensor) -> Tensor:
     return weight_BHS.transpose(1, 2).unsqueeze(-1)
-
-
-def _one_head_dim(*tensors: Tensor, multiple: int) -> list[Tensor]:
-    """The tensors with one contiguous last dimension, zero-padded where they differ: zeros change no score.
-
-    torch's CPU operator takes contiguity for granted: called directly, it reads wrong numbers without it.
-    """
-    head_dim = max([x.shape[-1] for x in tensors])
-    head_dim += -head_dim % multiple
-    return [
-        x if x.shape[-1] == head_dim and x.stride(-1) == 1 else F.pad(x, (0, head_dim - x.shape[-1])).contiguous()
-        for x in tensors
-    ]
