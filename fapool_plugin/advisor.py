@@ -25,6 +25,8 @@ from fapool_plugin.plan import MOST_BLOCKS, SHORTEST_BLOCK, Geometry
 
 MARGIN = 0.15
 """A pooled forward may take this much longer than the base alone was to take before anybody is warned."""
+PARTS = 2
+"""Of a training batch in flight: each costs its own small matrices, and two are enough to overlap."""
 _STEPS = 16
 """Decode steps are judged together: one is short, and may carry keys for many."""
 _WEIGHT = 0.5
@@ -99,7 +101,7 @@ class Advisor:
         if not any(row.q_stop > row.q_start for row in forward.geometry.rows):
             return None  # all that is new is padding
         cores = self.cores(torch.get_num_threads())
-        if forward.phase == "prefill":
+        if forward.phase != "decode":
             return self.prefill(forward.geometry, cores, overlap=overlap)
         rows = [index for index, row in enumerate(forward.geometry.rows) if row.keys]
         held = [forward.sequence.residency.by_row(rank.key, rows) for rank in ranks]
@@ -109,6 +111,8 @@ class Advisor:
         """How many blocks of a prompt to keep in flight."""
         if forward.phase == "decode" or self.config.blocks == 1:
             return 1
+        if forward.phase == "training" and one_block is None:
+            return PARTS
         if one_block is not None:
             self.counters.not_overlapped(one_block)
             return 1

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fapool_plugin.cost import share_s
 from fapool_plugin.forward import Forward
+from fapool_plugin.gradients import Shares
+from fapool_plugin.graph import with_gradients, without_autocast
 from fapool_plugin.joint import Asked, Sizes, arrange, distribute, part_ways
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
@@ -74,22 +76,18 @@ class FAPoolAttention(nn.Module):
         Returns:
             (B, S, H, E) contiguous, in q's dtype; 0 at padded queries.
         """
-        counters = self.manager.counters.phase(decided.phase)
         if local is not None:
-            counters.local_calls += 1
+            self.manager.counters.phase(decided.phase).local_calls += 1
             return local()
         call = _Call(self, decided, q_BHSD, k_BKTD, v_BKTE, resident, softmax_scale, softcap)
-        call.post()
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKTD, v_BKTE)):
+            return with_gradients(call, sinks_H)
+        with without_autocast(q_BHSD):
+            call.post()
         if decided.hand_over is not None:
             decided.hand_over()
-        pooled = call.wait()
-        self.manager.timeline.switch(LINEAR)
-        counters.pooled_calls += pooled
-        counters.local_calls += not pooled
-        out = call.out_BSHE
-        if sinks_H is not None:
-            out, _ = fold_sinks(out, call.lse_BHS, sinks_H)
-        return out.to(q_BHSD.dtype).contiguous()
+        with without_autocast(q_BHSD):
+            return call.finish(sinks_H)[0]
 
 
 class _Part(NamedTuple):
@@ -127,6 +125,7 @@ class _Call:
         self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=exact)
         self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=exact)
         self._asked: list[Asked] = []
+        self._mine: list[Tile] = []
         self._timeline = module.manager.timeline
         self._sizes = Sizes(
             # Merged results travel as exactly as they are here.
@@ -161,13 +160,30 @@ class _Call:
             self._ask(one)
             if one.call is None and one.above is None:
                 mine.extend(one.tiles)
+        self._mine = mine
         self._compute(mine)
         self._timeline.switch(LINEAR)
 
-    def wait(self) -> bool:
-        """Completes ``out_BSHE`` and ``lse_BHS``; True if a pool rank computed any of it."""
-        pooled = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
-        return any(pooled)
+    def finish(self, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(out, lse) with the pool ranks' parts and with sinks; out contiguous, in q's dtype."""
+        gathered = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
+        pooled = any(gathered)
+        self._timeline.switch(LINEAR)
+        counters = self.manager.counters.phase(self.decided.phase)
+        counters.pooled_calls += pooled
+        counters.local_calls += not pooled
+        out, lse = self.out_BSHE, self.lse_BHS
+        if sinks_H is not None:
+            out, lse = fold_sinks(out, lse, sinks_H)
+        return out.to(self.q.dtype).contiguous(), lse
+
+    def shares(self) -> Shares:
+        """Who was asked for what, for the call's backward."""
+        ranks = {one.rank.number: one.tiles for one in self._asked if one.call is not None}
+        return Shares(
+            self.manager, self.geometry, self.decided.keeper, self.sequence.id, self.layer, self.scale, self.softcap,
+            self._mine, ranks,
+        )  # fmt: skip
 
     def _held(self, rank: PoolRank) -> Callable[[Tile], int]:
         def held(tile: Tile) -> int:

@@ -176,6 +176,51 @@ def attention(
 
 
 @app.command()
+def training(
+    tokens: Annotated[int, typer.Option(help="Length of each row.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows; two or more overlap.")] = 2,
+    model: Model = None,
+    base_threads: Annotated[int, typer.Option(help="CPU threads of the base.")] = 1,
+    pool_ranks: Annotated[int, typer.Option(help="Pool ranks, of one thread each.")] = 1,
+    threshold: Threshold = 2048,
+    base_share: Annotated[
+        float | None, typer.Option(help="The base's part of attention; default: the plan's, or every rank alike.")
+    ] = None,
+    runs: Runs = 3,
+    json_file: Json = None,
+    plot_file: Plot = None,
+) -> None:
+    """Forward and backward of one batch: plain sdpa, and the pool.
+
+    Exit codes: 0 done, 1 gradients differ, 2 an error.
+    """
+    with _told_errors():
+        counts = {"--tokens": tokens, "--batch": batch, "--threads": base_threads, "--pool-ranks": pool_ranks}
+        _check(counts | {"--runs": runs}, json_file, plot_file)
+        _check_longer(tokens, threshold)
+        fa_pool = _fa_pool(threshold=threshold, pool_ranks=pool_ranks, activation="length", base_share=base_share)
+        with _prepared(model, tokens * batch) as (screen, work):
+            plain = work | {"batch": batch, "warm": min(tokens, threshold + 64)}
+            pooled = plain | {"fa_pool": fa_pool}
+            make, every = "huggingface.plain_training", base_threads + pool_ranks
+            contenders = [
+                Contender(_threads("sdpa", base_threads), make, plain, base_threads),
+                Contender(_threads("sdpa", every), make, plain, every),
+                Contender(
+                    f"fapool, {base_threads} + {pool_ranks}",
+                    "huggingface.pooled_training",
+                    pooled,
+                    base_threads,
+                    pool_threads=pool_ranks,
+                    claims="pooled",
+                ),
+            ]
+            results = compare([[c] for c in contenders], runs, screen)
+        options = {"model": model or "demo", "tokens": tokens, "batch": batch, "threshold": threshold}
+        _finish(Report("training", options, "a step", results), json_file, plot_file)
+
+
+@app.command()
 def short(
     tokens: Annotated[int, typer.Option(help="Length of the prompt, at most the threshold.")] = 512,
     model: Model = None,

@@ -18,6 +18,10 @@ from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry, Plan, make_plan, shortened, speeds
 
 
+class _Keeper:
+    """Lives in a graph."""
+
+
 @dataclass
 class Forward:
     """One forward of a model."""
@@ -42,6 +46,8 @@ class Forward:
     """The base's part of the attention work; None: as much as any other rank."""
     blocks: int = 1
     """Blocks of the prompt to keep in flight."""
+    keeper: object = None
+    """In training: what the graph holds, and with it the lease."""
     whole: Geometry | None = None
     """The prompt's, if this is one block of it."""
     hand_over: Callable[[], None] | None = None
@@ -53,6 +59,19 @@ class Forward:
         assert self.geometry is not None
         part = self.geometry.block(start, stop)
         return replace(self, geometry=part, whole=self.geometry, hand_over=hand_over, blocks=1, _plans={})
+
+    def in_graph(self, watch: Callable[[object, SequenceState], None]) -> Forward:
+        """This forward in training: its sequence, and with it the lease, last as long as anything of the graph."""
+        assert self.sequence is not None
+        keeper = _Keeper()
+        watch(keeper, self.sequence)
+        return replace(self, keeper=keeper, choice=None)
+
+    def part(self, start: int, stop: int, hand_over: Callable[[], None]) -> Forward:
+        """The rows [start, stop) of this forward as one of several parts in flight."""
+        assert self.geometry is not None
+        rows = replace(self.geometry, starts=self.geometry.starts[start:stop], stops=self.geometry.stops[start:stop])
+        return replace(self, geometry=rows, hand_over=hand_over, blocks=1, _plans={})
 
     def plan(self, kv_heads: int, bytes_per_position: int, layers: int) -> Plan:
         """The plan for layers with so many KV heads, over the ranks that are left. A share whose keys would not fit
@@ -67,6 +86,8 @@ class Forward:
         assert self.geometry is not None
         line = now = tuple(speeds(len(ranks), self.base_share))
         few, prompt, state = self.config.kv_block, None, self.sequence
+        if self.phase == "training":
+            few = 0
         if self.whole is not None:
             few, prompt = 0, tuple(self.whole.rows)
         elif state is not None and self.phase == "decode" and len(state.line) == len(line):

@@ -40,6 +40,8 @@ class PoolRank:
         self._call = 0
         self._sent: deque[tuple[int, int]] = deque()
         """(call, messages the link had sent by then): what has gone once the call is answered."""
+        self._early: dict[int, Message] = {}
+        """Replies to calls that nobody has waited for yet."""
         self._counted = link.bytes_sent, link.bytes_received
 
     def open(self) -> None:
@@ -68,12 +70,15 @@ class PoolRank:
         return self._call
 
     def answer(self, call: int) -> Message:
-        """Waits for the reply to ``call``; replies to calls that were given up are dropped."""
-        while True:
+        """Waits for the reply to ``call``. Replies to calls that were given up are dropped; but gradients may be asked
+        for in another order than they were sent for, and are kept while the lease lasts."""
+        while call not in self._early:
             message = self.link.receive()
-            if (message.header.op, message.header.token, message.header.call) == (Op.ATTEND, self.token, call):
-                self.answered(call)
-                return message
+            header = message.header
+            if header.token == self.token and (header.call == call or header.op == Op.BACKWARD):
+                self._early[header.call] = message
+        self.answered(call)
+        return self._early.pop(call)
 
     def answered(self, call: int) -> None:
         """The answer to ``call`` is here, by whatever way: what was sent until then has gone."""

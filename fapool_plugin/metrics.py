@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "training", "backward"]
+"""training: forwards of which gradients may be asked; backward: what is asked of them."""
 
 
 @dataclass
@@ -64,6 +65,8 @@ class Counters:
 
     prefill: PhaseCounters = field(default_factory=PhaseCounters)
     decode: PhaseCounters = field(default_factory=PhaseCounters)
+    training: PhaseCounters = field(default_factory=PhaseCounters)
+    backward: PhaseCounters = field(default_factory=PhaseCounters)
     activations: int = 0
     releases: int = 0
     faults: int = 0
@@ -81,7 +84,8 @@ class Counters:
 
     def phase(self, name: Phase) -> PhaseCounters:
         """The counters of one phase."""
-        return self.prefill if name == "prefill" else self.decode
+        counters: PhaseCounters = getattr(self, name)
+        return counters
 
     def rank(self, rank: int) -> RankCounters:
         """The counters of one pool rank, made on first use."""
@@ -106,6 +110,8 @@ class Counters:
         return {
             "prefill": asdict(self.prefill),
             "decode": asdict(self.decode),
+            "training": asdict(self.training),
+            "backward": asdict(self.backward),
             "activations": self.activations,
             "releases": self.releases,
             "faults": self.faults,

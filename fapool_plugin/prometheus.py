@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 HOST = "127.0.0.1"
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "training", "backward")
 STATES = ("idle", "activating", "active", "draining", "closed")
 
 

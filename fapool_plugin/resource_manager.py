@@ -60,8 +60,7 @@ class ResourceManager:
         base_ranks: int = 1,
     ) -> None:
         self.config, self._make_pool, self._agree = config, make_pool, agree or _unasked
-        self.base_ranks = base_ranks
-        """That share one model, and so use every pool rank at the same time."""
+        self.base_ranks = base_ranks  # that share one model, and so use every pool rank at the same time
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
         """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
         self.counters, self.timeline = Counters(), Timeline()
@@ -290,6 +289,13 @@ class ResourceManager:
             self._failed_for, self.state = self._current, "idle"
             self.counters.log("idle", "every pool rank was lost; the next sequence may borrow again")
 
+    def borrow(self, length: int, sequence_id: int) -> list[PoolRank]:
+        """Ranks for a sequence's backward, outside any forward: the lease there is, or a new one."""
+        if not (self.ranks or self.is_closed or self._is_forked):
+            self._activate(length, None)
+        self._live.update([sequence_id] if self.ranks else [])
+        return list(self.ranks)
+
     def watch(self, owner: object, sequence: SequenceState) -> None:
         """The sequence ends when ``owner``, its cache, is gone."""
         weakref.finalize(owner, self._sequence_ended, sequence.id).atexit = False
@@ -368,8 +374,7 @@ class ResourceManager:
                     rank.open()
         except (RuntimeError, OSError) as error:
             self.counters.log("fault", f"no pool rank could be had: {error}")
-            told = f"fa_pool: no pool rank could be had, computing locally: {error}"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            warnings.warn(f"fa_pool: no pool rank, computing locally: {error}", RuntimeWarning, stacklevel=2)
         except BaseException:
             self.ranks, self.state = [], "idle"
             raise

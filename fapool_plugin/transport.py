@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 TILE_FIELDS, PART_FIELDS = 9, 4
 INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
@@ -44,6 +44,7 @@ class Op(IntEnum):
     BYE = 5
     PEER = 6
     KEYS = 7
+    BACKWARD = 8
 
 
 class Status(IntEnum):
@@ -126,21 +127,28 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
-    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.KEYS):
+    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.KEYS, Op.BACKWARD):
         return []
     sizes = [header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements]
     sizes += [header.peers, header.parts]
     if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0:
         raise LinkLost(f"malformed header {tuple(header)}")
     dtype = _DTYPES[header.dtype]
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = ((elements,) for elements in (header.q_elements, header.k_elements, header.v_elements))
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
+    if header.op == Op.BACKWARD:
+        out, lse = (header.lse_elements * header.v_head_dim,), (header.lse_elements,)
+        if header.status == Status.REQUEST:
+            parts += [((header.tiles, TILE_FIELDS), torch.int64), (q, dtype), (k, dtype), (v, dtype)]
+            return [*parts, (out, dtype), (lse, exact), (out, dtype)]
+        return [(q, exact), (k, exact), (v, exact)] if header.status == Status.OK else []
     if header.status == Status.REQUEST:
         parts.append(((header.tiles, TILE_FIELDS), torch.int64))
-        parts += [((elements,), dtype) for elements in (header.q_elements, header.k_elements, header.v_elements)]
+        parts += [(q, dtype), (k, dtype), (v, dtype)]
         parts += [((header.peers,), torch.int64)] if header.peers else []
     elif header.status == Status.OK:
-        lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        parts += [((header.q_elements,), dtype), ((header.lse_elements,), lse_dtype)]
+        parts += [(q, dtype), ((header.lse_elements,), exact)]
         if header.parts:
             parts += [((header.tiles, TILE_FIELDS), torch.int64), ((header.parts, PART_FIELDS), torch.int64)]
     return parts

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fapool_plugin.exchange import Inbox, Payload, connect_at
+from fapool_plugin.kernel_backward import attend_backward
 from fapool_plugin.kernels import attend
 from fapool_plugin.kv_cache import PrefixStore
 from fapool_plugin.meeting import wait_for_ring
@@ -77,10 +78,13 @@ class Worker:
         if header.op == Op.HELLO:
             link.send(self._hello(link, header))
         elif self.lease is None or header.token != self.lease:
-            if header.op == Op.ATTEND:
+            if header.op in (Op.ATTEND, Op.BACKWARD):
                 link.send(header._replace(status=Status.STALE))
         elif header.op == Op.ATTEND:
             self._answer(link, message)
+            link.settle(link.messages_sent - _UNSETTLED)
+        elif header.op == Op.BACKWARD:
+            link.send(*self.backward(message))
             link.settle(link.messages_sent - _UNSETTLED)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
@@ -181,6 +185,26 @@ class Worker:
         )
         return header, (outs, lses)
 
+    def backward(self, message: Message) -> tuple[Header, Payload]:
+        """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed."""
+        began = time.perf_counter_ns()
+        request, dqs, dks, dvs = _Request(message, self.device), [], [], []
+        for _, head_start, head_stop, q_start, q_stop, k_start, k_stop, _, _ in message.tensors[0].tolist():
+            heads, length = head_stop - head_start, q_stop - q_start
+            q = request.queries(heads, length)[None].transpose(1, 2)
+            k, v = (x[None].transpose(1, 2) for x in request.keys(heads, k_stop - k_start))
+            out, lse, dout = request.outputs(heads, length)
+            dq, dk, dv = attend_backward(
+                dout, q, k, v, out, lse,
+                softmax_scale=request.scale, causal=True, q_offset=q_start - k_start, softcap=request.softcap,
+            )  # fmt: skip
+            # Heads first, as all that travels.
+            dqs.append(dq.transpose(1, 2))
+            dks.append(dk.transpose(1, 2))
+            dvs.append(dv.transpose(1, 2))
+        took = time.perf_counter_ns() - began
+        return message.header._replace(status=Status.OK, extra=took, clock=began), (dqs, dks, dvs)
+
 
 class _Request:
     """Reads a request's flat payload tile by tile."""
@@ -188,7 +212,8 @@ class _Request:
     def __init__(self, message: Message, device: torch.device) -> None:
         self.header = message.header
         self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:4])
-        self._q_at = self._k_at = self._v_at = 0
+        self._results = [tensor.to(device) for tensor in message.tensors[4:7]]
+        self._q_at = self._k_at = self._v_at = self._row_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 
     def queries(self, kv_heads: int, length: int) -> Tensor:
@@ -196,6 +221,15 @@ class _Request:
         heads, dim = kv_heads * self.header.group, self.header.head_dim
         self._q_at, start = self._q_at + heads * length * dim, self._q_at
         return self._q[start : self._q_at].view(heads, length, dim)
+
+    def outputs(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The next tile's outputs (1, S, H, E), LSEs (1, H, S) and gradients of the outputs (1, S, H, E)."""
+        heads, dim = kv_heads * self.header.group, self.header.v_head_dim
+        self._row_at, start = self._row_at + heads * length, self._row_at
+        out, lse, dout = self._results
+        rows, elements = slice(start, self._row_at), slice(start * dim, self._row_at * dim)
+        shaped = (x[elements].view(1, length, heads, dim) for x in (out, dout))
+        return next(shaped), lse[rows].view(1, heads, length), next(shaped)
 
     def keys(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor]:
         """The next tile's new keys (K, T, D) and values (K, T, E)."""

@@ -149,7 +149,7 @@ def returned(path: Path, functions: set[str]) -> Iterator[str]:
 
 def test_every_reason_for_one_block_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
-    asked = {"one_block_model", "one_block_reason", "_not_in_blocks"}
+    asked = {"one_block_model", "one_block_reason", "_one_part_reason", "_collector_reason", "_not_in_blocks"}
     reasons = set(returned(home / "huggingface_forward.py", asked))
     shown = names(table(read("docs/huggingface.md"), "reason"))
     # This one is given where the model is wrapped, in an expression.

@@ -43,12 +43,12 @@ def settings(stage: int) -> dict[str, Any]:
     }
 
 
-def without_the_plugin(folder: Path, place: Path, stage: int) -> dict[str, Any]:
+def without_the_plugin(folder: Path, place: Path, stage: int, *more: str) -> dict[str, Any]:
     """The same script on two ranks, with the section switched off."""
     place.mkdir()
     config = Setting(place, settings(stage), {"enabled": False})
     command = [*deepspeed(2), *by_runner("train.py"), "--deepspeed_config", write(config)]
-    done = run(place, [*command, "--model", str(folder), "--out", str(place)])
+    done = run(place, [*command, "--model", str(folder), "--out", str(place), *more])
     assert done.code == 0, done.said[-4000:]
     assert done.base()["stats"] is None
     return done.base()
@@ -70,11 +70,12 @@ def alike(told: dict[str, Any], expected: dict[str, Any]) -> None:
     assert expected["losses"][0] != expected["losses"][-1], "nothing was trained"
 
 
-def long_evaluation_was_pooled(stats: dict[str, Any], steps: int) -> None:
-    assert stats["prefill"]["pooled_calls"] >= LAYERS, stats
+def everything_was_pooled(stats: dict[str, Any], steps: int, *, checkpointed: bool = False) -> None:
+    """Steps of training, forward and backward, and a long evaluation."""
+    assert stats["training"]["pooled_calls"] == steps * LAYERS * (1 + checkpointed), stats
+    assert stats["backward"]["pooled_calls"] == steps * LAYERS, stats
     assert stats["prefill"]["pooled_forwards"] == 1, stats
-    (reason, times), *_ = stats["local_reasons"].items()
-    assert (reason.split()[0], times) == ("training", steps), stats["local_reasons"]
+    assert (stats["local_reasons"], stats["faults"]) == ({}, 0), stats
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -89,13 +90,38 @@ def test_zero(folder: Path, tmp_path: Path, stage: int) -> None:
         told = done.base(rank)
         number = str(rank)
         assert told["world"] == {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-        long_evaluation_was_pooled(told["stats"], 3)
+        everything_was_pooled(told["stats"], 3)
         not_overlapped = list(told["stats"]["not_overlapped_reasons"])
-        assert not_overlapped == (["its weights are partitioned (ZeRO-3)"] if stage == 3 else []), not_overlapped
-    files = sorted(path.name for path in (tmp_path / "csv").rglob("FAPool*prefill*pooled*calls*.csv"))
+        reason = "its weights are partitioned (ZeRO-3)" if stage == 3 else "a batch of one sequence has no parts"
+        assert not_overlapped == [reason], not_overlapped
+    files = sorted(path.name for path in (tmp_path / "csv").rglob("FAPool*training*pooled*calls*.csv"))
     assert files, sorted(path.name for path in (tmp_path / "csv").rglob("*"))
     rows = list(csv.reader((tmp_path / "csv" / "job" / files[0]).open()))
     assert len(rows) == 1 + 3, rows
+
+
+CASES = [(stage, checkpointed) for stage in (1, 2, 3) for checkpointed in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "checkpointed"),
+    [pytest.param(*case, marks=[] if case in ((2, False), (3, True)) else pytest.mark.full) for case in CASES],
+)
+def test_twenty_steps_and_two_losses_of_a_rank(folder: Path, tmp_path: Path, stage: int, checkpointed: bool) -> None:
+    """A pool rank dies in the middle of forward at one step, and of backward at another: the losses stay."""
+    config = write(Setting(tmp_path, settings(stage)))
+    command = [*deepspeed(3), *by_runner("train.py"), "--deepspeed_config", config, "--model", str(folder)]
+    more = ["--steps", "20", "--length", "1000", *(["--checkpointing"] if checkpointed else [])]
+    # A worker takes some seconds to come back.
+    kills = ["--kill-forward", "7", "--kill-backward", "13", "--pause", "0.8"]
+    done = run(tmp_path, [*command, "--out", str(tmp_path), *more, *kills])
+    assert done.code == 0, done.said[-4000:]
+    alike(done.base(), without_the_plugin(folder, tmp_path / "plain", stage, *more))
+    for rank in range(2):
+        stats = done.base(rank)["stats"]
+        assert stats["backward"]["pooled_calls"] > 10 * LAYERS, stats
+        assert sum(event["kind"] == "fault" for event in stats["events"]) >= 2, stats["events"]
+    assert done.said.count("ended with exit code -9") == 2, done.said[-4000:]
 
 
 def test_two_nodes_with_the_pool_on_the_second(folder: Path, tmp_path: Path) -> None:
@@ -136,7 +162,7 @@ def by_nodes(
     for rank, local_rank in enumerate(local_ranks):
         world, number = ended[0].base(rank)["world"], str(rank)
         assert world == {"RANK": number, "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
-        long_evaluation_was_pooled(ended[0].base(rank)["stats"], 3)
+        everything_was_pooled(ended[0].base(rank)["stats"], 3)
 
 
 def accelerate(*options: str) -> list[str]:
@@ -155,7 +181,7 @@ def test_accelerate_with_deepspeed(folder: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.said[-4000:]
     assert done.base()["processes"] == 2
     for rank in range(2):
-        long_evaluation_was_pooled(done.base(rank)["stats"], 4)
+        everything_was_pooled(done.base(rank)["stats"], 4)
 
 
 def test_accelerate_without_deepspeed(folder: Path, tmp_path: Path) -> None:
@@ -167,4 +193,4 @@ def test_accelerate_without_deepspeed(folder: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.said[-4000:]
     assert done.base()["processes"] == 2
     for rank in range(2):
-        long_evaluation_was_pooled(done.base(rank)["stats"], 4)
+        everything_was_pooled(done.base(rank)["stats"], 4)

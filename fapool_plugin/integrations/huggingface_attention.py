@@ -11,7 +11,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
@@ -24,7 +26,7 @@ from fapool_plugin.resource_manager import ResourceManager
 NAME = "fapool"
 """How the attention and the mask function are registered; transformers looks for "flash" in such names."""
 
-_KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position"}
+_KNOWN_TENSORS = {"s_aux", "position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch"}
 """Tensors that models hand to attention and that are accounted for; with any other a call is refused."""
 
 
@@ -37,6 +39,10 @@ class Scope:
     cache: Cache | None
     local: str
     """The attention implementation of calls that are not pooled, by its name in transformers."""
+    documents: tuple[int, ...] = ()
+    """Lengths of the documents that are packed into the one row, if they are."""
+    recomputed: bool = False
+    """Layers run once more in backward (gradient checkpointing), when no forward is open."""
 
 
 SCOPE: ContextVar[Scope | None] = ContextVar("fapool_scope", default=None)
@@ -52,12 +58,22 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
             kwargs |= _block_sizes(scope.decided, kwargs.get("local_size"))
         return ALL_MASK_ATTENTION_FUNCTIONS[scope.local if scope else "sdpa"](*args, **kwargs)
     causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    if not causal or not kwargs.get("allow_is_causal_skip", True):
+    if not scope.documents and (not causal or not kwargs.get("allow_is_causal_skip", True)):
         raise ValueError(
-            "fa_pool cannot pool packed sequences, bidirectional or custom mask patterns: "
-            "put each sequence in a padded row of its own, or raise threshold"
+            "fa_pool cannot pool bidirectional or custom mask patterns, nor documents packed into rows of a batch or "
+            "beside a mask: put each sequence in a padded row of its own, or raise threshold"
         )
-    return None
+    if scope.documents and causal and kwargs.get("allow_is_causal_skip", True):
+        raise ValueError(
+            "position_ids begin anew, but transformers' own masks of this model let documents that are packed into one "
+            "row see each other: put each in a padded row of its own, or give position_ids that go on by one"
+        )
+    if not scope.recomputed:
+        return None
+    # Layers keep their arguments for the second time: the mask, empty as it is, says which forward it is of.
+    ticket = torch.empty(0)
+    ticket.fapool_scope = scope  # type: ignore[attr-defined]
+    return ticket
 
 
 def _block_sizes(decided: Forward, window: int | None) -> dict[str, int]:
@@ -76,6 +92,8 @@ def _attention(
     query (B, H, S, D), key (B, K, T, D) and value (B, K, T, E) with the past; returns (B, S, H, E) and no weights.
     """
     scope, core = SCOPE.get(), getattr(module, "fa_pool", None)
+    if (ticket := getattr(attention_mask, "fapool_scope", None)) is not None:
+        scope, attention_mask = scope or ticket, None
 
     def local() -> Any:
         name = scope.local if scope else core.stands_for if core else "sdpa"
@@ -93,8 +111,14 @@ def _attention(
     slides = attention_mask is not None or kwargs.get("sliding_window") is not None
     if not scope.decided.pooled or slides:
         return core(query, key, value, decided=scope.decided, local=local)
+    lengths = scope.documents
+    if lengths:
+        query, key, value = (_unpacked(x, lengths) for x in (query, key, value))
     _refuse_extras(module, query, key, scope.decided, kwargs)
-    scaling = kwargs.get("scaling")
+    scaling, device = kwargs.get("scaling"), query.device.type
+    if torch.is_autocast_enabled(device):
+        # As transformers' sdpa attention is cast.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     out = core(
         query,
         key,
@@ -105,7 +129,15 @@ def _attention(
         softcap=float(kwargs.get("softcap") or 0.0),
         sinks_H=kwargs.get("s_aux"),
     )
+    if lengths:
+        out = torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])[None]
     return out, None
+
+
+def _unpacked(x_1HSD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """One row of documents as a padded batch, (documents, H, longest, D)."""
+    documents = x_1HSD[0].transpose(0, 1).split(lengths)
+    return pad_sequence(documents, batch_first=True).transpose(1, 2)
 
 
 def _refuse_extras(module: nn.Module, query: Tensor, key: Tensor, decided: Forward, kwargs: dict[str, Any]) -> None:

@@ -166,6 +166,38 @@ def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
     return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
 
 
+def plain_training(model: str, ids: list[int], batch: int, warm: int) -> Make:
+    """Forward and backward of one batch in transformers' sdpa attention."""
+    return _training(_plain(model), ids, batch, warm)
+
+
+def pooled_training(model: str, ids: list[int], batch: int, warm: int, fa_pool: dict[str, Any]) -> Make:
+    """The same with the plugin."""
+    return _training(_pooled(model, fa_pool), ids, batch, warm)
+
+
+def _training(model: Any, ids: list[int], batch: int, warm: int) -> Make:
+    """A step of training without its optimizer: the rows are pieces of one text. Answers with some gradients."""
+    model.train()
+    ids_BS = torch.tensor(ids).view(batch, -1)
+    shown = [model.get_input_embeddings().weight, *(p for name, p in model.named_parameters() if "layers.0." in name)]
+
+    def step(ids_BS: Tensor) -> Tensor:
+        model.zero_grad()
+        model(ids_BS, labels=ids_BS, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten() for p in shown if p.grad is not None])
+
+    def turn() -> Turn:
+        before, began = _stats(model), time.perf_counter()
+        gradients = step(ids_BS)
+        seconds = time.perf_counter() - began
+        return seconds, gradients, _facts(model, before)
+
+    if warm:
+        step(ids_BS[:, :warm])
+    return turn
+
+
 class _AttentionClock:
     """How much of a turn was attention: reads the clock around every call of transformers' sdpa function."""
 
@@ -279,5 +311,7 @@ def _facts(model: Any, before: dict[str, Any]) -> dict[str, Any]:
         key: after[key] - before[key] for key in ("bytes_sent", "bytes_received", "faults") if key in after
     }
     for key in ("pooled_calls", "local_calls") if after else ():
-        facts[key] = sum(after[phase][key] - before[phase][key] for phase in ("prefill", "decode"))
+        facts[key] = sum(
+            after[phase][key] - before[phase][key] for phase in ("prefill", "decode", "training", "backward")
+        )
     return facts

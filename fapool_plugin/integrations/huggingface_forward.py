@@ -10,6 +10,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _CUT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}
 """Arguments of a decoder that have the prompt's positions, and in which dimension."""
 _WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "output_hidden_states"}
 """Arguments that blocks know how to treat."""
+_DROPOUTS = ("dropout", "activation_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "layerdrop")
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
@@ -93,7 +95,8 @@ class Forwards:
     def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Scope]:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
-        ours = self.makes_cache and not grads and not owner.training
+        training = grads or owner.training
+        ours = self.makes_cache and not training
         if cache is None and ours and _asked(owner, given, "use_cache"):
             cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
             given = given | {"past_key_values": cache}
@@ -102,9 +105,11 @@ class Forwards:
         batch, new = tokens.shape[:2]
         columns = past + new
         reason = None
-        if grads or owner.training:
-            reason = "training does not use the pool yet; for inference call model.eval() under torch.no_grad()"
-        elif torch.is_autocast_enabled(tokens.device.type):
+        if training and isinstance(cache, PooledCache):
+            reason = "gradients through a cache: pass none while training"
+        elif owner.training and (rate := _attention_dropout(owner)):
+            reason = f"attention dropout {rate:g}: its random numbers are the model's own; set it to 0 to train pooled"
+        elif torch.is_autocast_enabled(tokens.device.type) and not training:
             reason = "autocast: q, k and v have dtypes of their own"
         elif _asked(owner, given, "output_attentions"):
             reason = "output_attentions: pool ranks return no attention weights"
@@ -112,25 +117,43 @@ class Forwards:
             reason = f"a cache of type {type(cache).__name__} is not pooled"
         elif not self.full_layers:
             reason = "no layer has full attention"
+        # As transformers does, which looks for documents where it has neither mask nor cache.
+        one_row = cache is None and mask is None and not _asked(owner, given, "use_cache")
+        documents = _documents(given, batch, new) if one_row else ()
+        columns = max(documents, default=columns)
         in_prompt = columns <= state.prompt_columns
         phase: Phase = "prefill" if past == 0 or in_prompt or new > self.manager.config.kv_block else "decode"
+        phase = "training" if training else phase
+        one_block = "decode" if phase == "decode" else self.one_block or one_block_reason(owner, given)
+        if documents:
+            one_block = one_block or "sequences are packed"
+        if phase == "training":
+            one_block = one_block or _one_part_reason(owner, given, batch)
         decided = self.manager.begin(
             phase,
             state.prompt_columns if in_prompt else columns,
-            lambda: _padding(mask, batch, past, columns),
+            lambda: (
+                Geometry((0,) * len(documents), documents, 0, columns)
+                if documents
+                else _padding(mask, batch, past, columns)
+            ),
             state,
             must_be_local=reason,
-            lasting=cache is not None,
-            one_block=self.one_block or one_block_reason(owner, given) if phase == "prefill" else "decode",
-            profiler=self.profiler(owner),
+            lasting=cache is not None or training,
+            one_block=one_block,
+            profiler=self.profiler(owner) if not training else None,
         )
-        if decided.blocks > 1 and cache is None:
+        if training and decided.pooled:
+            decided = decided.in_graph(self.manager.watch)
+        elif decided.blocks > 1 and cache is None:
             # Later blocks need the keys of earlier ones; this cache ends with the forward.
             cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, state)
             decided = replace(decided, lasting=True)
         if decided.pooled and isinstance(cache, PooledCache):
             cache.reserve(max(state.capacity, round_up(columns, self.manager.config.kv_block)))
-        return given, Scope(self.manager, decided, cache, self.local)
+        return given, Scope(
+            self.manager, decided, cache, self.local, documents, recomputed=training and _is_checkpointed(owner)
+        )
 
     def _inside(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
@@ -146,14 +169,19 @@ class Forwards:
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
         decided, cache = scope.decided, scope.cache
-        if not owner.fapool_in_rounds or decided.blocks == 1 or not isinstance(cache, PooledCache):
+        if not owner.fapool_in_rounds or decided.blocks == 1:
             return enter(*args, **kwargs)
-        reason = _not_in_blocks(_by_name(owner, args, kwargs))
+        given, training = _by_name(owner, args, kwargs), decided.phase == "training"
+        reason = _collector_reason() or (None if training else _not_in_blocks(given))
         if reason:
             self.manager.counters.not_overlapped(reason)
             decided.blocks, decided.choice = 1, None
             return enter(*args, **kwargs)
-        return _run_blocks(owner, enter, _by_name(owner, args, kwargs), scope, cache)
+        if training:
+            return _run_parts(owner, enter, given, scope)
+        if not isinstance(cache, PooledCache):
+            return enter(*args, **kwargs)
+        return _run_blocks(owner, enter, given, scope, cache)
 
 
 def _run_blocks(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, cache: PooledCache) -> Any:
@@ -190,14 +218,38 @@ def _run_blocks(owner: Any, enter: Callable[..., Any], given: dict[str, Any], sc
     return joined.to_tuple() if as_tuple else joined
 
 
-def _joined(name: str, parts: list[Any], cache: Any) -> Any:
-    """One output field of all blocks, along the positions."""
+def _run_parts(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope) -> Any:
+    """One decoder's forward as parts of its batch in flight: the same output as of one forward, without a cache."""
+    decided, geometry = scope.decided, scope.decided.geometry
+    assert geometry is not None
+    batch, as_tuple = len(geometry.starts), not _asked(owner, given, "return_dict")
+
+    def part(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
+        mine = given | {"use_cache": False, "return_dict": True}
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
+                mine[name] = value[start:stop]
+
+        def run(hand_over: Callable[[], None]) -> Any:
+            SCOPE.set(replace(scope, decided=decided.part(start, stop, hand_over)))
+            return enter(**mine)
+
+        return run
+
+    edges = [batch * index // decided.blocks for index in range(decided.blocks + 1)]
+    outputs = run_rounds([part(start, stop) for start, stop in pairwise(edges)])
+    joined = type(outputs[0])(**{name: _joined(name, [o[name] for o in outputs], None, 0) for name in outputs[0]})
+    return joined.to_tuple() if as_tuple else joined
+
+
+def _joined(name: str, parts: list[Any], cache: Any, dim: int = 1) -> Any:
+    """One output field of all blocks, along the positions, or of all parts, along the rows."""
     if name == "past_key_values":
         return cache
     if isinstance(parts[0], Tensor) and parts[0].ndim == 3:
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=dim)
     if isinstance(parts[0], tuple):
-        return tuple(_joined(name, list(layer), cache) for layer in zip(*parts, strict=True))
+        return tuple(_joined(name, list(layer), cache, dim) for layer in zip(*parts, strict=True))
     if parts[0] is None:
         return None
     raise ValueError(f"fa_pool cannot join output {name} of a prompt's blocks: set blocks to 1, or do not ask for it")
@@ -235,19 +287,66 @@ def one_block_reason(owner: Any, given: dict[str, Any]) -> str | None:
     return None
 
 
+def _one_part_reason(owner: Any, given: dict[str, Any], batch: int) -> str | None:
+    """Why a training forward cannot be cut into parts of its batch; None if it can."""
+    if batch < 2:
+        return "a batch of one sequence has no parts"
+    if _is_checkpointed(owner):
+        return "gradient checkpointing runs layers by themselves"
+    if given.get("use_cache"):
+        return "use_cache was asked for while training"
+    config = owner.config.get_text_config(decoder=True)
+    rates = [module.p for module in owner.modules() if isinstance(module, nn.Dropout)]
+    if owner.training and any([*rates, *(getattr(config, name, None) for name in _DROPOUTS)]):
+        return "dropout: parts would draw other random numbers than the whole"
+    return None
+
+
+def _is_checkpointed(owner: Any) -> bool:
+    return owner.training and any(getattr(module, "gradient_checkpointing", False) for module in owner.modules())
+
+
+def _attention_dropout(owner: Any) -> float:
+    """The attention dropout of a model in training mode."""
+    config = owner.config.get_text_config(decoder=True)
+    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
+
+
+def _collector_reason() -> str | None:
+    """Why whatever collects outputs of layers would not see one forward; None if nothing does."""
+    if _active_collector.get() is not None:
+        return "outputs are collected outside the decoder"
+    return None
+
+
 def _not_in_blocks(given: dict[str, Any]) -> str | None:
     """Why a decoder's arguments cannot be cut into blocks."""
     for name, value in given.items():
         if isinstance(value, Tensor | dict | list | tuple) and name not in _CUT.keys() | _WHOLE:
             return f"argument {name} is not known to have a part for each block"
-    if _active_collector.get() is not None:
-        return "outputs are collected outside the decoder"
     positions = given.get("position_ids")
     cached = given.get("past_key_values") is not None or given.get("attention_mask") is not None
     if isinstance(positions, Tensor) and not cached and bool((positions.diff(dim=-1) != 1).any()):
         # transformers looks for this only where it sees no cache; blocks always have one.
         return "sequences are packed"
     return None
+
+
+def _documents(given: dict[str, Any], batch: int, new: int) -> tuple[int, ...]:
+    """Lengths of the documents packed into one row, as positions that begin anew or cu_seq_lens_q tell; () if it is
+    one sequence."""
+    positions, edges = given.get("position_ids"), given.get("cu_seq_lens_q")
+    if batch != 1:
+        return ()
+    if not isinstance(positions, Tensor) and isinstance(edges, Tensor):
+        lengths = edges.diff().tolist()
+    elif isinstance(positions, Tensor) and positions.ndim == 2:
+        starts = (positions[0].diff() != 1).nonzero().flatten() + 1
+        lengths = torch.diff(starts, prepend=starts.new_zeros(1), append=starts.new_full((1,), new)).tolist()
+    else:
+        return ()
+    return tuple(lengths) if len(lengths) > 1 and sum(lengths) == new and min(lengths) > 0 else ()
 
 
 def _padding(mask: Tensor | None, batch: int, past: int, columns: int) -> Geometry:

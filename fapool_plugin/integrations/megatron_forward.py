@@ -86,21 +86,30 @@ def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> t
         return positions(mask, batch, past, columns)
 
     grads = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    training = grads or model.training
     reason = None
-    if grads or model.training:
-        reason = "training does not use the pool yet; for inference call model.eval() under torch.no_grad()"
+    if training and context is not None:
+        reason = "gradients through a cache: pass none while training"
+    elif model.training and model.config.attention_dropout:
+        reason = (
+            f"attention dropout {model.config.attention_dropout:g}: its random numbers are the model's own; set it to "
+            "0 to train pooled"
+        )
     elif torch.is_autocast_enabled(next(model.parameters()).device.type):
         reason = "autocast: q, k and v have dtypes of their own"
     phase: Phase = "prefill" if past == 0 or new > manager.config.kv_block else "decode"
+    phase = "training" if training else phase
     decided = manager.begin(
         phase,
         columns,
         look,
         state,
         must_be_local=reason,
-        lasting=context is not None,
-        one_block="Megatron's own models run a prompt in one piece" if phase == "prefill" else "decode",
+        lasting=context is not None or training,
+        one_block="decode" if phase == "decode" else "Megatron's own models run a prompt in one piece",
     )
+    if training and decided.pooled:
+        decided = decided.in_graph(manager.watch)
     return Scope(manager, decided, whole, pooled), kept
 
 

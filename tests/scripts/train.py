@@ -3,9 +3,12 @@
 import argparse
 import json
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
@@ -15,6 +18,10 @@ parser.add_argument("--local_rank", type=int, default=0)
 parser.add_argument("--model", required=True)
 parser.add_argument("--steps", type=int, default=3)
 parser.add_argument("--length", type=int, default=200)
+parser.add_argument("--checkpointing", action="store_true")
+parser.add_argument("--kill-forward", type=int, default=-1, help="step in whose forward a pool rank's worker is killed")
+parser.add_argument("--kill-backward", type=int, default=-1)
+parser.add_argument("--pause", type=float, default=0.0, help="seconds after each step")
 parser.add_argument("--out", type=Path, required=True)
 parser = deepspeed.add_config_arguments(parser)
 arguments = parser.parse_args()
@@ -23,6 +30,8 @@ torch.set_num_threads(1)
 # Built by a compiler and kept in shared memory: the runs without the plugin do without it, too.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+if arguments.checkpointing:
+    model.gradient_checkpointing_enable()
 engine, *_ = deepspeed.initialize(args=arguments, model=model, model_parameters=model.parameters())
 rank = dist.get_rank()
 
@@ -31,13 +40,33 @@ def batch(seed: int) -> torch.Tensor:
     return torch.randint(3, 99, (1, arguments.length), generator=torch.Generator().manual_seed(seed))
 
 
-losses = []
+def kill(*_: object) -> None:
+    """Ends the job's workers, wherever they are in their work."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            mark = process.environ().get("FAPOOL_TEST_LAUNCH")
+            if "fapool_plugin.worker" in process.cmdline() and mark == os.environ["FAPOOL_TEST_LAUNCH"]:
+                process.kill()
+
+
+def in_the_middle(module: object, given: object, output: object) -> None:
+    if rank == 0 and step == arguments.kill_forward:
+        kill()
+    hidden = output[0] if isinstance(output, tuple) else output
+    if rank == 0 and step == arguments.kill_backward and isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+        hidden.register_hook(kill)
+
+
+engine.module.model.layers[0].register_forward_hook(in_the_middle)
+losses, step = [], 0
 for step in range(arguments.steps):
     ids = batch(step * dist.get_world_size() + rank)
     loss = engine(input_ids=ids, labels=ids).loss
     engine.backward(loss)
     engine.step()
     losses.append(float(loss))
+    time.sleep(arguments.pause)
+step = -2  # what follows is no step
 engine.eval()
 with torch.no_grad():
     ids = batch(1000 + rank)

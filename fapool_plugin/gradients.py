@@ -1,0 +1,182 @@
+"""The base's half of one call's backward: who computed a tile computes its gradients, and the base sums them.
+
+The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
+(out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). Pool ranks keep nothing in between: what they need
+is sent again, and whatever they do not answer is computed here. Knows no autograd and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fapool_plugin.kernel_backward import attend_backward
+from fapool_plugin.lease import PoolRank
+from fapool_plugin.partition import Tile
+from fapool_plugin.plan import Geometry, in_batches
+from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
+from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward; the outputs are final, with sinks folded in."""
+
+    q_BHSD: Tensor
+    k_BKTD: Tensor
+    v_BKTE: Tensor
+    out_BSHE: Tensor
+    lse_BHS: Tensor
+
+
+@dataclass
+class Shares:
+    """Who computed which tiles of one call in forward, and how."""
+
+    manager: ResourceManager
+    geometry: Geometry
+    keeper: object
+    """The lease lasts as long as this."""
+    sequence: int
+    layer: int
+    softmax_scale: float
+    softcap: float
+    base: list[Tile] = field(default_factory=list)
+    ranks: dict[int, list[Tile]] = field(default_factory=dict)
+    """By rank number: leases come and go between forward and backward."""
+
+
+class Gradients:
+    """One call's backward: :meth:`post` asks and computes the base's part, :meth:`wait` completes it."""
+
+    def __init__(self, shares: Shares, saved: Saved, dout_BSHE: Tensor) -> None:
+        self.shares, self.saved, self.dout = shares, saved, dout_BSHE
+        q, k, v = saved.q_BHSD, saved.k_BKTD, saved.v_BKTE
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dq_BHSD, self.dk_BKTD, self.dv_BKTE = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
+        self.group = q.shape[1] // k.shape[1]
+        self._asked: list[tuple[PoolRank, int, list[Tile]]] = []
+
+    def post(self) -> None:
+        """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
+        manager, mine = self.shares.manager, list(self.shares.base)
+        held = manager.borrow(self.shares.geometry.longest, self.shares.sequence) if self.shares.ranks else []
+        leased = {rank.number: rank for rank in held}
+        manager.timeline.begin(manager.counters.backward)
+        manager.timeline.switch(SEND)
+        for number, tiles in self.shares.ranks.items():
+            rank, call = leased.get(number), None
+            if rank is not None:
+                with manager.guard(rank):
+                    call = rank.ask(*self._message(tiles))
+            if rank is None or call is None:
+                mine += tiles
+            else:
+                self._asked.append((rank, call, tiles))
+        self._compute(mine)
+        manager.timeline.end()
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) in the dtypes of q, k and v."""
+        manager = self.shares.manager
+        manager.timeline.begin(manager.counters.backward)
+        answered = [self._gather(*one) for one in self._asked]
+        manager.timeline.end()
+        manager.counters.backward.pooled_calls += any(answered)
+        manager.counters.backward.local_calls += not any(answered)
+        saved = self.saved
+        return (
+            self.dq_BHSD.to(saved.q_BHSD.dtype),
+            self.dk_BKTD.to(saved.k_BKTD.dtype),
+            self.dv_BKTE.to(saved.v_BKTE.dtype),
+        )
+
+    def _message(self, tiles: Sequence[Tile]) -> tuple[Header, list[Tensor | list[Tensor]]]:
+        """Tiles with all that their gradients are made of."""
+        q, k, v, out, lse = self.saved
+        parts = [self._parts(tile) for tile in tiles]
+        qs = [q[row, heads, queries] for row, heads, _, queries, _ in parts]
+        ks, vs = ([x[row, lanes, keys] for row, _, lanes, _, keys in parts] for x in (k, v))
+        outs, douts = ([x[row, queries, heads] for row, heads, _, queries, _ in parts] for x in (out, self.dout))
+        lses = [lse[row, heads, queries] for row, heads, _, queries, _ in parts]
+        header = Header(
+            op=Op.BACKWARD,
+            layer=self.shares.layer,
+            dtype=dtype_code(q.dtype),
+            tiles=len(tiles),
+            q_elements=sum(x.numel() for x in qs),
+            k_elements=sum(x.numel() for x in ks),
+            v_elements=sum(x.numel() for x in vs),
+            lse_elements=sum(x.numel() for x in lses),
+            head_dim=k.shape[3],
+            v_head_dim=v.shape[3],
+            group=self.group,
+            scale_bits=float_bits(self.shares.softmax_scale),
+            softcap_bits=float_bits(self.shares.softcap),
+        )
+        table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64)
+        return header, [table, qs, ks, vs, outs, lses, douts]
+
+    def _gather(self, rank: PoolRank, call: int, tiles: list[Tile]) -> bool:
+        """Adds one rank's gradients; computes them here if they do not come. Whether they came."""
+        manager, answer = self.shares.manager, None
+        manager.timeline.switch(WAIT)
+        with manager.guard(rank):
+            answer = rank.answer(call)
+        manager.timeline.switch(MERGE)
+        if answer is None or answer.header.status != Status.OK:
+            self._compute(tiles)
+            return False
+        at = [0, 0, 0]
+
+        def take(which: int, shape: tuple[int, int, int]) -> Tensor:
+            start, at[which] = at[which], at[which] + shape[0] * shape[1] * shape[2]
+            return answer.tensors[which][start : at[which]].view(shape).to(self.dq_BHSD.device)
+
+        for tile in tiles:
+            row, heads, lanes, queries, keys = self._parts(tile)
+            length, keys_length = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
+            count, query_heads = tile.head_stop - tile.head_start, (tile.head_stop - tile.head_start) * self.group
+            self.dq_BHSD[row, heads, queries] += take(0, (query_heads, length, self.dq_BHSD.shape[3]))
+            self.dk_BKTD[row, lanes, keys] += take(1, (count, keys_length, self.dk_BKTD.shape[3]))
+            self.dv_BKTE[row, lanes, keys] += take(2, (count, keys_length, self.dv_BKTE.shape[3]))
+        rank.counters.calls += 1
+        rank.counters.compute_s += answer.header.extra / 1e9
+        manager.timeline.rank(
+            rank.number, answer.header.clock + rank.clock_offset, answer.header.extra, layer=self.shares.layer
+        )
+        return True
+
+    def _compute(self, tiles: Iterable[Tile]) -> None:
+        self.shares.manager.timeline.switch(ATTENTION)
+        q, k, v, out, lse = self.saved
+        for tile, rows in in_batches(tiles, self.shares.geometry):
+            row, heads, lanes, queries, keys = self._parts(tile)
+            batch = slice(row, row + rows)
+            dq, dk, dv = attend_backward(
+                self.dout[batch, queries, heads],
+                q[batch, heads, queries].transpose(1, 2),
+                k[batch, lanes, keys].transpose(1, 2),
+                v[batch, lanes, keys].transpose(1, 2),
+                out[batch, queries, heads],
+                lse[batch, heads, queries],
+                softmax_scale=self.shares.softmax_scale,
+                causal=True,
+                q_offset=tile.q_start - tile.k_start,
+                softcap=self.shares.softcap,
+            )
+            self.dq_BHSD[batch, heads, queries] += dq.transpose(1, 2)
+            self.dk_BKTD[batch, lanes, keys] += dk.transpose(1, 2)
+            self.dv_BKTE[batch, lanes, keys] += dv.transpose(1, 2)
+        self.shares.manager.timeline.switch(LINEAR)
+
+    def _parts(self, tile: Tile) -> tuple[int, slice, slice, slice, slice]:
+        """Row, query heads, KV heads, queries and keys of a tile in the call's tensors."""
+        geometry = self.shares.geometry
+        heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
+        lanes = slice(tile.head_start, tile.head_stop)
+        return tile.row, heads, lanes, geometry.q_slice(tile), geometry.k_slice(tile.row, tile.k_start, tile.k_stop)
