@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.launches import SCRIPTS, Launched, Setting, by_runner, deepspeed, launched, run, torchrun, until
-from tests.models import assert_clear_choices, eager, one_thread, save_model
+from tests.models import assert_clear_choices, eager, one_thread, save_config, save_model, tiny_config
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 pytest.importorskip("deepspeed")
@@ -108,6 +108,29 @@ def test_torchrun_and_the_same_script(
     assert done.base(0)["answers"] == done.base(1)["answers"] == expected["even"]
     only_long_prompts_were_pooled(done.base(0)["stats"])
     assert done.base(1)["world"]["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_a_model_loaded_over_the_base_ranks(
+    folders: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    """Each reads and holds its part; no engine is needed."""
+    pytest.importorskip("megatron.core")
+    config = Setting(tmp_path, {}, {"base": {"tensor_parallel": "megatron"}}).write()
+    done = run(tmp_path, [*torchrun(3), *by_runner("load.py"), *arguments(config, folders["odd"], tmp_path)])
+    assert done.code == 0, done.said[-4000:]
+    whole = sum(parameter.numel() for parameter in eager(folders["odd"]).parameters())
+    for rank in range(2):
+        told = done.base(rank)
+        assert told["answers"] == expected["odd"], f"base rank {rank}"
+        only_long_prompts_were_pooled(told["stats"])
+        assert told["elements"] < 0.75 * whole, f"base rank {rank} holds {told['elements']} of {whole} elements"
+
+
+def test_a_model_that_computes_attention_by_itself(tmp_path: Path) -> None:
+    bloom = tiny_config("bloom", n_head=6, n_layer=2, without=("head_dim", "num_key_value_heads"))
+    folder = save_config(bloom, tmp_path / "bloom")
+    given = arguments(Setting(tmp_path).write(), folder, tmp_path)
+    told_once(run(tmp_path, [*deepspeed(2), *by_runner("infer.py"), *given]), "computes attention by itself")
 
 
 def test_one_line_at_the_top_of_a_script(
