@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.lease import PoolRank
-from fapool_plugin.transport import frame_bytes
+from fapool_plugin.transport import Op, frame_bytes
 from tests.models import assert_close, eager, one_thread, random_ids, save_model
 from tests.test_advisor import LAYERS, planned
 
@@ -37,7 +37,9 @@ class Ledger:
         self.payload = self.needed = self.messages = self.tables = 0
         self.known: set[tuple[int, ...]] = set()
 
-    def note(self, rank: int, layer: int, tensors: list[Any]) -> None:
+    def note(self, rank: int, layer: int, tensors: list[Any], *, backward: bool = False) -> None:
+        if backward:
+            self.known = set()  # nothing stays from forward, or from another layer
         table, *payload = tensors
         self.messages += 1
         self.tables += table.numel() * 8
@@ -45,7 +47,8 @@ class Ledger:
         self.payload += sum(part.numel() * FP32 for part in parts)
         for row, first, last, q_start, q_stop, k_start, k_stop, *_ in table.tolist():
             for head in range(first, last):
-                self.needed += QUERY * (q_stop - q_start)
+                # Backward with every query its output, that one's gradient, and its LSEs.
+                self.needed += (QUERY if not backward else 3 * QUERY + GROUP * FP32) * (q_stop - q_start)
                 # Keys of a lane lie in one prefix: what is before the first one needed is there as well.
                 seen = {(rank, layer, row, head, at) for at in range(min(k_stop, q_stop))}
                 self.needed += POSITION * len(seen - self.known)
@@ -64,7 +67,7 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     ledger, ask = Ledger(), PoolRank.ask
 
     def asked(self: PoolRank, header: Any, tensors: Any) -> int:
-        ledger.note(self.number, header.layer, list(tensors))
+        ledger.note(self.number, header.layer, list(tensors), backward=header.op == Op.BACKWARD)
         return ask(self, header, tensors)
 
     monkeypatch.setattr(PoolRank, "ask", asked)
@@ -110,3 +113,30 @@ def test_a_prompt_and_its_steps_send_the_least(
             assert 0 < sent == needed, f"step {step}: {sent} bytes sent, {needed} needed"
             assert sent <= LAYERS * ranks * 2 * 3 * QUERY, f"step {step}: {sent} bytes: keys, too?"
             assert stats_sent() - before <= sent + headers
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ["line", "query_blocks"])
+def test_a_step_of_training_sends_the_least(
+    tmp_path: Path, ledger: Ledger, mode: str, ranks: int, share: float | None
+) -> None:
+    folder, ids = save_model("llama", tmp_path, max_position_embeddings=1024), random_ids(2, LONG)
+    settings: dict[str, Any] = {"pool_ranks": ranks, "blocks": 1, "base_share": share, "partition": mode}
+    with planned(folder, activation="length", **settings) as model:
+        loss = model(ids, labels=ids).loss
+        sent, needed, _ = ledger.take()
+        assert sent == needed, f"forward: {sent} bytes were sent, {needed} are needed"
+        forward, before = sent, model.fa_pool.stats()
+        loss.backward()
+        sent, needed, headers = ledger.take()
+        assert sent == needed, f"backward: {sent} bytes were sent, {needed} are needed"
+        assert sent > forward, "output, its gradient and LSE come along"
+        after = model.fa_pool.stats()
+        assert sent <= after["bytes_sent"] - before["bytes_sent"] <= sent + headers
+        if share == 0.0 and ranks == 1:
+            # By closed form: everything goes to the only rank, and gradients of q, k and v come back.
+            rows = LAYERS * 2 * 3 * LONG
+            assert sent == rows * (3 * QUERY + GROUP * FP32 + POSITION), sent
+            received = after["bytes_received"] - before["bytes_received"]
+            assert 0 <= received - rows * (QUERY + POSITION) <= LAYERS * (frame_bytes() + GAPS), received
