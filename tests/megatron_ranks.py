@@ -29,7 +29,7 @@ SIZE, LONG, NEW = 2, 60, 6
 
 def counted(model: Any) -> dict[str, Any]:
     stats = model.fa_pool.stats()
-    kept = ("prefill", "decode", "faults", "stale", "local_reasons")
+    kept = ("prefill", "decode", "training", "backward", "faults", "stale", "local_reasons")
     return {name: stats[name] for name in kept}
 
 

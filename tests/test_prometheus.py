@@ -62,6 +62,10 @@ def counted() -> dict[str, Any]:
     counters.prefill.pooled_forwards, counters.prefill.local_forwards = 13, 14
     counters.decode.pooled_calls, counters.decode.local_calls = 21, 22
     counters.decode.pooled_forwards, counters.decode.local_forwards = 23, 24
+    counters.training.pooled_calls, counters.training.local_calls = 111, 112
+    counters.training.pooled_forwards, counters.training.local_forwards = 113, 114
+    counters.backward.pooled_calls, counters.backward.local_calls = 121, 122
+    counters.backward.pooled_forwards, counters.backward.local_forwards = 123, 124
     counters.activations, counters.releases, counters.faults = 31, 32, 33
     for rank in (0, 3):
         mine = counters.rank(rank)
@@ -69,6 +73,8 @@ def counted() -> dict[str, Any]:
     stats = counters.as_dict() | {"state": "active", "threshold": 4096, "leased_ranks": [0, 3]}
     stats["prefill"] |= {"predicted_s": 71.5, "measured_s": 72.5}
     stats["decode"] |= {"predicted_s": 0.25, "measured_s": 0.75}
+    stats["training"] |= {"predicted_s": 1.25, "measured_s": 1.75}
+    stats["backward"] |= {"predicted_s": 2.25, "measured_s": 2.75}
     return stats
 
 
@@ -82,7 +88,7 @@ def test_a_scrape_shows_every_number_of_stats() -> None:
         ("fapool_faults_total",): 33,
         ("fapool_leased_ranks",): 2,
     }
-    for phase, tens in (("prefill", 10), ("decode", 20)):
+    for phase, tens in (("prefill", 10), ("decode", 20), ("training", 110), ("backward", 120)):
         expected["fapool_attention_calls_total", f"phase={phase}", "where=pooled"] = tens + 1
         expected["fapool_attention_calls_total", f"phase={phase}", "where=local"] = tens + 2
         expected["fapool_forwards_total", f"phase={phase}", "where=pooled"] = tens + 3
@@ -91,6 +97,10 @@ def test_a_scrape_shows_every_number_of_stats() -> None:
     expected["fapool_seconds_total", "kind=measured", "phase=prefill"] = 72.5
     expected["fapool_seconds_total", "kind=predicted", "phase=decode"] = 0.25
     expected["fapool_seconds_total", "kind=measured", "phase=decode"] = 0.75
+    expected["fapool_seconds_total", "kind=predicted", "phase=training"] = 1.25
+    expected["fapool_seconds_total", "kind=measured", "phase=training"] = 1.75
+    expected["fapool_seconds_total", "kind=predicted", "phase=backward"] = 2.25
+    expected["fapool_seconds_total", "kind=measured", "phase=backward"] = 2.75
     for rank in (0, 3):
         expected["fapool_bytes_total", "direction=sent", f"rank={rank}"] = 2**40 + rank
         expected["fapool_bytes_total", "direction=received", f"rank={rank}"] = 50 + rank
@@ -137,7 +147,7 @@ def test_knows_every_state() -> None:
 
 def test_seconds_are_left_out_where_nobody_counts_them() -> None:
     stats = counted()
-    for phase in ("prefill", "decode"):
+    for phase in ("prefill", "decode", "training", "backward"):
         stats[phase] = {key: value for key, value in stats[phase].items() if not key.endswith("_s")}
     with serve(lambda: stats, 0) as server:
         assert not [key for key in scrape(server) if key[0] == "fapool_seconds_total"]
