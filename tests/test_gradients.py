@@ -88,7 +88,7 @@ def test_against_a_dense_reference(
         dout[row, start + length :] = 0
     found = torch.autograd.grad(out, given_, dout)
     twins = [x.detach().double().requires_grad_() for x in given_]
-    want = dense(*twins[:3], geometry, D**-0.5, softcap, twins[3] if with_sinks else None)
+    want = dense(twins[0], twins[1], twins[2], geometry, D**-0.5, softcap, twins[3] if with_sinks else None)
     expected = torch.autograd.grad(want, twins, dout.double())
     for name, grad, exact in zip("qkvs", found, expected, strict=False):
         assert grad.dtype == dtype
@@ -119,7 +119,8 @@ def test_the_lease_went_back_in_between(how: str) -> None:
         dout = torch.randn(out.shape, dtype=out.dtype)
         found = torch.autograd.grad(out, (q, k, v), dout)
         twins = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        expected = torch.autograd.grad(dense(*twins, geometry, D**-0.5, 0.0, None), twins, dout)
+        want = dense(twins[0], twins[1], twins[2], geometry, D**-0.5, 0.0, None)
+        expected = torch.autograd.grad(want, twins, dout)
         for name, grad, exact in zip("qkv", found, expected, strict=True):
             assert torch.allclose(grad, exact, atol=1e-11), f"d{name}: {(grad - exact).abs().max():.2e}"
         counts = manager.stats()["backward"]
