@@ -61,7 +61,7 @@ def train(model: Any, text_NS: Tensor, given: argparse.Namespace, label: str) ->
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         print(f"{label}, step {step + 1} of {given.steps}: loss {losses[-1]:.5f}, {time.perf_counter() - began:.1f} s")
     return losses
 

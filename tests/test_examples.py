@@ -100,3 +100,16 @@ def test_serve_mixed_tells_what_is_wrong(folder: Path, tmp_path: Path, arguments
     done = CliRunner().invoke(app, [*options, *arguments])
     assert done.exit_code == 2, done.output
     assert told in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(180)
+def test_finetuning_draws_the_same_losses_twice(folder: Path, tmp_path: Path) -> None:
+    given = ["--model", folder, "--tokens", 40, "--steps", 2, "--threshold", 16, "--plot", tmp_path / "losses.png"]
+    done = run("finetune_long.py", *given, "--full")
+    assert done.returncode == 0, done.stderr
+    assert "training: 4 attention calls pooled, 0 local" in done.stdout, done.stdout
+    assert "backward: 4 attention calls pooled, 0 local" in done.stdout, done.stdout
+    (apart,) = re.findall(r"losses differ by (\S+) at most", done.stdout)
+    assert float(apart) < 1e-5, done.stdout
+    assert (tmp_path / "losses.png").stat().st_size > 5000
