@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple
 
 from fapool_plugin.cost import AttentionCost, Profile
@@ -46,6 +47,11 @@ class Cores:
         if ranks == 0 or self.per_rank == 0:
             return 1.0
         return max(1.0, (self.base(ranks) + ranks * self.per_rank) / max(machine, self.total))
+
+    def turns(self, ranks: int, machine: int) -> int:
+        """How many threads a core computes for, one after the other, where each has less to do than the scheduler's
+        time slice: whole turns, so three threads take two on two cores."""
+        return ceil(self.crowding(ranks, machine))
 
     def crowded_s(self, ranks: int, machine: int, base_s: float, pool_s: float) -> float:
         """Seconds lost to taking turns, if the base computes for ``base_s`` and meanwhile each rank for ``pool_s``."""
@@ -255,7 +261,8 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """One decode step: a new token a sequence, ``lengths`` keys with it. Nothing overlaps: one block.
+    """One decode step: a new token a sequence, ``lengths`` keys with it. Nothing overlaps: one block. Ranks sleep while
+    the base computes what is linear; at an attention call all wake at once.
 
     ``held`` are keys that each rank holds, of all lanes together. What a share lacks is sent once for ``steps``
     steps; each is charged its part.
@@ -326,16 +333,16 @@ class Decode:
 
     def _sides(self, ranks: int) -> _Sides:
         if ranks not in self._known:
-            crowd = self.cores.crowding(ranks, self.profile.machine.cores)
+            turns = self.cores.turns(ranks, self.profile.machine.cores)
             base, rank = _attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).decode
             self._known[ranks] = _Sides(
-                linear.at(len(self.lengths)) * crowd,
+                linear.at(len(self.lengths)),
                 0.0,
-                self._attention_s(base) * crowd,
-                self._attention_s(rank) * crowd / sum(_speeds(ranks, self.slowdown)),
-                base.decode.a * crowd,
-                rank.decode.a * crowd,
+                self._attention_s(base) * turns,
+                self._attention_s(rank) * turns / sum(_speeds(ranks, self.slowdown)),
+                base.decode.a * turns,
+                rank.decode.a * turns,
             )
         return self._known[ranks]
 
