@@ -27,6 +27,8 @@ MARGIN = 0.15
 """A pooled forward may take this much longer than the base alone was to take before anybody is warned."""
 PARTS = 2
 """Of a training batch in flight: each costs its own small matrices, and two are enough to overlap."""
+TRAINING_BLOCKS = 4
+"""Of one training row in flight, at most: every block sends the keys of all blocks before it, twice."""
 _STEPS = 16
 """Decode steps are judged together: one is short, and may carry keys for many."""
 _WEIGHT = 0.5
@@ -102,27 +104,34 @@ class Advisor:
             return None  # all that is new is padding
         cores = self.cores(torch.get_num_threads())
         if forward.phase != "decode":
-            return self.prefill(forward.geometry, cores, overlap=overlap)
+            return self.prefill(forward.geometry, cores, overlap=overlap, most=self._most_blocks(forward))
         rows = [index for index, row in enumerate(forward.geometry.rows) if row.keys]
         held = [forward.sequence.residency.by_row(rank.key, rows) for rank in ranks]
         return self.decode(forward.geometry, cores, held or [[0] * len(rows)] * self.config.pool_ranks)
 
     def blocks(self, forward: Forward, one_block: str | None, choice: Choice | None) -> int:
-        """How many blocks of a prompt to keep in flight."""
+        """How many pieces of a forward to keep in flight: blocks of a prompt or of a training row, or parts of a
+        training batch."""
         if forward.phase == "decode" or self.config.blocks == 1:
             return 1
-        if forward.phase == "training" and one_block is None:
-            return PARTS
         if one_block is not None:
             self.counters.not_overlapped(one_block)
             return 1
         assert forward.geometry is not None
-        most = (forward.geometry.columns - forward.geometry.q_column) // SHORTEST_BLOCK
-        wanted = self.config.blocks or (choice.blocks if choice is not None else MOST_BLOCKS)
-        return max(1, min(wanted, most))
+        most = self._most_blocks(forward)
+        if forward.phase == "training" and len(forward.geometry.starts) > 1:
+            return PARTS
+        wanted = choice.blocks if choice is not None and not self.config.blocks else most
+        return max(1, min(wanted, (forward.geometry.columns - forward.geometry.q_column) // SHORTEST_BLOCK))
 
-    def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool) -> Choice:
-        """The best pooled way for a prompt, beside what the base alone would take."""
+    def _most_blocks(self, forward: Forward) -> int:
+        if forward.phase != "training":
+            return self.config.blocks or MOST_BLOCKS
+        rows = len(forward.geometry.starts) if forward.geometry is not None else 1
+        return PARTS if rows > 1 else self.config.blocks or TRAINING_BLOCKS
+
+    def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool, most: int = MOST_BLOCKS) -> Choice:
+        """The best pooled way for a prompt in at most so many blocks, beside what the base alone would take."""
         assert self.profile is not None
         rows = [row for row in geometry.rows if row.keys]
         return self._corrected(
@@ -133,7 +142,7 @@ class Advisor:
                 past=[row.q_start for row in rows],
                 ranks=self.config.pool_ranks,
                 cores=cores,
-                max_blocks=self.config.blocks or MOST_BLOCKS,
+                max_blocks=most,
                 overlap=overlap,
                 base_share=self.config.base_share,
                 alone=False,

@@ -23,7 +23,7 @@ MAX_LINES = 400
 ROWS = (
     {"config", "cost", "partition", "placement", "metrics", "trace"},
     {"kernels", "kernel_backward", "kernel_torch", "rectangle"}
-    | {"kv_cache", "ideal_line", "meeting", "timeline", "transport", "prometheus"},
+    | {"graph_kv", "kv_cache", "ideal_line", "meeting", "timeline", "transport", "prometheus"},
     {"plan", "launch", "lease", "clocks", "reduction", "worker_process"},
     {"forecast"},
     {"forward"},
@@ -56,6 +56,7 @@ INSIDE_ROW = {
     "placement": {"config"},
     "kernels": {"kernel_torch", "rectangle"},
     "kernel_backward": {"kernels", "kernel_torch", "rectangle"},
+    "graph_kv": {"rectangle"},
     "worker": {"exchange"},
     "cli": {"bench", "demo", "doctor", "options", "planning"},
     "bench": {"bench_report", "bench_turns", "contenders", "demo", "options", "planning"},

@@ -149,8 +149,9 @@ def returned(path: Path, functions: set[str]) -> Iterator[str]:
 
 def test_every_reason_for_one_block_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
-    asked = {"one_block_model", "one_block_reason", "_one_part_reason", "_collector_reason", "_not_in_blocks"}
-    reasons = set(returned(home / "huggingface_forward.py", asked))
+    asked = {"one_block_model", "one_block_reason", "_one_piece_reason", "collector_reason", "not_in_blocks"}
+    files = (home / "huggingface_forward.py", home / "huggingface_blocks.py")
+    reasons = {text for file in files for text in returned(file, asked)}
     shown = names(table(read("docs/huggingface.md"), "reason"))
     # This one is given where the model is wrapped, in an expression.
     elsewhere = "it takes a cache of its own kind only"

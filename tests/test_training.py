@@ -139,13 +139,6 @@ def test_backward_overlaps_as_forward_did(llama: Path, monkeypatch: pytest.Monke
     assert posted == [who for name, who in order if name == "wait"], "answers are taken in the order of asking"
 
 
-def test_one_part_says_why(llama: Path) -> None:
-    with pooled(llama, blocks=None) as model:
-        gradients(model.train(), random_ids(1, LONG))
-        reasons = model.fa_pool.stats()["not_overlapped_reasons"]
-        assert reasons == {"a batch of one sequence has no parts": 1}
-
-
 def test_dropout_elsewhere_draws_the_same_random_numbers(tmp_path: Path) -> None:
     """Parts would draw theirs in another order: the batch stays whole."""
     folder = save_model("gpt2", tmp_path, attn_pdrop=0.0, resid_pdrop=0.2, embd_pdrop=0.1)
@@ -157,7 +150,7 @@ def test_dropout_elsewhere_draws_the_same_random_numbers(tmp_path: Path) -> None
         assert_close(loss, gradients(reference, ids)[0], what="loss")
         trained(model, 2)
         (reason,) = model.fa_pool.stats()["not_overlapped_reasons"]
-        assert reason.startswith("dropout: parts"), reason
+        assert reason.startswith("dropout: pieces"), reason
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

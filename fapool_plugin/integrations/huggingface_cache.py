@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from fapool_plugin.graph_kv import GraphKV
 from fapool_plugin.kv_cache import GrowingKV, SequenceState
 from fapool_plugin.resource_manager import ResourceManager
 
@@ -139,3 +140,29 @@ class PooledCache(DynamicCache):
         twin.layers = copy.deepcopy(self.layers, memo)
         self._manager.watch(twin, twin.state)
         return twin
+
+
+class GraphLayer(DynamicLayer):
+    """A full-attention layer's keys and values, with gradients to every block of a training row."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.keys: Any
+        self.values: Any
+        self._kv = GraphKV(positions)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._kv.append(key_states, value_states)
+        return self.keys, self.values
+
+
+class GraphCache(DynamicCache):
+    """Carries keys and values from block to block of one training row of ``positions``, and their gradients back."""
+
+    def __init__(self, config: Any, positions: int) -> None:
+        super().__init__(config=config)
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = GraphLayer(positions)

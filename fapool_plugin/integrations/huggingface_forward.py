@@ -10,30 +10,22 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils.output_capturing import _active_collector
 
 from fapool_plugin.advisor import Profiler
 from fapool_plugin.integrations.huggingface_attention import SCOPE, Scope
-from fapool_plugin.integrations.huggingface_cache import PooledCache
+from fapool_plugin.integrations.huggingface_blocks import asked, collector_reason, not_in_blocks, run_blocks, run_parts
+from fapool_plugin.integrations.huggingface_cache import GraphCache, PooledCache
 from fapool_plugin.kv_cache import SequenceState, round_up
 from fapool_plugin.metrics import Phase
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.rounds import block_edges, run_rounds
 
-_BLOCK_MULTIPLE = 64
-"""Blocks begin at multiples of this many positions: the row block of the flash kernels."""
-_CUT = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1}
-"""Arguments of a decoder that have the prompt's positions, and in which dimension."""
-_WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "output_hidden_states"}
-"""Arguments that blocks know how to treat."""
 _DROPOUTS = ("dropout", "activation_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "layerdrop")
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
@@ -97,7 +89,7 @@ class Forwards:
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
         training = grads or owner.training
         ours = self.makes_cache and not training
-        if cache is None and ours and _asked(owner, given, "use_cache"):
+        if cache is None and ours and asked(owner, given, "use_cache"):
             cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
             given = given | {"past_key_values": cache}
         state = cache.state if isinstance(cache, PooledCache) else SequenceState()
@@ -111,14 +103,14 @@ class Forwards:
             reason = f"attention dropout {rate:g}: its random numbers are the model's own; set it to 0 to train pooled"
         elif torch.is_autocast_enabled(tokens.device.type) and not training:
             reason = "autocast: q, k and v have dtypes of their own"
-        elif _asked(owner, given, "output_attentions"):
+        elif asked(owner, given, "output_attentions"):
             reason = "output_attentions: pool ranks return no attention weights"
         elif cache is not None and not isinstance(cache, PooledCache):
             reason = f"a cache of type {type(cache).__name__} is not pooled"
         elif not self.full_layers:
             reason = "no layer has full attention"
         # As transformers does, which looks for documents where it has neither mask nor cache.
-        one_row = cache is None and mask is None and not _asked(owner, given, "use_cache")
+        one_row = cache is None and mask is None and not asked(owner, given, "use_cache")
         documents = _documents(given, batch, new) if one_row else ()
         columns = max(documents, default=columns)
         in_prompt = columns <= state.prompt_columns
@@ -128,7 +120,7 @@ class Forwards:
         if documents:
             one_block = one_block or "sequences are packed"
         if phase == "training":
-            one_block = one_block or _one_part_reason(owner, given, batch)
+            one_block = one_block or _one_piece_reason(owner, given)
         decided = self.manager.begin(
             phase,
             state.prompt_columns if in_prompt else columns,
@@ -141,7 +133,7 @@ class Forwards:
             must_be_local=reason,
             lasting=cache is not None or training,
             one_block=one_block,
-            profiler=self.profiler(owner) if not training else None,
+            profiler=self.profiler(owner),
         )
         if training and decided.pooled:
             decided = decided.in_graph(self.manager.watch)
@@ -172,87 +164,21 @@ class Forwards:
         if not owner.fapool_in_rounds or decided.blocks == 1:
             return enter(*args, **kwargs)
         given, training = _by_name(owner, args, kwargs), decided.phase == "training"
-        reason = _collector_reason() or (None if training else _not_in_blocks(given))
+        in_parts = training and decided.geometry is not None and len(decided.geometry.starts) > 1
+        reason = collector_reason() or (None if in_parts else not_in_blocks(given))
         if reason:
             self.manager.counters.not_overlapped(reason)
             decided.blocks, decided.choice = 1, None
             return enter(*args, **kwargs)
+        if in_parts:
+            return run_parts(owner, enter, given, scope)
         if training:
-            return _run_parts(owner, enter, given, scope)
+            positions = decided.geometry.columns if decided.geometry is not None else 0
+            keys = GraphCache(owner.config.get_text_config(decoder=True), positions)
+            return run_blocks(owner, enter, given, scope, keys)
         if not isinstance(cache, PooledCache):
             return enter(*args, **kwargs)
-        return _run_blocks(owner, enter, given, scope, cache)
-
-
-def _run_blocks(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, cache: PooledCache) -> Any:
-    """One decoder's forward as blocks in flight: the same output as of one forward."""
-    decided, geometry = scope.decided, scope.decided.geometry
-    assert geometry is not None
-    past = geometry.q_column
-    as_tuple = not _asked(owner, given, "return_dict")
-
-    def block(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
-        mine = given | {"past_key_values": cache, "use_cache": True, "return_dict": True}
-        for name, dim in _CUT.items():
-            if isinstance(mine.get(name), Tensor):
-                mine[name] = mine[name].narrow(dim, start - past, stop - start)
-        if mine.get("attention_mask") is not None:
-            mine["attention_mask"] = mine["attention_mask"][:, :stop]
-
-        def run(hand_over: Callable[[], None]) -> Any:
-            SCOPE.set(replace(scope, decided=decided.block(start, stop, hand_over), cache=cache))
-            return enter(**mine)
-
-        return run
-
-    edges = block_edges(past, geometry.columns, decided.blocks, _BLOCK_MULTIPLE)
-    rewind = cache.rewinder()
-    try:
-        outputs = run_rounds([block(start, stop) for start, stop in edges])
-    except BaseException:
-        # Layers are at different lengths now; none of them is one that the caller knows.
-        rewind()
-        raise
-    kept = given.get("past_key_values")
-    joined = type(outputs[0])(**{name: _joined(name, [o[name] for o in outputs], kept) for name in outputs[0]})
-    return joined.to_tuple() if as_tuple else joined
-
-
-def _run_parts(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope) -> Any:
-    """One decoder's forward as parts of its batch in flight: the same output as of one forward, without a cache."""
-    decided, geometry = scope.decided, scope.decided.geometry
-    assert geometry is not None
-    batch, as_tuple = len(geometry.starts), not _asked(owner, given, "return_dict")
-
-    def part(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
-        mine = given | {"use_cache": False, "return_dict": True}
-        for name, value in given.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-                mine[name] = value[start:stop]
-
-        def run(hand_over: Callable[[], None]) -> Any:
-            SCOPE.set(replace(scope, decided=decided.part(start, stop, hand_over)))
-            return enter(**mine)
-
-        return run
-
-    edges = [batch * index // decided.blocks for index in range(decided.blocks + 1)]
-    outputs = run_rounds([part(start, stop) for start, stop in pairwise(edges)])
-    joined = type(outputs[0])(**{name: _joined(name, [o[name] for o in outputs], None, 0) for name in outputs[0]})
-    return joined.to_tuple() if as_tuple else joined
-
-
-def _joined(name: str, parts: list[Any], cache: Any, dim: int = 1) -> Any:
-    """One output field of all blocks, along the positions, or of all parts, along the rows."""
-    if name == "past_key_values":
-        return cache
-    if isinstance(parts[0], Tensor) and parts[0].ndim == 3:
-        return torch.cat(parts, dim=dim)
-    if isinstance(parts[0], tuple):
-        return tuple(_joined(name, list(layer), cache, dim) for layer in zip(*parts, strict=True))
-    if parts[0] is None:
-        return None
-    raise ValueError(f"fa_pool cannot join output {name} of a prompt's blocks: set blocks to 1, or do not ask for it")
+        return run_blocks(owner, enter, given, scope, cache)
 
 
 def one_block_model(model: Any, decoder: Any, kinds: set[str]) -> str | None:
@@ -282,15 +208,13 @@ def one_block_reason(owner: Any, given: dict[str, Any]) -> str | None:
             return "its weights are moved in and out by hooks (offload)"
     if any(hasattr(parameter, "ds_id") for parameter in owner.parameters()):
         return "its weights are partitioned (ZeRO-3)"
-    if _asked(owner, given, "output_router_logits"):
+    if asked(owner, given, "output_router_logits"):
         return "output_router_logits was asked for"
     return None
 
 
-def _one_part_reason(owner: Any, given: dict[str, Any], batch: int) -> str | None:
-    """Why a training forward cannot be cut into parts of its batch; None if it can."""
-    if batch < 2:
-        return "a batch of one sequence has no parts"
+def _one_piece_reason(owner: Any, given: dict[str, Any]) -> str | None:
+    """Why a training forward cannot be cut into pieces in flight; None if it can."""
     if _is_checkpointed(owner):
         return "gradient checkpointing runs layers by themselves"
     if given.get("use_cache"):
@@ -298,7 +222,7 @@ def _one_part_reason(owner: Any, given: dict[str, Any], batch: int) -> str | Non
     config = owner.config.get_text_config(decoder=True)
     rates = [module.p for module in owner.modules() if isinstance(module, nn.Dropout)]
     if owner.training and any([*rates, *(getattr(config, name, None) for name in _DROPOUTS)]):
-        return "dropout: parts would draw other random numbers than the whole"
+        return "dropout: pieces would draw other random numbers than the whole"
     return None
 
 
@@ -311,26 +235,6 @@ def _attention_dropout(owner: Any) -> float:
     config = owner.config.get_text_config(decoder=True)
     names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
-
-
-def _collector_reason() -> str | None:
-    """Why whatever collects outputs of layers would not see one forward; None if nothing does."""
-    if _active_collector.get() is not None:
-        return "outputs are collected outside the decoder"
-    return None
-
-
-def _not_in_blocks(given: dict[str, Any]) -> str | None:
-    """Why a decoder's arguments cannot be cut into blocks."""
-    for name, value in given.items():
-        if isinstance(value, Tensor | dict | list | tuple) and name not in _CUT.keys() | _WHOLE:
-            return f"argument {name} is not known to have a part for each block"
-    positions = given.get("position_ids")
-    cached = given.get("past_key_values") is not None or given.get("attention_mask") is not None
-    if isinstance(positions, Tensor) and not cached and bool((positions.diff(dim=-1) != 1).any()):
-        # transformers looks for this only where it sees no cache; blocks always have one.
-        return "sequences are packed"
-    return None
 
 
 def _documents(given: dict[str, Any], batch: int, new: int) -> tuple[int, ...]:
@@ -380,9 +284,3 @@ def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
     if not args:
         return kwargs
     return dict(zip(inspect.signature(owner.forward).parameters, args, strict=False)) | kwargs
-
-
-def _asked(owner: PreTrainedModel, given: dict[str, Any], name: str) -> bool:
-    """A switch as this call or, if it says nothing, the model's configuration has it."""
-    value = given.get(name)
-    return bool(getattr(owner.config, name, False) if value is None else value)
