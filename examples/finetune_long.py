@@ -1,7 +1,7 @@
 """Fine-tune on long text, once without the pool and once with it, and draw both loss curves on top of each other.
 
     python examples/finetune_long.py --plot losses.png
-    python examples/finetune_long.py --model MODEL_FOLDER --tokens 4500 --steps 8 --full
+    python examples/finetune_long.py --model MODEL_FOLDER --tokens 4500 --steps 8 --full --profile profile.json
 
 Without --model the demo model is fetched. LoRA (needs peft) by default, every weight with --full.
 """
@@ -29,10 +29,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="model folder in Hugging Face format; default: the demo model")
     parser.add_argument("--tokens", type=int, default=4500, help="length of each row")
-    parser.add_argument("--batch", type=int, default=1, help="rows of a step; two or more overlap")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threshold", type=int, default=4096, help="longer rows are pooled")
     parser.add_argument("--pool-ranks", type=int, default=1)
+    parser.add_argument("--profile", help="made by fapool calibrate: tells which part of attention the base keeps")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--full", action="store_true", help="train every weight instead of LoRA adapters")
     parser.add_argument("--plot", type=Path, help="picture to write")
@@ -83,6 +84,7 @@ def main() -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = {"without the pool": train(plain, text_NS, given, "without the pool")}
     settings = {"pool_ranks": given.pool_ranks, "threshold": given.threshold, "activation": "length"}
+    settings |= {"profile": given.profile} if given.profile else {}
     pooled = FAPoolForCausalLM.from_pretrained(folder, dtype=torch.float32, fa_pool=settings)
     with pooled.fa_pool as pool:
         losses["with the pool"] = train(pooled, text_NS, given, "with the pool")

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fapool_plugin.partition import Tile, allowed_pairs
 
 PROFILE_VERSION = 2
+ADAPTERS = 0.05
+"""A model may have so much more or fewer parameters than the one measured: adapters change little of what it costs."""
 
 
 class ProfileError(ValueError):
@@ -180,7 +182,10 @@ class Profile(_Measured):
         pairs: list[tuple[str, Any, Any]] = []
         for mine, theirs in ((self.machine, machine), (self.shape, shape)):
             pairs += [(name, value, getattr(theirs, name)) for name, value in mine]
-        different = [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
+        different = [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now and name != "parameters"]
+        was, now = self.shape.parameters, shape.parameters
+        if abs(was - now) > ADAPTERS * was:
+            different.append(f"parameters was {was}, is {now}")
         return "; ".join(different) or None
 
     @property

@@ -312,3 +312,5 @@ def test_profiles_are_kept_by_machine_and_shape(tmp_path: Path, monkeypatch: pyt
         path,
     }
     assert len(others) == 3
+    adapted = mine.shape.model_copy(update={"parameters": mine.shape.parameters + 1})
+    assert default_path(mine.machine, adapted) == path, "adapters are added to a model, not another model"

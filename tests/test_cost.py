@@ -237,6 +237,10 @@ def test_a_profile_of_another_machine_does_not_fit() -> None:
     assert mine.misfit(other, mine.shape) == "cores was 4, is 8"
     deeper = mine.shape.model_copy(update={"layers": 5})
     assert mine.misfit(other, deeper) == "cores was 4, is 8; layers was 2, is 5"
+    adapted = mine.shape.model_copy(update={"parameters": 1290})
+    assert mine.misfit(mine.machine, adapted) is None, "adapters are added to a model, not another model"
+    larger = mine.shape.model_copy(update={"parameters": 1300})
+    assert mine.misfit(mine.machine, larger) == "parameters was 1234, is 1300"
     newer = mine.model_copy(update={"version": PROFILE_VERSION + 1})
     assert f"version {PROFILE_VERSION + 1}" in str(newer.misfit(mine.machine, mine.shape))
 

@@ -28,6 +28,7 @@ REDUCED: dict[str, dict[str, Any]] = {
         "QUICK": True,
     },
     "03_deepspeed_and_megatron.ipynb": {"TOKENS": 300, "NEW_TOKENS": 4, "THRESHOLD": 200, "LAYOUTS": [(1, 0), (2, 1)]},
+    "04_long_finetuning.ipynb": {"TOKENS": 300, "STEPS": 2, "THRESHOLD": 200, "QUICK": True},
 }
 EXPECTED: dict[str, tuple[str, ...]] = {
     "01_quickstart.ipynb": (
@@ -53,6 +54,15 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "tokens are identical",
         "active - 1 pool rank",
         r"prefill: \d+ pooled calls",
+    ),
+    "04_long_finetuning.ipynb": (
+        "measured profile.json",
+        "without the pool, step 2 of 2: loss",
+        "with the pool, step 2 of 2: loss",
+        "losses are the same within",
+        r"training: [1-9]\d* calls pooled, 0 local",
+        r"backward: [1-9]\d* calls pooled, 0 local",
+        r"pool rank 0: computed",
     ),
 }
 """What a run has to print, as patterns, in this order."""

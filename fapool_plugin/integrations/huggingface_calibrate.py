@@ -169,7 +169,9 @@ def _lease(pool: LocalPool) -> tuple[PoolRank, float]:
 
 def default_path(on: Machine, shape: Shape) -> Path:
     """Where the profile of this machine and this model is kept, whether it is there or not."""
-    key = sha256(f"{on.model_dump_json()}{shape.model_dump_json()}".encode()).hexdigest()
+    # Not to the last parameter: adapters come and go.
+    about = shape.model_copy(update={"parameters": round(shape.parameters, 2 - len(str(shape.parameters)))})
+    key = sha256(f"{on.model_dump_json()}{about.model_dump_json()}".encode()).hexdigest()
     return Path(user_cache_dir("fapool_plugin")) / "profiles" / f"{key[:16]}.json"
 
 
