@@ -80,6 +80,10 @@ class Advisor:
         spare = max(0, len(os.sched_getaffinity(0)) - threads)
         return Cores(threads, self.config.threads_per_rank if self.lends_cores else 0, spare)
 
+    def threads_left(self, threads: int, ranks: int) -> int:
+        """The base's own while it uses so many ranks."""
+        return self.cores(threads).base(ranks)
+
     def threshold(self, cores: Cores, longest: int) -> int:
         """``threshold: "auto"``, in tokens; beyond all lengths if attention does not dominate
         up to ``longest``."""

@@ -66,6 +66,8 @@ class Gradients:
         manager, mine = self.shares.manager, list(self.shares.base)
         held = manager.borrow(self.shares.geometry.longest, self.shares.sequence) if self.shares.ranks else []
         leased = {rank.number: rank for rank in held}
+        if held:
+            manager.lending.lend_in_backward(len(held))
         manager.timeline.begin(manager.counters.backward)
         manager.timeline.switch(SEND)
         for number, tiles in self.shares.ranks.items():

@@ -18,13 +18,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-
 from fapool_plugin.advisor import Advisor, Profiler
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forward import Forward
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import Pool, PoolRank
+from fapool_plugin.lending import Lending
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry
 from fapool_plugin.timeline import Timeline
@@ -68,8 +67,7 @@ class ResourceManager:
         self.closing = ExitStack()
         """What ends with it: a trace, a server of metrics."""
         self._measuring = False
-        self._threads: int | None = None
-        """The base's, while some of them are lent to pool ranks."""
+        self.lending = Lending(self.advisor.threads_left)
         self.state: State = "idle"
         self.ranks: list[PoolRank] = []
         self._pool: Pool | None = None
@@ -131,6 +129,7 @@ class ResourceManager:
             one_block: why this forward cannot be cut into blocks in flight; None if it can.
             profiler: knows or measures what the model costs; None: every long forward is pooled.
         """
+        self.lending.after_a_failed_backward()
         local = Forward(self.config, self.counters, phase, began_s=time.perf_counter())
         if not self.config.enabled or self.state == "closed" or self._is_forked or self._measuring:
             return local
@@ -169,7 +168,7 @@ class ResourceManager:
         sequence.place(decided.geometry.starts if decided.geometry else ())
         if decided.ranks:
             self._live.add(sequence.id)
-            self._lend_cores(len(decided.ranks))
+            self.lending.lend(len(decided.ranks))
         self.timeline.begin(self.counters.phase(phase))
         return replace(decided, began_s=time.perf_counter())
 
@@ -232,17 +231,6 @@ class ResourceManager:
         finally:
             self._measuring = False
 
-    def _lend_cores(self, ranks: int) -> None:
-        """Local pool ranks on the CPU compute on cores that the base leaves to them."""
-        if self.advisor.lends_cores:
-            self._threads = threads = torch.get_num_threads()
-            torch.set_num_threads(self.advisor.cores(threads).base(ranks))
-
-    def _take_cores_back(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-            self._threads = None
-
     def end(self, forward: Forward, *, completed: bool = True) -> None:
         """Ends what :meth:`begin` returned; one that was not ``completed`` says nothing of what it takes."""
         counters = self.counters.phase(forward.phase)
@@ -259,7 +247,7 @@ class ResourceManager:
 
     def _end_pooled(self, forward: Forward) -> None:
         self.timeline.end()
-        self._take_cores_back()
+        self.lending.take_back()
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
         self._busy.release()
@@ -323,7 +311,7 @@ class ResourceManager:
         try:
             if self.ranks:
                 self._release("closed")
-            self._take_cores_back()
+            self.lending.take_back()
             self.state = "closed"
             if self._finalizer is not None and self._pool is not None:
                 self._finalizer.detach()

@@ -23,7 +23,7 @@ MAX_LINES = 400
 ROWS = (
     {"config", "cost", "partition", "placement", "metrics", "trace"},
     {"kernels", "kernel_backward", "kernel_torch", "rectangle"}
-    | {"graph_kv", "kv_cache", "ideal_line", "meeting", "timeline", "transport", "prometheus"},
+    | {"graph_kv", "kv_cache", "ideal_line", "lending", "meeting", "timeline", "transport", "prometheus"},
     {"plan", "launch", "lease", "clocks", "reduction", "worker_process"},
     {"forecast"},
     {"forward"},

@@ -175,6 +175,45 @@ def test_forwards_of_two_threads_lend_in_turn(folder: Path) -> None:
     assert torch.get_num_threads() == TOTAL
 
 
+def backward_watched(model: Any) -> list[int]:
+    """Threads at the first layer's FFN, backward after backward."""
+    seen: list[int] = []
+    model.model.layers[0].mlp.register_full_backward_hook(lambda *args: seen.append(torch.get_num_threads()))
+    return seen
+
+
+def test_a_backward_lends_until_its_end(folder: Path) -> None:
+    with planned(folder, activation="length") as model:
+        seen, ids = backward_watched(model), random_ids(1, LENGTH)
+        for _ in range(2):
+            loss = model(ids, labels=ids).loss
+            assert torch.get_num_threads() == TOTAL, "in between the base computes alone"
+            loss.backward()
+            assert (seen[-1], torch.get_num_threads()) == (TOTAL - 1, TOTAL)
+        short = random_ids(1, THRESHOLD)
+        model(short, labels=short).loss.backward()
+        assert (seen[-1], torch.get_num_threads()) == (TOTAL, TOTAL), "nothing is pooled"
+
+
+def test_threads_come_back_after_a_backward_that_failed(folder: Path) -> None:
+    with planned(folder, activation="length") as model:
+        ids, seen = random_ids(1, LENGTH), watched(model)
+
+        def fail(*args: object) -> None:
+            raise ValueError("in the middle")
+
+        hook = model.model.layers[0].mlp.register_full_backward_hook(fail)
+        loss = model(ids, labels=ids).loss
+        with pytest.raises(ValueError, match="in the middle"):
+            loss.backward()
+        hook.remove()
+        model(random_ids(1, THRESHOLD))
+        assert (seen[-1], torch.get_num_threads()) == (TOTAL, TOTAL)
+        backwards = backward_watched(model)
+        model(ids, labels=ids).loss.backward()
+        assert (backwards, torch.get_num_threads()) == ([TOTAL - 1], TOTAL)
+
+
 @pytest.mark.parametrize("available", [2, 4, 6, 9])
 def test_what_is_planned_with_is_what_is_lent(cores: Callable[[int], None], available: int) -> None:
     cores(available)
