@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,32 +191,20 @@ def training(
     json_file: Json = None,
     plot_file: Plot = None,
 ) -> None:
-    """Forward and backward of one batch: plain sdpa, and the pool.
+    """Forward and backward of one batch: plain sdpa, and the pool; one process with a model at a time.
 
     Exit codes: 0 done, 1 gradients differ, 2 an error.
     """
     with _told_errors():
-        counts = {"--tokens": tokens, "--batch": batch, "--threads": base_threads, "--pool-ranks": pool_ranks}
+        counts = {"--tokens": tokens, "--batch": batch, "--base-threads": base_threads, "--pool-ranks": pool_ranks}
         _check(counts | {"--runs": runs}, json_file, plot_file)
         _check_longer(tokens, threshold)
         fa_pool = _fa_pool(threshold=threshold, pool_ranks=pool_ranks, activation="length", base_share=base_share)
-        with _prepared(model, tokens * batch) as (screen, work):
+        with _prepared(model, tokens, batch) as (screen, work):
             plain = work | {"batch": batch, "warm": min(tokens, threshold + 64)}
-            pooled = plain | {"fa_pool": fa_pool}
-            make, every = "huggingface.plain_training", base_threads + pool_ranks
-            contenders = [
-                Contender(_threads("sdpa", base_threads), make, plain, base_threads),
-                Contender(_threads("sdpa", every), make, plain, every),
-                Contender(
-                    f"fapool, {base_threads} + {pool_ranks}",
-                    "huggingface.pooled_training",
-                    pooled,
-                    base_threads,
-                    pool_threads=pool_ranks,
-                    claims="pooled",
-                ),
-            ]
-            results = compare([[c] for c in contenders], runs, screen)
+            contenders = _ours("training", plain, plain | {"fa_pool": fa_pool}, base_threads, pool_ranks)
+            # A step keeps every activation for its backward: memory that holds one model's holds no three.
+            results = compare([[replace(one, starts_anew=True)] for one in contenders], runs, screen)
         options = {"model": model or "demo", "tokens": tokens, "batch": batch, "threshold": threshold}
         _finish(Report("training", options, "a step", results), json_file, plot_file)
 
@@ -289,8 +278,9 @@ def _threads(what: str, count: int) -> str:
 
 
 @contextmanager
-def _prepared(model: str | None, tokens: int) -> Iterator[tuple[Screen, dict[str, Any]]]:
-    """A screen, and the model's folder with its prompt of ``tokens`` tokens. Raises as the demo does."""
+def _prepared(model: str | None, tokens: int, rows: int = 1) -> Iterator[tuple[Screen, dict[str, Any]]]:
+    """A screen, and the model's folder with ``rows`` prompts of ``tokens`` tokens, end to end. Raises as the demo
+    does."""
     with tempfile.TemporaryDirectory(prefix="fapool-bench-") as folder, Screen() as screen:
         screen("preparing model and prompt", 0, None)
         # stdout is for the table; what transformers imports may think otherwise.
@@ -301,7 +291,7 @@ def _prepared(model: str | None, tokens: int) -> Iterator[tuple[Screen, dict[str
                 path = huggingface_bench.random_model(Path(folder))
             else:
                 path = Path(model) if model else huggingface_runs.demo_model(None, screen)
-            ids = huggingface_bench.prompt(path, tokens, is_random=model == RANDOM)
+            ids = huggingface_bench.prompt(path, tokens, rows, is_random=model == RANDOM)
         yield screen, {"model": str(path), "ids": ids}
 
 

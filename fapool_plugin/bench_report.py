@@ -40,6 +40,11 @@ class Result:
     def median_s(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory that its processes have had, if that is known."""
+        return max((facts["peak_bytes"] for facts in self.facts if "peak_bytes" in facts), default=None)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -73,7 +78,7 @@ class Report:
 
     def show(self) -> None:
         """Prints the table; peers that refused stand below it."""
-        table = Table("", f"seconds, {self.unit}", "speed-up", "at most")
+        table = Table("", f"seconds, {self.unit}", "speed-up", "at most", "peak GB")
         for column in table.columns[1:]:
             column.justify = "right"
         for result in self._measured():
@@ -83,6 +88,7 @@ class Report:
                 _shown(result.seconds, 2 if result.median_s >= 10 else 4),
                 _shown(self.speedups(result), 3),
                 "" if ceiling is None else f"{ceiling:.2f}",
+                "" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f}",
             )
         console = Console()
         if not console.is_terminal:
@@ -117,6 +123,7 @@ class Report:
                 values["seconds"] = _spread(result.seconds) | {"turns": result.seconds}
                 values["speedup"] = _spread(self.speedups(result))
                 values["ceiling"] = self.ceiling(result)
+                values["peak_bytes"] = result.peak_bytes
                 values["facts"] = result.facts
             contenders.append(values)
         about = {"bench": self.bench, "options": self.options, "unit": self.unit, "machine": _machine()}

@@ -28,7 +28,8 @@ class WrongAnswerError(RuntimeError):
 
 
 def compare(groups: list[list[Contender]], runs: int, progress: Progress) -> list[Result]:
-    """Starts every group's processes, gives every contender ``runs`` turns, ends the processes.
+    """Starts every group's processes, gives every contender ``runs`` turns, ends the processes. Those that start
+    anew run in their turns only, by themselves.
 
     Args:
         groups: contenders that share their processes; the first contender of all is the one that answers are
@@ -45,6 +46,8 @@ def compare(groups: list[list[Contender]], runs: int, progress: Progress) -> lis
     with tempfile.TemporaryDirectory(prefix="fapool-bench-") as folder, ExitStack() as stack:
         teams = [Team(group, Path(folder) / str(at)) for at, group in enumerate(groups)]
         for team in teams:
+            if team.contenders[0].starts_anew:
+                continue
             progress(f"starting {team.label}", 0, None)
             stack.enter_context(team)
             _or_refused(team, [of[id(contender)] for contender in team.contenders], team.start)
@@ -57,7 +60,7 @@ def compare(groups: list[list[Contender]], runs: int, progress: Progress) -> lis
                     result = of[id(contender)]
                     if result.refused is not None:
                         continue
-                    answer = _or_refused(team, [result], partial(team.turn, contender))
+                    answer = _or_refused(team, [result], partial(_turn, team, contender))
                     if answer is None:
                         continue
                     reference = reference or answer["checksum"]
@@ -65,6 +68,15 @@ def compare(groups: list[list[Contender]], runs: int, progress: Progress) -> lis
                     if result.refused is not None:
                         team.close()
     return results
+
+
+def _turn(team: Team, contender: Contender) -> dict[str, Any]:
+    """As :meth:`Team.turn`."""
+    if not contender.starts_anew:
+        return team.turn(contender)
+    with team:
+        team.start()
+        return team.turn(contender)
 
 
 def _or_refused(team: Team, results: list[Result], work: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The contenders of a benchmark: processes that load once, stand idle, and take their turn when they are told.
+"""The contenders of a benchmark: processes that load, stand idle, and take their turn when they are told.
 
 Each has its own number of threads, set before its libraries start. A line of JSON goes to its stdin, one comes back.
 Knows neither what is computed in a turn nor what becomes of the numbers.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import psutil
     from torch import Tensor
 
     Turn = tuple[float, Tensor | None, dict[str, Any]]
@@ -56,6 +57,8 @@ class Contender:
     """How many of its threads only wait."""
     claims: str | None = None
     """"pooled" or "local": what its forwards have to be."""
+    starts_anew: bool = False
+    """Starts for each of its turns and ends after it, so that its memory never stands beside another's."""
     is_peer: bool = False
     """Another system: shown with its reason if it cannot do the work, where one of ours is an error."""
 
@@ -95,8 +98,12 @@ class Team:
         self.close()
 
     def start(self) -> None:
-        """Starts the processes and waits until they are ready. Raises ContenderError."""
-        self.folder.mkdir()
+        """Starts the processes and waits until they are ready; after close(), once more. Raises ContenderError."""
+        self.folder.mkdir(exist_ok=True)
+        meet = self.folder / "meet"
+        meet.unlink(missing_ok=True)
+        # The ends of earlier processes' output stand in the old one.
+        self._answers = queue.Queue()
         first = self.contenders[0]
         for rank in range(first.processes):
             with (self.folder / f"stderr{rank}").open("wb") as log:
@@ -110,23 +117,19 @@ class Team:
                     start_new_session=True,
                 )
             self._processes.append(process)
-            threading.Thread(target=self._read, args=(rank, process), daemon=True).start()
+            threading.Thread(target=self._read, args=(rank, process, self._answers), daemon=True).start()
         makes = [{"label": c.label, "make": c.make, "options": c.options} for c in self.contenders]
-        meet = str(self.folder / "meet")
-        self._ask(
-            [
-                {"contenders": makes, "threads": first.threads, "rank": rank, "ranks": first.processes, "meet": meet}
-                for rank in range(first.processes)
-            ]
-        )
+        told = {"contenders": makes, "threads": first.threads, "ranks": first.processes, "meet": str(meet)}
+        self._ask([told | {"rank": rank} for rank in range(first.processes)])
 
     def turn(self, contender: Contender) -> dict[str, Any]:
-        """One turn: "seconds" of the slowest process, "checksum" and "facts". Raises ContenderError."""
+        """One turn: "seconds" of the slowest process, "checksum" and "facts", among them "peak_bytes": the most
+        memory that each of its processes, pool ranks too, has had so far, added up. Raises ContenderError."""
         answers = self._ask([{"run": contender.label}] * len(self._processes))
         return {
             "seconds": max(answer["seconds"] for answer in answers),
             "checksum": next(answer["checksum"] for answer in answers if answer["checksum"]),
-            "facts": answers[0]["facts"],
+            "facts": answers[0]["facts"] | {"peak_bytes": sum(answer["peak_bytes"] for answer in answers)},
         }
 
     def close(self) -> None:
@@ -145,12 +148,13 @@ class Team:
                 process.wait()
         self._processes = []
 
-    def _read(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+    @staticmethod
+    def _read(rank: int, process: subprocess.Popen[bytes], answers: queue.Queue[tuple[int, bytes]]) -> None:
         assert process.stdout is not None
         with process.stdout as lines:
             for line in lines:
-                self._answers.put((rank, line))
-        self._answers.put((rank, b""))
+                answers.put((rank, line))
+        answers.put((rank, b""))
 
     def _ask(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Tells each process its message, waits for all answers."""
@@ -179,7 +183,9 @@ class Team:
     def _last_words(self, rank: int) -> str:
         code = self._processes[rank].wait(_GRACE_S)
         said = (self.folder / f"stderr{rank}").read_text(errors="replace").strip().splitlines()
-        return f"its process ended with exit code {code}: {said[-1] if said else 'without a word'}"
+        # Nobody else ends a contender so.
+        why = "killed, perhaps for want of memory: give less work, or free some; its last words: " if code == -9 else ""
+        return f"its process ended with exit code {code}: {why}{said[-1] if said else 'none'}"
 
 
 def _environment(contender: Contender, rank: int) -> dict[str, str]:
@@ -225,6 +231,29 @@ def checksum(computed_BV: Tensor) -> dict[str, Any]:
     return {"argmax": int(flat.argmax()), "margin": first - second, "values": [first, *flat[at].tolist()]}
 
 
+def _peak_bytes() -> int:
+    """The most memory that this process and each of its children have had, added up."""
+    import psutil
+
+    me = psutil.Process()
+    return sum(_peak_of(process) for process in [me, *me.children(recursive=True)])
+
+
+def _peak_of(process: psutil.Process) -> int:
+    """0 for one that has just ended; where the system keeps no peaks, what it has now."""
+    import psutil
+
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+        return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0
+
+
 def _serve(lines: Iterator[str], answer: Callable[[dict[str, Any]], None]) -> None:
     """A contender's process: its first line says what it is, every further one asks for a turn."""
     import torch
@@ -240,7 +269,8 @@ def _serve(lines: Iterator[str], answer: Callable[[dict[str, Any]], None]) -> No
     answer({"ready": True})
     for line in lines:
         seconds, computed, facts = turns[json.loads(line)["run"]]()
-        answer({"seconds": seconds, "checksum": None if computed is None else checksum(computed), "facts": facts})
+        found = None if computed is None else checksum(computed)
+        answer({"seconds": seconds, "checksum": found, "facts": facts, "peak_bytes": _peak_bytes()})
 
 
 def _lines() -> Iterator[str]:

@@ -65,3 +65,14 @@ def nothing_left_behind() -> Iterator[None]:
     while (left := left_behind(before)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, "left behind by the tests:\n" + "\n".join(left)
+
+
+@pytest.fixture
+def none_left() -> Iterator[None]:
+    """Fails a test that leaves processes behind."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
+    psutil.wait_procs(left, 5)
+    left = [c.pid for c in left if c.is_running()]
+    assert not left, f"processes left behind: {left}"

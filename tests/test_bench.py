@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,48 +12,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from fapool_plugin import bench, bench_turns, contenders
 from fapool_plugin.bench_report import Report, Result
 from fapool_plugin.contenders import Contender, ContenderError, Team
 from fapool_plugin.transport import frame_bytes
+from tests.benches import LIMIT_S, complete, run
 
 SHAPE = {"tokens": 70, "heads": 4, "kv_heads": 2, "head_dim": 16}
-LIMIT_S = 120
-
-
-def run(*words: str) -> Any:
-    return CliRunner().invoke(bench.app, list(words))
-
-
-def complete(path: Path, runs: int) -> dict[str, Any]:
-    """A report's JSON, whose numbers agree with each other. By label."""
-    report = json.loads(path.read_text())
-    assert report["machine"]["cores"] == os.cpu_count()
-    assert report["machine"]["versions"]["torch"] == torch.__version__
-    found = {}
-    for contender in report["contenders"]:
-        found[contender["label"]] = contender
-        if contender["refused"] is None:
-            seconds, speedup = contender["seconds"], contender["speedup"]
-            assert len(seconds["turns"]) == len(contender["facts"]) == runs
-            assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
-            assert 0 < speedup["min"] <= speedup["median"] <= speedup["max"]
-    first = report["contenders"][0]
-    assert first["speedup"] == {"median": 1.0, "min": 1.0, "max": 1.0}
-    return found
-
-
-@pytest.fixture
-def none_left():
-    """Fails a test that leaves processes behind."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield
-    left = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
-    psutil.wait_procs(left, 5)
-    left = [c.pid for c in left if c.is_running()]
-    assert not left, f"processes left behind: {left}"
 
 
 @pytest.mark.processes
@@ -291,6 +255,9 @@ def test_the_processes_of_an_ended_benchmark_end(how: signal.Signals) -> None:
         (["attention", "--json", "."], "is a folder"),
         (["attention", "--json", "no/such/file.json"], "there is no folder no/such"),
         (["attention", "--plot", "picture.txt"], "picture.txt"),
+        (["training", "--batch", "0"], "--batch is 0"),
+        (["training", "--base-threads", "0"], "--base-threads is 0"),
+        (["training", "--tokens", "2048"], "not above --threshold 2048"),
         (["short", "--tokens", "5000"], "above --threshold 4096"),
         (["short", "--threads", "0"], "--threads is 0"),
     ],

@@ -63,17 +63,26 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-def prompt(model: Path, tokens: int, *, is_random: bool) -> list[int]:
-    """Token ids of real text, or random ones for the random model, which has no tokenizer.
+def prompt(model: Path, tokens: int, rows: int = 1, *, is_random: bool) -> list[int]:
+    """Token ids of real text, or random ones for the random model, which has no tokenizer. Several rows stand end to
+    end, each from a piece of the text.
 
     Raises ValueError or FileNotFoundError as :func:`prepare` does, and where the text is too short.
     """
     if is_random:
-        return torch.randint(_VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    job = prepare(str(model), demo_prompt(), max_new_tokens=0, max_prompt_tokens=tokens, dtype="float32", threads=1)
-    if len(job.prompt_S) < tokens:
-        raise ValueError(f"the text has only {len(job.prompt_S)} tokens; give --tokens of at most that")
-    return list(job.prompt_S)
+        return torch.randint(_VOCABULARY, (rows * tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = demo_prompt()
+    ids: list[int] = []
+    piece = len(text) // rows
+    for row in range(rows):
+        part = text[row * piece : (row + 1) * piece]
+        job = prepare(str(model), part, max_new_tokens=0, max_prompt_tokens=tokens, dtype="float32", threads=1)
+        if len(job.prompt_S) < tokens:
+            raise ValueError(
+                f"the text has only {len(job.prompt_S)} tokens for each of {rows} row(s); give --tokens of at most that"
+            )
+        ids += job.prompt_S
+    return ids
 
 
 def plain_prefill(model: str, ids: list[int], warm: int, time_attention: bool = False) -> Make:
@@ -166,9 +175,9 @@ def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
     return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
 
 
-def plain_training(model: str, ids: list[int], batch: int, warm: int) -> Make:
+def plain_training(model: str, ids: list[int], batch: int, warm: int, time_attention: bool = False) -> Make:
     """Forward and backward of one batch in transformers' sdpa attention."""
-    return _training(_plain(model), ids, batch, warm)
+    return _training(_plain(model), ids, batch, warm, _AttentionClock() if time_attention else None)
 
 
 def pooled_training(model: str, ids: list[int], batch: int, warm: int, fa_pool: dict[str, Any]) -> Make:
@@ -176,7 +185,7 @@ def pooled_training(model: str, ids: list[int], batch: int, warm: int, fa_pool: 
     return _training(_pooled(model, fa_pool), ids, batch, warm)
 
 
-def _training(model: Any, ids: list[int], batch: int, warm: int) -> Make:
+def _training(model: Any, ids: list[int], batch: int, warm: int, clock: _AttentionClock | None = None) -> Make:
     """A step of training without its optimizer: the rows are pieces of one text. Answers with some gradients."""
     model.train()
     ids_BS = torch.tensor(ids).view(batch, -1)
@@ -188,10 +197,13 @@ def _training(model: Any, ids: list[int], batch: int, warm: int) -> Make:
         return torch.cat([p.grad.flatten() for p in shown if p.grad is not None])
 
     def turn() -> Turn:
-        before, began = _stats(model), time.perf_counter()
+        before = _stats(model)
+        if clock:
+            clock.seconds = 0.0
+        began = time.perf_counter()
         gradients = step(ids_BS)
         seconds = time.perf_counter() - began
-        return seconds, gradients, _facts(model, before)
+        return seconds, gradients, _facts(model, before) | ({"attention_s": clock.seconds} if clock else {})
 
     if warm:
         step(ids_BS[:, :warm])
@@ -199,20 +211,38 @@ def _training(model: Any, ids: list[int], batch: int, warm: int) -> Make:
 
 
 class _AttentionClock:
-    """How much of a turn was attention: reads the clock around every call of transformers' sdpa function."""
+    """How much of a turn was attention: reads the clock around every call of transformers' sdpa function, and around
+    its backward."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         original: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
+        def timed(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
-            answer = original(*args, **kwargs)
+            query, key, value = _Reading.apply(self, 1, query, key, value)
+            out, weights = original(module, query, key, value, *args, **kwargs)
+            (out,) = _Reading.apply(self, -1, out)
             self.seconds += time.perf_counter() - began
-            return answer
+            return out, weights
 
         AttentionInterface.register("sdpa", timed)
         AttentionMaskInterface.register("sdpa", sdpa_mask)
+
+
+class _Reading(torch.autograd.Function):
+    """Its inputs as they are. Where backward comes by, the clock is read: from the output's to the inputs' autograd
+    does nothing but attention, since nodes made later come first."""
+
+    @staticmethod
+    def forward(ctx: Any, clock: _AttentionClock, sign: int, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.clock, ctx.sign = clock, sign
+        return tuple(x.view_as(x) for x in given)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.clock.seconds += ctx.sign * time.perf_counter()
+        return None, None, *gradients
 
 
 def _plain(model: str, **kwargs: Any) -> Any:
