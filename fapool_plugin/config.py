@@ -78,6 +78,11 @@ class FAPoolConfig(BaseModel):
         description="Tokens; a call whose longest sequence is longer than this may be pooled; auto: where attention "
         "takes longer than the rest of the model and the overhead of pooling, as measured.",
     )
+    strict: bool = Field(
+        False,
+        description="true: a forward above the threshold that would stay local for a reason known beforehand, such as "
+        "attention dropout or output_attentions, is refused.",
+    )
     profile: str | None = Field(
         None,
         description="A file written by `fapool calibrate`; null: the one kept for this machine and model, or a quick "

@@ -6,6 +6,7 @@ not known here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,31 @@ from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry, Plan, make_plan, shortened, speeds
+
+
+def stay_local(forward: Forward, reason: str, threshold: int, columns: int, look: Callable[[], Geometry | str]) -> None:
+    """Counts why a forward of ``columns`` is local; ``look`` is asked whether it is more than padding that is long.
+
+    In training, where the pool would stand idle for all of it, a new reason is a RuntimeWarning, too.
+
+    Raises:
+        ValueError: the configuration is strict. Nothing has been computed then.
+    """
+    if forward.config.strict:
+        seen = look()
+        tokens = columns if isinstance(seen, str) else seen.longest + columns - seen.columns
+        if tokens > threshold:
+            raise refusal(reason, tokens, threshold)
+    if forward.counters.stay_local(reason) and forward.phase == "training":
+        warnings.warn(f"fa_pool: training is not pooled: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def refusal(reason: str, tokens: int, threshold: int) -> ValueError:
+    """What a strict configuration has to say of a forward that would be local."""
+    return ValueError(
+        f"fa_pool is strict, and this forward of {tokens} tokens, above threshold {threshold}, would be computed "
+        f"locally: {reason}. Mend that, raise threshold to {tokens}, or set strict to false"
+    )
 
 
 class _Keeper:

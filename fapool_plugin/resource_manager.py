@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fapool_plugin.advisor import Advisor, Profiler
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.forward import Forward
+from fapool_plugin.forward import Forward, stay_local
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import Pool, PoolRank
 from fapool_plugin.lending import Lending
@@ -124,7 +124,7 @@ class ResourceManager:
             look: inspects the masks, only called above the threshold. Returns the geometry, or why this forward
                 must be local; raises ValueError for input that is refused.
             sequence: the batch this forward continues.
-            must_be_local: a reason known beforehand.
+            must_be_local: a reason known beforehand, with its remedy. ValueError if the configuration is strict.
             lasting: whether a cache keeps the sequence beyond this forward.
             one_block: why this forward cannot be cut into blocks in flight; None if it can.
             profiler: knows or measures what the model costs; None: every long forward is pooled.
@@ -137,7 +137,7 @@ class ResourceManager:
         if columns > self.threshold:
             seen = must_be_local or look()
             if isinstance(seen, str):
-                self.counters.stay_local(seen)
+                stay_local(local, seen, self.threshold, columns, look)
             else:
                 geometry = seen
                 waiting = sequence.prompt_columns - geometry.columns

@@ -176,7 +176,7 @@ def test_a_cache_of_the_users_stays_local(pair: Pair) -> None:
         tokens = pair.model.generate(ids, past_key_values=caches[1], **greedily(4))
     assert_same_tokens(tokens, expected)
     reasons = local_reasons(before, pair.model.fa_pool.stats())
-    assert reasons == {"a cache of type DynamicCache is not pooled": 4}
+    assert reasons == {"a cache of type DynamicCache is not pooled: pass none, and get the plugin's": 4}
 
 
 @pytest.mark.processes
@@ -221,7 +221,7 @@ def test_attention_weights_stay_local(pair: Pair, asked_by: str) -> None:
         with pools(model, prefill=0, decode=0):
             output = model(ids, attention_mask=mask, **call)
         reasons = model.fa_pool.stats()["local_reasons"]
-    assert list(reasons) == ["output_attentions: pool ranks return no attention weights"]
+    assert list(reasons) == ["output_attentions: pool ranks return no attention weights; ask for none"]
     assert len(output.attentions) == pair.layers
     for weights, wanted in zip(output.attentions, expected.attentions, strict=True):
         assert torch.equal(weights, wanted), f"weights differ by {(weights - wanted).abs().max():.3g}"

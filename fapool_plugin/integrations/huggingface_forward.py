@@ -102,13 +102,13 @@ class Forwards:
         elif owner.training and (rate := _attention_dropout(owner)):
             reason = f"attention dropout {rate:g}: its random numbers are the model's own; set it to 0 to train pooled"
         elif torch.is_autocast_enabled(tokens.device.type) and not training:
-            reason = "autocast: q, k and v have dtypes of their own"
+            reason = "autocast: q, k and v have dtypes of their own; load the model in that dtype"
         elif asked(owner, given, "output_attentions"):
-            reason = "output_attentions: pool ranks return no attention weights"
+            reason = "output_attentions: pool ranks return no attention weights; ask for none"
         elif cache is not None and not isinstance(cache, PooledCache):
-            reason = f"a cache of type {type(cache).__name__} is not pooled"
+            reason = f"a cache of type {type(cache).__name__} is not pooled: pass none, and get the plugin's"
         elif not self.full_layers:
-            reason = "no layer has full attention"
+            reason = "no layer has full attention: load the model without fa_pool"
         # As transformers does, which looks for documents where it has neither mask nor cache.
         one_row = cache is None and mask is None and not asked(owner, given, "use_cache")
         documents = _documents(given, batch, new) if one_row else ()

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from fapool_plugin.attention import FAPoolAttention
-from fapool_plugin.forward import Forward
+from fapool_plugin.forward import Forward, refusal
 from fapool_plugin.kernels import attend
 from fapool_plugin.resource_manager import ResourceManager
 
@@ -233,6 +233,8 @@ class FAPoolCoreAttention(MegatronModule):
         if manager.in_pooled_forward:
             raise RuntimeError(f"{OUTSIDE}, from one thread: a pooled forward is under way")
         if self.core.layer == 0 and key.shape[0] > manager.threshold and manager.config.enabled and not recomputed:
+            if manager.config.strict:
+                raise refusal(OUTSIDE, key.shape[0], manager.threshold)
             manager.counters.stay_local(OUTSIDE)
 
 

@@ -96,7 +96,7 @@ def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> t
             "0 to train pooled"
         )
     elif torch.is_autocast_enabled(next(model.parameters()).device.type):
-        reason = "autocast: q, k and v have dtypes of their own"
+        reason = "autocast: q, k and v have dtypes of their own; build the model in that dtype"
     phase: Phase = "prefill" if past == 0 or new > manager.config.kv_block else "decode"
     phase = "training" if training else phase
     decided = manager.begin(
