@@ -24,7 +24,7 @@ THRESHOLD = 16
 VOCABULARY = 99
 PAD = 0
 TOLERANCE = 1e-5
-"""Of fp32 logits, relative to the largest one."""
+"""Of fp32 logits and gradients, relative to the largest one."""
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
