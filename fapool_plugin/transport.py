@@ -302,7 +302,7 @@ class Link:
         _, item = self._received.get()
         if isinstance(item, LinkLost):
             self._received.put((self, item))
-            raise item
+            raise LinkLost(str(item))  # the kept one would keep the frames that it passes, and a graph in them
         return item
 
     def fail(self, reason: str) -> str:
