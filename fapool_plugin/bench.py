@@ -179,14 +179,16 @@ def attention(
 @app.command()
 def training(
     tokens: Annotated[int, typer.Option(help="Length of each row.")] = 4096,
-    batch: Annotated[int, typer.Option(help="Rows; two or more overlap.")] = 2,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 2,
     model: Model = None,
     base_threads: Annotated[int, typer.Option(help="CPU threads of the base.")] = 1,
     pool_ranks: Annotated[int, typer.Option(help="Pool ranks, of one thread each.")] = 1,
     threshold: Threshold = 2048,
-    base_share: Annotated[
-        float | None, typer.Option(help="The base's part of attention; default: the plan's, or every rank alike.")
+    blocks: Annotated[
+        int | None, typer.Option(help="Pieces in flight of a single row; 1: none. Default: the plan's.")
     ] = None,
+    base_share: Annotated[float | None, typer.Option(help="The base's part of attention; default: the plan's.")] = None,
+    profile: Profile = None,
     runs: Runs = 3,
     json_file: Json = None,
     plot_file: Plot = None,
@@ -199,8 +201,11 @@ def training(
         counts = {"--tokens": tokens, "--batch": batch, "--base-threads": base_threads, "--pool-ranks": pool_ranks}
         _check(counts | {"--runs": runs}, json_file, plot_file)
         _check_longer(tokens, threshold)
-        fa_pool = _fa_pool(threshold=threshold, pool_ranks=pool_ranks, activation="length", base_share=base_share)
+        fa_pool = _fa_pool(
+            threshold=threshold, pool_ranks=pool_ranks, activation="length", base_share=base_share, blocks=blocks
+        )
         with _prepared(model, tokens, batch) as (screen, work):
+            fa_pool |= {"profile": _profile(work["model"], profile, base_threads, pool_ranks, screen)}
             plain = work | {"batch": batch, "warm": min(tokens, threshold + 64)}
             contenders = _ours("training", plain, plain | {"fa_pool": fa_pool}, base_threads, pool_ranks)
             # A step keeps every activation for its backward: memory that holds one model's holds no three.
