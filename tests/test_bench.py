@@ -191,6 +191,23 @@ def test_a_killed_process_is_an_error_with_its_exit_code(tmp_path, none_left) ->
 
 @pytest.mark.processes
 @pytest.mark.timeout(LIMIT_S)
+def test_who_starts_anew_runs_in_its_turns_only(none_left) -> None:
+    running: list[int] = []
+
+    def children(stage: str, done: int, total: int | None) -> None:
+        running.append(len(psutil.Process().children()))
+
+    before = len(psutil.Process().children())
+    anew = Contender("anew", "attention.alone", SHAPE, starts_anew=True)
+    broken = Contender("theirs", "attention.nothing", SHAPE, starts_anew=True, is_peer=True)
+    results = bench_turns.compare([[anew], [broken]], 2, children)
+    assert len(results[0].seconds) == 2
+    assert "AttributeError" in (results[1].refused or "")
+    assert running == [before] * 4, "between turns"
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(LIMIT_S)
 def test_idle_contenders_leave_the_cores_alone(tmp_path, none_left) -> None:
     for contender in (
         Contender("alone", "attention.alone", SHAPE, threads=2),

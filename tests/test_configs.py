@@ -57,7 +57,11 @@ def test_deepspeed_takes_the_rest(path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    # What a stage does is tested elsewhere.
+    [pytest.param(path, marks=[] if "zero1" in path.name else pytest.mark.full, id=path.name) for path in TRAINING],
+)
 def test_training_configurations_start(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     folder = save_model("llama", tmp_path / "model", max_position_embeddings=512)
@@ -67,6 +71,7 @@ def test_training_configurations_start(path: Path, tmp_path: Path) -> None:
     assert done.base()["stats"]["prefill"]["pooled_forwards"] == 1
 
 
+@pytest.mark.full
 @pytest.mark.processes
 @pytest.mark.timeout(240)
 def test_the_inference_configuration_starts(tmp_path: Path) -> None:

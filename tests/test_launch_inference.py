@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def mostly(names: Iterable[Any], *others: Any) -> list[Any]:
+    """Parameters, of which ``others`` are near-duplicates: they run in the long matrix only."""
+    return [pytest.param(name, marks=pytest.mark.full if name in others else ()) for name in names]
+
+
+@pytest.mark.parametrize("layout", mostly(LAYOUTS, "megatron 3 + 1"))
 def test_the_tokens_of_one_process(
     folders: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path, layout: str
 ) -> None:
@@ -99,6 +105,7 @@ def test_the_tokens_of_one_process(
     assert f"attention replaced in {LAYERS} of {LAYERS} attention layers" in done.said
 
 
+@pytest.mark.full
 def test_torchrun_and_the_same_script(
     folders: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path
 ) -> None:
@@ -146,7 +153,7 @@ def test_one_line_at_the_top_of_a_script(
     only_long_prompts_were_pooled(done.base()["stats"])
 
 
-@pytest.mark.parametrize("section", [None, {"enabled": False}])
+@pytest.mark.parametrize("section", mostly([None, {"enabled": False}], {"enabled": False}))
 def test_nothing_changes_without_a_section(
     folders: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path, section: Any
 ) -> None:
@@ -181,7 +188,7 @@ def test_a_killed_worker_comes_back(
     assert "ended with exit code -9" in done.said
 
 
-@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("after", mostly([1, 2], 2))
 def test_a_stopped_worker_is_replaced(
     folders: dict[str, Path], expected: dict[str, list[list[int]]], tmp_path: Path, after: int
 ) -> None:
@@ -201,7 +208,7 @@ def test_a_stopped_worker_is_replaced(
     assert any(event["kind"] == "fault" for event in events), events
 
 
-@pytest.mark.parametrize("victim", ["base rank 0", "base rank 1", "launcher", "exception"])
+@pytest.mark.parametrize("victim", mostly(["base rank 0", "base rank 1", "launcher", "exception"], "base rank 1"))
 def test_nobody_stays_when_base_ranks_are_gone(folders: dict[str, Path], tmp_path: Path, victim: str) -> None:
     config = Setting(tmp_path, {"tensor_parallel": {"tp_size": 2}}, {"base": {"tensor_parallel": "deepspeed"}}).write()
     given = arguments(config, folders["even"], tmp_path, "--pause", "60" if victim != "launcher" else "1")
@@ -255,7 +262,7 @@ WRONG: dict[str, tuple[int, dict[str, Any], dict[str, Any], list[str], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", mostly(WRONG, "a typo", "more tensor-parallel ranks than KV heads"))
 def test_wrong_flags_are_told_once(folders: dict[str, Path], tmp_path: Path, wrong: str) -> None:
     ranks, settings, section, more, words = WRONG[wrong]
     with socket.create_server(("127.0.0.1", 0)) as busy:

@@ -80,7 +80,8 @@ def everything_was_pooled(stats: dict[str, Any], steps: int, *, checkpointed: bo
     assert (stats["local_reasons"], stats["faults"]) == ({}, 0), stats
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 1, 2, 3])
+# The first stage is trained by two nodes, too.
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1)), 2, 3])
 def test_zero(folder: Path, tmp_path: Path, stage: int) -> None:
     monitored = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}}
     config = write(Setting(tmp_path, settings(stage) | monitored))
@@ -129,6 +130,7 @@ def test_twenty_steps_and_two_losses_of_a_rank(
     assert done.said.count("ended with exit code -9") == 2, done.said[-4000:]
 
 
+@pytest.mark.full
 def test_two_nodes_with_the_pool_on_the_second(folder: Path, tmp_path: Path) -> None:
     by_nodes(folder, tmp_path, {"one": 2, "two": 1}, {}, local_ranks=["0", "1"], local_size="2")
 
@@ -176,6 +178,7 @@ def accelerate(*options: str) -> list[str]:
             "--dynamo_backend", "no", *options]  # fmt: skip
 
 
+@pytest.mark.full
 def test_accelerate_with_deepspeed(folder: Path, tmp_path: Path) -> None:
     # The optimizer is the script's own.
     training = {key: value for key, value in settings(1).items() if key != "optimizer"}
