@@ -18,6 +18,7 @@ from fapool_plugin.forward import Forward
 from fapool_plugin.gradients import Shares
 from fapool_plugin.graph import with_gradients, without_autocast
 from fapool_plugin.joint import Asked, Sizes, arrange, distribute, part_ways
+from fapool_plugin.kept_calls import fingerprint
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
@@ -96,6 +97,7 @@ class _Part(NamedTuple):
     status: int = Status.MISSING
     took_ns: int = 0
     began_ns: int = 0
+    kept: bool = False
 
 
 class _Call:
@@ -118,6 +120,11 @@ class _Call:
         self.decided, self.geometry, self.sequence = decided, decided.geometry, decided.sequence
         self.q, self.k, self.v = q_BHSD, k_BKTD, v_BKTE
         self.keep = resident and decided.lasting
+        # Without gradients now they may come yet, by checkpointing; with them, only where they are asked for.
+        wanted = not torch.is_grad_enabled() or any(x.requires_grad for x in (q_BHSD, k_BKTD, v_BKTE))
+        self.whole = decided.keeps_calls and wanted and not self.keep
+        # Only whoever does not take turns can be called once more.
+        self._bits = fingerprint(q_BHSD, k_BKTD, v_BKTE) if self.whole and decided.hand_over is None else b""
         self.scale, self.softcap = softmax_scale, softcap
         batch, heads, queries, _ = q_BHSD.shape
         self.group = heads // k_BKTD.shape[1]
@@ -180,9 +187,10 @@ class _Call:
     def shares(self) -> Shares:
         """Who was asked for what, for the call's backward."""
         ranks = {one.rank.number: one.tiles for one in self._asked if one.call is not None}
+        kept = {one.rank.number: (one.rank.key, one.kept) for one in self._asked if one.kept}
         return Shares(
-            self.manager, self.geometry, self.decided.keeper, self.sequence.id, self.layer, self.scale, self.softcap,
-            self._mine, ranks,
+            self.manager, self.geometry, self.decided.keeper, self.sequence, self.layer, self.scale, self.softcap,
+            self._mine, ranks, kept,
         )  # fmt: skip
 
     def _held(self, rank: PoolRank) -> Callable[[Tile], int]:
@@ -239,6 +247,11 @@ class _Call:
             peers=len(one.below),
             awaits=one.awaits,
         )
+        if self.whole:
+            one.kept, replaced = self.sequence.kept.again(one.rank.key, self.layer, one.tiles, self._bits)
+            header = header._replace(keep=2, extra=one.kept or replaced)
+        if one.kept:
+            header, tensors = header._replace(tiles=0, q_elements=0, k_elements=0, v_elements=0), [[], [], [], []]
         with self.manager.guard(one.rank):
             one.call = one.rank.ask(header, [*tensors, *below])
             if self.keep:
@@ -283,7 +296,8 @@ class _Call:
             tiles = [Tile(*row[:7]) for row in answer.tensors[2].tolist()]
             parts = {number: _Part(*told) for number, *told in answer.tensors[3].tolist()}
         elif answer is not None:
-            parts[asked.rank.number] = _Part(answer.header.status, answer.header.extra, answer.header.clock)
+            told = answer.header
+            parts[asked.rank.number] = _Part(told.status, told.extra, told.clock, told.keep == 2)
         if answer is not None and answer.tensors:
             out, lse = (tensor.to(self.q.device) for tensor in answer.tensors[:2])
             for tile, outs, lses in layout(tiles, self.group, self.v.shape[3]):
@@ -304,8 +318,10 @@ class _Call:
                 one.rank.answered(one.call)
         if part.status == Status.OK:
             self._count(one, part)
+            if self.whole:
+                self._note_kept(one, part.kept)
             return True
-        held_nothing = not one.awaits and all(request.key_start == 0 for request in one.requests)
+        held_nothing = not (one.awaits or one.kept) and all(request.key_start == 0 for request in one.requests)
         if part.status == Status.STALE:
             one.rank.counters.stale += 1
             if held_nothing:
@@ -314,13 +330,24 @@ class _Call:
             part_ways(self._asked)
         if part.status == Status.STALE or one.awaits:
             self.sequence.residency.forget(one.rank.key)
+        self.sequence.kept.take(one.rank.key, one.kept)
+        one.kept = 0
         return False
+
+    def _note_kept(self, one: Asked, kept: bool) -> None:
+        """Records whether the rank keeps this call."""
+        one.rank.counters.reused_calls += one.kept > 0
+        if not one.kept and kept and one.call is not None:
+            one.kept = one.call
+            self.sequence.kept.add(one.rank.key, one.call, self.layer, one.tiles, self._bits)
+            one.rank.counters.kept_calls += 1
+        one.rank.counters.unkept_calls += not one.kept
 
     def _count(self, one: Asked, part: _Part) -> None:
         one.rank.counters.calls += 1
         one.rank.counters.compute_s += part.took_ns / 1e9
         details: dict[str, float] = {"layer": self.layer, "queries": self.q.shape[2], "tiles": len(one.tiles)}
-        if self.decided.rank_cost is not None:
+        if self.decided.rank_cost is not None and not one.kept:
             predicted_s = share_s(self.decided.rank_cost, self.k.shape[1], one.tiles)
             one.rank.counters.predicted_s += predicted_s
             details["predicted_ms"] = predicted_s * 1e3

@@ -127,6 +127,11 @@ class FAPoolConfig(BaseModel):
     )
     kv_block: int = Field(256, ge=1, description="Positions; keys are stored and flushed in blocks of this many.")
     memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
+    training_residency: bool = Field(
+        False,
+        description="true: pool ranks keep what a training call sent them, as far as memory_limit_mib allows, so that "
+        "its backward and gradient checkpointing do not send it again.",
+    )
     threads_per_rank: int = Field(
         1, ge=1, description="CPU threads of each pool rank; the base gives them up while it uses the rank."
     )

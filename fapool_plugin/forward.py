@@ -80,6 +80,11 @@ class Forward:
     """Lets the other blocks go on, between asking and waiting for the answers."""
     _plans: dict[tuple[int, tuple[int, ...]], Plan] = field(default_factory=dict)
 
+    @property
+    def keeps_calls(self) -> bool:
+        """Whether pool ranks are to keep its calls until their gradients are asked for."""
+        return self.phase == "training" and self.config.training_residency
+
     def block(self, start: int, stop: int, hand_over: Callable[[], None]) -> Forward:
         """The columns [start, stop) of this forward as one block in flight."""
         assert self.geometry is not None

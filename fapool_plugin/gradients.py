@@ -1,8 +1,8 @@
 """The base's half of one call's backward: who computed a tile computes its gradients, and the base sums them.
 
 The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
-(out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). Pool ranks keep nothing in between: what they need
-is sent again, and whatever they do not answer is computed here. Knows no autograd and no model.
+(out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). What pool ranks did not keep since forward is sent
+again, and whatever they do not answer is computed here. Knows no autograd and no model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.kernel_backward import attend_backward
+from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Geometry, in_batches
@@ -31,6 +32,8 @@ class Saved(NamedTuple):
     v_BKTE: Tensor
     out_BSHE: Tensor
     lse_BHS: Tensor
+    sinks: bool = False
+    """Whether there were any: outputs are not what ranks answered then."""
 
 
 @dataclass
@@ -41,13 +44,30 @@ class Shares:
     geometry: Geometry
     keeper: object
     """The lease lasts as long as this."""
-    sequence: int
+    sequence: SequenceState
     layer: int
     softmax_scale: float
     softcap: float
     base: list[Tile] = field(default_factory=list)
     ranks: dict[int, list[Tile]] = field(default_factory=dict)
     """By rank number: leases come and go between forward and backward."""
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """For ranks that were to keep the call: (key of the rank in that lease, number of the call)."""
+
+    def take_kept(self, rank: PoolRank) -> int:
+        """The number of the call that the rank keeps, to be used once; 0 if it keeps none."""
+        key, call = self.kept.get(rank.number, (0, 0))
+        return call if key == rank.key and self.sequence.kept.take(key, call) else 0
+
+
+class _Asked(NamedTuple):
+    """What one rank is asked."""
+
+    rank: PoolRank
+    tiles: list[Tile]
+    call: int
+    kept: int
+    """The call that it should have kept; 0: everything was sent."""
 
 
 class Gradients:
@@ -59,26 +79,27 @@ class Gradients:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.dq_BHSD, self.dk_BKTD, self.dv_BKTE = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
         self.group = q.shape[1] // k.shape[1]
-        self._asked: list[tuple[PoolRank, int, list[Tile]]] = []
+        self._asked: list[_Asked] = []
 
     def post(self) -> None:
         """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
         manager, mine = self.shares.manager, list(self.shares.base)
-        held = manager.borrow(self.shares.geometry.longest, self.shares.sequence) if self.shares.ranks else []
+        held = manager.borrow(self.shares.geometry.longest, self.shares.sequence.id) if self.shares.ranks else []
         leased = {rank.number: rank for rank in held}
         if held:
             manager.lending.lend_in_backward(len(held))
         manager.timeline.begin(manager.counters.backward)
         manager.timeline.switch(SEND)
         for number, tiles in self.shares.ranks.items():
-            rank, call = leased.get(number), None
+            rank, call, kept = leased.get(number), None, 0
             if rank is not None:
+                kept = self.shares.take_kept(rank)
                 with manager.guard(rank):
-                    call = rank.ask(*self._message(tiles))
+                    call = rank.ask(*self._message(tiles, kept))
             if rank is None or call is None:
                 mine += tiles
             else:
-                self._asked.append((rank, call, tiles))
+                self._asked.append(_Asked(rank, tiles, call, kept))
         self._compute(mine)
         manager.timeline.end()
 
@@ -86,7 +107,7 @@ class Gradients:
         """(dq, dk, dv) in the dtypes of q, k and v."""
         manager = self.shares.manager
         manager.timeline.begin(manager.counters.backward)
-        answered = [self._gather(*one) for one in self._asked]
+        answered = [self._gather(one) for one in self._asked]
         manager.timeline.end()
         manager.counters.backward.pooled_calls += any(answered)
         manager.counters.backward.local_calls += not any(answered)
@@ -97,23 +118,28 @@ class Gradients:
             self.dv_BKTE.to(saved.v_BKTE.dtype),
         )
 
-    def _message(self, tiles: Sequence[Tile]) -> tuple[Header, list[Tensor | list[Tensor]]]:
-        """Tiles with all that their gradients are made of."""
-        q, k, v, out, lse = self.saved
+    def _message(self, tiles: Sequence[Tile], kept: int) -> tuple[Header, list[Tensor | list[Tensor]]]:
+        """Tiles with all that their gradients are made of, but what the rank keeps as call ``kept``."""
+        q, k, v, out, lse, sinks = self.saved
+        keep = 0 if not kept else 1 if sinks else 2
         parts = [self._parts(tile) for tile in tiles]
-        qs = [q[row, heads, queries] for row, heads, _, queries, _ in parts]
-        ks, vs = ([x[row, lanes, keys] for row, _, lanes, _, keys in parts] for x in (k, v))
-        outs, douts = ([x[row, queries, heads] for row, heads, _, queries, _ in parts] for x in (out, self.dout))
-        lses = [lse[row, heads, queries] for row, heads, _, queries, _ in parts]
+        sent, own = parts if not keep else [], parts if keep < 2 else []
+        qs = [q[row, heads, queries] for row, heads, _, queries, _ in sent]
+        ks, vs = ([x[row, lanes, keys] for row, _, lanes, _, keys in sent] for x in (k, v))
+        outs, lses = [out[at[0], at[3], at[1]] for at in own], [lse[at[0], at[1], at[3]] for at in own]
+        douts = [self.dout[row, queries, heads] for row, heads, _, queries, _ in parts]
         header = Header(
             op=Op.BACKWARD,
+            sequence=self.shares.sequence.id,
             layer=self.shares.layer,
+            keep=keep,
+            extra=kept,
             dtype=dtype_code(q.dtype),
             tiles=len(tiles),
             q_elements=sum(x.numel() for x in qs),
             k_elements=sum(x.numel() for x in ks),
             v_elements=sum(x.numel() for x in vs),
-            lse_elements=sum(x.numel() for x in lses),
+            lse_elements=sum(x.numel() for x in douts) // v.shape[3],
             head_dim=k.shape[3],
             v_head_dim=v.shape[3],
             group=self.group,
@@ -123,12 +149,14 @@ class Gradients:
         table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64)
         return header, [table, qs, ks, vs, outs, lses, douts]
 
-    def _gather(self, rank: PoolRank, call: int, tiles: list[Tile]) -> bool:
+    def _gather(self, one: _Asked) -> bool:
         """Adds one rank's gradients; computes them here if they do not come. Whether they came."""
-        manager, answer = self.shares.manager, None
+        manager, answer, (rank, tiles, call, kept) = self.shares.manager, None, one
         manager.timeline.switch(WAIT)
         with manager.guard(rank):
             answer = rank.answer(call)
+            if kept and answer.header.status == Status.STALE:
+                kept, answer = 0, rank.answer(rank.ask(*self._message(tiles, 0)))
         manager.timeline.switch(MERGE)
         if answer is None or answer.header.status != Status.OK:
             self._compute(tiles)
@@ -147,6 +175,7 @@ class Gradients:
             self.dk_BKTD[row, lanes, keys] += take(1, (count, keys_length, self.dk_BKTD.shape[3]))
             self.dv_BKTE[row, lanes, keys] += take(2, (count, keys_length, self.dv_BKTE.shape[3]))
         rank.counters.calls += 1
+        rank.counters.reused_calls += kept > 0
         rank.counters.compute_s += answer.header.extra / 1e9
         manager.timeline.rank(
             rank.number, answer.header.clock + rank.clock_offset, answer.header.extra, layer=self.shares.layer
@@ -155,7 +184,7 @@ class Gradients:
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self.shares.manager.timeline.switch(ATTENTION)
-        q, k, v, out, lse = self.saved
+        q, k, v, out, lse, _ = self.saved
         for tile, rows in in_batches(tiles, self.shares.geometry):
             row, heads, lanes, queries, keys = self._parts(tile)
             batch = slice(row, row + rows)

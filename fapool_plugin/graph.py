@@ -35,7 +35,7 @@ class Call(Protocol):
         """Waits; (out, lse), final."""
 
     def shares(self) -> Shares:
-        """Who computed what."""
+        """Who computed what, and keeps it; after :meth:`finish`."""
 
 
 def with_gradients(call: Call, sinks_H: Tensor | None) -> Tensor:
@@ -86,9 +86,10 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, link: _Link, ticket: Tensor, sinks_H: Tensor | None) -> Tensor:
-        ctx.link, link.shares = link, call.shares()
+        ctx.link = link
         with without_autocast(call.q):
             out, lse = call.finish(sinks_H)
+        link.shares = call.shares()
         ctx.save_for_backward(call.q, call.k, call.v, out, lse, sinks_H)
         return out
 
@@ -96,7 +97,7 @@ class _Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, sinks_H = ctx.saved_tensors
-        ctx.link.gradients = gradients = Gradients(ctx.link.shares, Saved(q, k, v, out, lse), dout)
+        ctx.link.gradients = gradients = Gradients(ctx.link.shares, Saved(q, k, v, out, lse, sinks_H is not None), dout)
         with without_autocast(q):
             gradients.post()
         dsinks = None if sinks_H is None else sinks_backward(dout, out, lse, sinks_H)

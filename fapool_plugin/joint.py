@@ -35,6 +35,8 @@ class Asked:
     """The number of this call at all ranks that work on it together; 0: this rank works alone."""
     awaits: int = 0
     """Messages of keys that reach it beside the request."""
+    kept: int = 0
+    """The number of the call that the rank keeps, this one or the same before; 0: none."""
     above: Asked | None = None
     """Whose answer brings this one's; None: it answers by itself."""
     below: list[Asked] = field(default_factory=list)

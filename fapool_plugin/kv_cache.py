@@ -1,5 +1,5 @@
-"""Where keys and values live: growing storage on the base, resident prefixes on a pool rank, and the base's record
-of how long each prefix is.
+"""Where keys and values live: growing storage on the base, resident prefixes and whole training calls on a pool rank,
+and the base's record of how long each prefix is.
 
 Knows tensors and lanes, but no model, no link and no plan.
 """
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fapool_plugin.kept_calls import KeptCalls
 from fapool_plugin.partition import Row
 
 
@@ -148,6 +149,7 @@ class SequenceState:
     prompt: tuple[Row, ...] | None = None
     """The rows of that prompt."""
     residency: Residency = field(default_factory=Residency)
+    kept: KeptCalls = field(default_factory=KeptCalls)
     full: set[int] = field(default_factory=set)
     """Ranks that assumed nothing and still could not store what they were sent."""
     id: int = field(default_factory=lambda: secrets.randbits(62))
@@ -209,6 +211,8 @@ class PrefixStore:
 
     def __init__(self, limit_bytes: int, block: int = 256) -> None:
         self.limit_bytes, self.block, self.nbytes, self.evictions = limit_bytes, block, 0, 0
+        self.reserved = 0
+        """Bytes of the limit that something else than prefixes takes."""
         self._sequences: OrderedDict[int, dict[tuple[int, int], Prefix]] = OrderedDict()
 
     def __contains__(self, sequence: int) -> bool:
@@ -291,10 +295,10 @@ class PrefixStore:
                 return old
         size = max(size, capacity if capacity >= stop else round_up(stop, self.block))
         wanted = (last - first) * size * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
-        freed = old.nbytes if old is not None else 0
-        if wanted > self.limit_bytes:
+        freed, limit = old.nbytes if old is not None else 0, self.limit_bytes - self.reserved
+        if wanted > limit:
             return None
-        while self.nbytes - freed + wanted > self.limit_bytes:
+        while self.nbytes - freed + wanted > limit:
             victim = next((s for s in self._sequences if s != sequence), None)
             if victim is None:
                 return None
@@ -315,3 +319,59 @@ class PrefixStore:
         self._sequences.move_to_end(sequence)
         self.nbytes += wanted - freed
         return new
+
+
+class KeptTile(NamedTuple):
+    """What a tile's gradients are made of beside dout, as kernels take it: one row, (1, S, H, D) and so on."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class CallStore:
+    """The training calls a pool rank keeps whole, by sequence and number, until their gradients are asked for.
+
+    Nothing is copied, so nobody may write to what is kept. Where there is no room left nothing makes way.
+
+    Args:
+        prefixes: with which they share one limit.
+    """
+
+    def __init__(self, prefixes: PrefixStore) -> None:
+        self.prefixes = prefixes
+        self._sequences: dict[int, dict[int, tuple[list[KeptTile], int]]] = {}
+
+    def put(self, sequence: int, call: int, tiles: list[KeptTile]) -> bool:
+        """Keeps one call, if memory suffices; whether it did."""
+        # What is kept is all of a message, table and padding included.
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for tile in tiles for x in tile}
+        size, held = sum(storages.values()), self.prefixes.nbytes + self.prefixes.reserved
+        if held + size > self.prefixes.limit_bytes:
+            return False
+        self._sequences.setdefault(sequence, {})[call] = tiles, size
+        self.prefixes.reserved += size
+        return True
+
+    def get(self, sequence: int, call: int) -> list[KeptTile] | None:
+        """A kept call; None if it is not here."""
+        return self._sequences.get(sequence, {}).get(call, (None, 0))[0]
+
+    def pop(self, sequence: int, call: int) -> list[KeptTile] | None:
+        """A kept call, for the last time; None if it is not here."""
+        tiles, size = self._sequences.get(sequence, {}).pop(call, (None, 0))
+        self.prefixes.reserved -= size
+        return tiles
+
+    def free(self, sequence: int) -> None:
+        """Forgets one sequence."""
+        for call in list(self._sequences.get(sequence, {})):
+            self.pop(sequence, call)
+        self._sequences.pop(sequence, None)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        for sequence in list(self._sequences):
+            self.free(sequence)

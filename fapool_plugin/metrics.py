@@ -48,6 +48,12 @@ class RankCounters:
     """Seconds this rank spent computing, as it measured them."""
     predicted_s: float = 0.0
     """Seconds that the profile predicted for the same tiles; 0 without a profile."""
+    kept_calls: int = 0
+    """Training calls that it kept whole until their gradients were asked for."""
+    unkept_calls: int = 0
+    """Those that it was to keep and had no room for."""
+    reused_calls: int = 0
+    """Requests, for gradients or for the same call once more, that were made of what it had kept."""
 
 
 @dataclass(frozen=True)

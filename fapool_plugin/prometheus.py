@@ -115,12 +115,19 @@ class _Collector:
             "Seconds a pool rank spent computing, as it measured them.",
             labels=["rank"],
         )
+        kept = CounterMetricFamily(
+            "fapool_rank_kept_calls",
+            "Training calls that a pool rank kept, had no room for (unkept), and was asked for again (reused).",
+            labels=["rank", "what"],
+        )
         for rank in stats["ranks"]:
             number = str(rank["rank"])
             moved.add_metric([number, "sent"], rank["bytes_sent"])
             moved.add_metric([number, "received"], rank["bytes_received"])
             compute.add_metric([number], rank["compute_s"])
-        yield from (moved, compute)
+            for what in ("kept", "unkept", "reused"):
+                kept.add_metric([number, what], rank[f"{what}_calls"])
+        yield from (moved, compute, kept)
 
         yield CounterMetricFamily("fapool_faults", "Pool ranks that were lost.", value=stats["faults"])
         yield CounterMetricFamily("fapool_activations", "Leases taken.", value=stats["activations"])

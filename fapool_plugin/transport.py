@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 TILE_FIELDS, PART_FIELDS = 9, 4
 INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
@@ -74,7 +74,8 @@ class Header(NamedTuple):
     sequence: int = 0
     layer: int = 0
     keep: int = 0
-    """1: the keys sent stay resident; 0: they serve this call only."""
+    """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 0: neither. Its reply: 2 if
+    it is kept. BACKWARD: 1: q, k and v are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is."""
     dtype: int = 0
     """Index of the payload's dtype (:func:`dtype_code`)."""
     tiles: int = 0
@@ -91,7 +92,8 @@ class Header(NamedTuple):
     scale_bits: int = 0
     softcap_bits: int = 0
     extra: int = 0
-    """HELLO's reply: the rank's KV memory limit in bytes. ATTEND's reply: nanoseconds spent computing."""
+    """Requests: a kept call's number, 0 for none. HELLO's reply: the rank's memory limit in bytes. Other replies:
+    nanoseconds spent computing."""
     clock: int = 0
     """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO."""
     joint: int = 0
@@ -135,22 +137,19 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
         raise LinkLost(f"malformed header {tuple(header)}")
     dtype = _DTYPES[header.dtype]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k, v = ((elements,) for elements in (header.q_elements, header.k_elements, header.v_elements))
+    q, k, v, lse = ((elements,) for elements in sizes[1:5])
+    table: tuple[tuple[int, ...], torch.dtype] = (header.tiles, TILE_FIELDS), torch.int64
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if header.op == Op.BACKWARD:
-        out, lse = (header.lse_elements * header.v_head_dim,), (header.lse_elements,)
-        if header.status == Status.REQUEST:
-            parts += [((header.tiles, TILE_FIELDS), torch.int64), (q, dtype), (k, dtype), (v, dtype)]
-            return [*parts, (out, dtype), (lse, exact), (out, dtype)]
-        return [(q, exact), (k, exact), (v, exact)] if header.status == Status.OK else []
     if header.status == Status.REQUEST:
-        parts.append(((header.tiles, TILE_FIELDS), torch.int64))
-        parts += [(q, dtype), (k, dtype), (v, dtype)]
+        parts += [table, (q, dtype), (k, dtype), (v, dtype)]
+        if header.op == Op.BACKWARD:
+            out, sent = (header.lse_elements * header.v_head_dim,), header.keep != 2
+            parts += [(out if sent else (0,), dtype), (lse if sent else (0,), exact), (out, dtype)]
         parts += [((header.peers,), torch.int64)] if header.peers else []
     elif header.status == Status.OK:
-        parts += [(q, dtype), ((header.lse_elements,), exact)]
-        if header.parts:
-            parts += [((header.tiles, TILE_FIELDS), torch.int64), ((header.parts, PART_FIELDS), torch.int64)]
+        backward = header.op == Op.BACKWARD
+        parts += [(q, exact), (k, exact), (v, exact)] if backward else [(q, dtype), (lse, exact)]
+        parts += [table, ((header.parts, PART_FIELDS), torch.int64)] if header.parts else []
     return parts
 
 

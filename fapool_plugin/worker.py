@@ -24,7 +24,7 @@ from torch import Tensor
 from fapool_plugin.exchange import Inbox, Payload, connect_at
 from fapool_plugin.kernel_backward import attend_backward
 from fapool_plugin.kernels import attend
-from fapool_plugin.kv_cache import PrefixStore
+from fapool_plugin.kv_cache import CallStore, KeptTile, PrefixStore
 from fapool_plugin.meeting import wait_for_ring
 from fapool_plugin.transport import (
     PROTOCOL_VERSION,
@@ -55,8 +55,11 @@ class Worker:
     def __init__(self, inbox: Inbox, memory_limit: int, device: torch.device, block: int = 256, node: int = 0) -> None:
         self.inbox, self.device, self.node = inbox, device, node
         self.prefixes = PrefixStore(memory_limit, block)
+        self.calls = CallStore(self.prefixes)
         self.lease: int | None = None
         self._holders: set[Link] = set()
+        self._kept_for: dict[Link, set[int]] = {}
+        """Sequences of which calls are kept, by who asked for it."""
 
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
@@ -81,6 +84,8 @@ class Worker:
             if header.op in (Op.ATTEND, Op.BACKWARD):
                 link.send(header._replace(status=Status.STALE))
         elif header.op == Op.ATTEND:
+            if header.keep == 2:
+                self._kept_for.setdefault(link, set()).add(header.sequence)
             self._answer(link, message)
             link.settle(link.messages_sent - _UNSETTLED)
         elif header.op == Op.BACKWARD:
@@ -88,6 +93,8 @@ class Worker:
             link.settle(link.messages_sent - _UNSETTLED)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
+            self.calls.free(header.sequence)
+            self._kept_for.get(link, set()).discard(header.sequence)
         elif header.op == Op.RELEASE:
             self._leave(link)
 
@@ -138,20 +145,27 @@ class Worker:
         """One base rank gives the lease back; with the last one everything it left here goes."""
         self._holders.discard(link)
         self.inbox.leave(link)
+        for sequence in self._kept_for.pop(link, ()):
+            self.calls.free(sequence)
         if not self._holders:
             self.lease = None
             self.prefixes.clear()
+            self.calls.clear()
 
     def attend(self, message: Message) -> tuple[Header, Payload]:
-        """Computes a request's tiles. STALE, with no tensors, if a prefix it assumes is not here."""
-        began = time.perf_counter_ns()
-        request = _Request(message, self.device)
-        outs, lses = [], []
+        """Computes a request's tiles. STALE, with no tensors, if a prefix or a kept call it assumes is not here."""
+        began, asked = time.perf_counter_ns(), message.header
+        if asked.keep == 2 and asked.extra:
+            if not asked.tiles:  # the same call once more
+                known = self.calls.get(asked.sequence, asked.extra)
+                return _attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
+            self.calls.pop(asked.sequence, asked.extra)
+        request, computed = _Request(message, self.device), []
         for tile in message.tensors[0].tolist():
             row, head_start, head_stop, q_start, q_stop, k_start, k_stop, key_start, key_stop = tile
             heads, lanes = head_stop - head_start, (row, head_start)
             new_k, new_v = request.keys(heads, key_stop - key_start)
-            if not request.header.keep:
+            if asked.keep != 1:
                 k, v = (
                     new_k[:, k_start - key_start : k_stop - key_start],
                     new_v[:, k_start - key_start : k_stop - key_start],
@@ -165,35 +179,34 @@ class Worker:
                 if not stored or held < max(k_stop, key_start):
                     return message.header._replace(status=Status.STALE), ()
                 k, v = self.prefixes.get(*where[:3], slice(head_start, head_stop), slice(k_start, k_stop))
+            q, k, v = (x[None].transpose(1, 2) for x in (request.queries(heads, q_stop - q_start), k, v))
             out, lse = attend(
-                request.queries(heads, q_stop - q_start)[None].transpose(1, 2),
-                k[None].transpose(1, 2),
-                v[None].transpose(1, 2),
-                softmax_scale=request.scale,
-                causal=True,
-                q_offset=q_start - k_start,
-                softcap=request.softcap,
-            )
-            outs.append(out)
-            lses.append(lse)
-        header = message.header._replace(
-            status=Status.OK,
-            q_elements=sum(out.numel() for out in outs),
-            lse_elements=sum(lse.numel() for lse in lses),
-            extra=time.perf_counter_ns() - began,
-            clock=began,
-        )
-        return header, (outs, lses)
+                q, k, v,
+                softmax_scale=request.scale, causal=True, q_offset=q_start - k_start, softcap=request.softcap,
+            )  # fmt: skip
+            computed.append(KeptTile(q, k, v, out, lse))
+        if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
+            asked = asked._replace(keep=0)
+        return _attended(asked, computed, began)
 
     def backward(self, message: Message) -> tuple[Header, Payload]:
-        """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed."""
-        began = time.perf_counter_ns()
+        """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with
+        no tensors, if a kept call it assumes is not here."""
+        began, asked, table = time.perf_counter_ns(), message.header, message.tensors[0].tolist()
+        kept = self.calls.pop(asked.sequence, asked.extra) if asked.keep else []
+        if kept is None or (asked.keep and len(kept) != len(table)):
+            return asked._replace(status=Status.STALE), ()
         request, dqs, dks, dvs = _Request(message, self.device), [], [], []
-        for _, head_start, head_stop, q_start, q_stop, k_start, k_stop, _, _ in message.tensors[0].tolist():
+        for index, (_, head_start, head_stop, q_start, q_stop, k_start, k_stop, _, _) in enumerate(table):
             heads, length = head_stop - head_start, q_stop - q_start
-            q = request.queries(heads, length)[None].transpose(1, 2)
-            k, v = (x[None].transpose(1, 2) for x in request.keys(heads, k_stop - k_start))
-            out, lse, dout = request.outputs(heads, length)
+            if asked.keep:
+                q, k, v, out, lse = kept[index]
+            else:
+                q = request.queries(heads, length)[None].transpose(1, 2)
+                k, v = (x[None].transpose(1, 2) for x in request.keys(heads, k_stop - k_start))
+            if asked.keep < 2:
+                out, lse = request.results(heads, length)
+            dout = request.dout(heads, length)
             dq, dk, dv = attend_backward(
                 dout, q, k, v, out, lse,
                 softmax_scale=request.scale, causal=True, q_offset=q_start - k_start, softcap=request.softcap,
@@ -202,8 +215,27 @@ class Worker:
             dqs.append(dq.transpose(1, 2))
             dks.append(dk.transpose(1, 2))
             dvs.append(dv.transpose(1, 2))
-        took = time.perf_counter_ns() - began
-        return message.header._replace(status=Status.OK, extra=took, clock=began), (dqs, dks, dvs)
+        header = asked._replace(
+            status=Status.OK,
+            q_elements=_elements(dqs),
+            k_elements=_elements(dks),
+            v_elements=_elements(dvs),
+            extra=time.perf_counter_ns() - began,
+            clock=began,
+        )
+        return header, (dqs, dks, dvs)
+
+
+def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header, Payload]:
+    """The reply to ATTEND with the results of these tiles."""
+    outs, lses = [tile.out for tile in tiles], [tile.lse for tile in tiles]
+    took = time.perf_counter_ns() - began
+    header = asked._replace(status=Status.OK, q_elements=_elements(outs), lse_elements=_elements(lses))
+    return header._replace(extra=took, clock=began), (outs, lses)
+
+
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 class _Request:
@@ -213,7 +245,7 @@ class _Request:
         self.header = message.header
         self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:4])
         self._results = [tensor.to(device) for tensor in message.tensors[4:7]]
-        self._q_at = self._k_at = self._v_at = self._row_at = 0
+        self._q_at = self._k_at = self._v_at = self._row_at = self._dout_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 
     def queries(self, kv_heads: int, length: int) -> Tensor:
@@ -222,14 +254,18 @@ class _Request:
         self._q_at, start = self._q_at + heads * length * dim, self._q_at
         return self._q[start : self._q_at].view(heads, length, dim)
 
-    def outputs(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The next tile's outputs (1, S, H, E), LSEs (1, H, S) and gradients of the outputs (1, S, H, E)."""
+    def results(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor]:
+        """The next tile's outputs (1, S, H, E) and LSEs (1, H, S)."""
         heads, dim = kv_heads * self.header.group, self.header.v_head_dim
         self._row_at, start = self._row_at + heads * length, self._row_at
-        out, lse, dout = self._results
-        rows, elements = slice(start, self._row_at), slice(start * dim, self._row_at * dim)
-        shaped = (x[elements].view(1, length, heads, dim) for x in (out, dout))
-        return next(shaped), lse[rows].view(1, heads, length), next(shaped)
+        out = self._results[0][start * dim : self._row_at * dim].view(1, length, heads, dim)
+        return out, self._results[1][start : self._row_at].view(1, heads, length)
+
+    def dout(self, kv_heads: int, length: int) -> Tensor:
+        """The gradients of the next tile's outputs, (1, S, H, E)."""
+        heads, dim = kv_heads * self.header.group, self.header.v_head_dim
+        self._dout_at, start = self._dout_at + heads * length * dim, self._dout_at
+        return self._results[2][start : self._dout_at].view(1, length, heads, dim)
 
     def keys(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor]:
         """The next tile's new keys (K, T, D) and values (K, T, E)."""

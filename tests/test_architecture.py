@@ -23,7 +23,7 @@ MAX_LINES = 400
 ROWS = (
     {"config", "cost", "partition", "placement", "metrics", "trace"},
     {"kernels", "kernel_backward", "kernel_torch", "rectangle"}
-    | {"graph_kv", "kv_cache", "ideal_line", "lending", "meeting", "timeline", "transport", "prometheus"},
+    | {"graph_kv", "kept_calls", "kv_cache", "ideal_line", "lending", "meeting", "timeline", "transport", "prometheus"},
     {"plan", "launch", "lease", "clocks", "reduction", "worker_process"},
     {"forecast"},
     {"forward"},
@@ -57,6 +57,7 @@ INSIDE_ROW = {
     "kernels": {"kernel_torch", "rectangle"},
     "kernel_backward": {"kernels", "kernel_torch", "rectangle"},
     "graph_kv": {"rectangle"},
+    "kv_cache": {"kept_calls"},
     "worker": {"exchange"},
     "cli": {"bench", "demo", "doctor", "options", "planning"},
     "bench": {"bench_report", "bench_turns", "contenders", "demo", "options", "planning"},

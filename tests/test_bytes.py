@@ -37,18 +37,22 @@ class Ledger:
         self.payload = self.needed = self.messages = self.tables = 0
         self.known: set[tuple[int, ...]] = set()
 
-    def note(self, rank: int, layer: int, tensors: list[Any], *, backward: bool = False) -> None:
-        if backward:
+    def note(self, rank: int, layer: int, tensors: list[Any], *, backward: bool = False, kept: bool = False) -> None:
+        if backward and not kept:
             self.known = set()  # nothing stays from forward, or from another layer
         table, *payload = tensors
         self.messages += 1
+        if kept and not backward:
+            assert not any(len(part) for part in tensors), "a call that was kept was sent once more"
+            return
         self.tables += table.numel() * 8
         parts = [x for part in payload for x in ([part] if isinstance(part, Tensor) else part)]
         self.payload += sum(part.numel() * FP32 for part in parts)
         for row, first, last, q_start, q_stop, k_start, k_stop, *_ in table.tolist():
             for head in range(first, last):
-                # Backward with every query its output, that one's gradient, and its LSEs.
-                self.needed += (QUERY if not backward else 3 * QUERY + GROUP * FP32) * (q_stop - q_start)
+                # Backward with every query its output, that one's gradient, and its LSEs; what is kept needs none.
+                row_bytes = QUERY if kept or not backward else 3 * QUERY + GROUP * FP32
+                self.needed += row_bytes * (q_stop - q_start)
                 # Keys of a lane lie in one prefix: what is before the first one needed is there as well.
                 seen = {(rank, layer, row, head, at) for at in range(min(k_stop, q_stop))}
                 self.needed += POSITION * len(seen - self.known)
@@ -67,7 +71,8 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     ledger, ask = Ledger(), PoolRank.ask
 
     def asked(self: PoolRank, header: Any, tensors: Any) -> int:
-        ledger.note(self.number, header.layer, list(tensors), backward=header.op == Op.BACKWARD)
+        kept = header.keep == 2 and header.extra > 0
+        ledger.note(self.number, header.layer, list(tensors), backward=header.op == Op.BACKWARD, kept=kept)
         return ask(self, header, tensors)
 
     monkeypatch.setattr(PoolRank, "ask", asked)
@@ -140,3 +145,32 @@ def test_a_step_of_training_sends_the_least(
             assert sent == rows * (3 * QUERY + GROUP * FP32 + POSITION), sent
             received = after["bytes_received"] - before["bytes_received"]
             assert 0 <= received - rows * (QUERY + POSITION) <= LAYERS * (frame_bytes() + GAPS), received
+
+
+@pytest.mark.parametrize("checkpointed", [None, True, False], ids=["plain", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("share", [None, 0.0])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ["line", "query_blocks"])
+def test_a_step_with_residency_sends_each_number_once(
+    tmp_path: Path, ledger: Ledger, mode: str, ranks: int, share: float | None, checkpointed: bool | None
+) -> None:
+    """q, k and v in forward and dout in backward, with layers that run a second time, too."""
+    folder, ids = save_model("llama", tmp_path, max_position_embeddings=1024), random_ids(2, LONG)
+    settings: dict[str, Any] = {"pool_ranks": ranks, "blocks": 1, "base_share": share, "partition": mode}
+    with planned(folder, activation="length", training_residency=True, **settings) as model:
+        if checkpointed is not None:
+            model.train().gradient_checkpointing_enable({"use_reentrant": checkpointed})
+            model.enable_input_require_grads()
+        loss = model(ids, labels=ids).loss
+        sent, needed, _ = ledger.take()
+        assert sent == needed, f"forward: {sent} bytes were sent, {needed} are needed"
+        before = model.fa_pool.stats()
+        loss.backward()
+        sent, needed, headers = ledger.take()
+        assert sent == needed, f"backward: {sent} bytes were sent, {needed} are needed"
+        after = model.fa_pool.stats()
+        assert sent <= after["bytes_sent"] - before["bytes_sent"] <= sent + headers
+        reused = sum(rank["reused_calls"] for rank in after["ranks"])
+        assert reused == LAYERS * ranks * (1 if checkpointed is None else 2)
+        if share == 0.0 and ranks == 1:
+            assert sent == LAYERS * 2 * 3 * LONG * QUERY, "by closed form, dout of every query"

@@ -35,6 +35,7 @@ DEFAULTS = {
     "start_timeout_s": 120.0,
     "kv_block": 256,
     "memory_limit_mib": 2048,
+    "training_residency": False,
     "threads_per_rank": 1,
 }
 # Per setting: values just inside its rule, and values just outside of it or of another type.
@@ -62,6 +63,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "start_timeout_s": ([0.001, 120], [0, -1.0, "120", True, None, float("inf")]),
     "kv_block": ([1, 64], [0, -256, 256.0, "256", True, None]),
     "memory_limit_mib": ([1, 10**6], [0, -1, 2048.0, "2048", True, None]),
+    "training_residency": ([True, False], [1, 0, "true", None]),
     "threads_per_rank": ([1, 64], [0, -1, 1.0, "1", True, None]),
 }
 ACCEPTED = [(key, value) for key, (good, _) in CASES.items() for value in good]

@@ -26,6 +26,7 @@ NAMES = {
     "fapool_seconds_total",
     "fapool_bytes_total",
     "fapool_rank_compute_seconds_total",
+    "fapool_rank_kept_calls_total",
     "fapool_faults_total",
     "fapool_activations_total",
     "fapool_releases_total",
@@ -70,6 +71,7 @@ def counted() -> dict[str, Any]:
     for rank in (0, 3):
         mine = counters.rank(rank)
         mine.bytes_sent, mine.bytes_received, mine.compute_s = 2**40 + rank, 50 + rank, 60.25 + rank
+        mine.kept_calls, mine.unkept_calls, mine.reused_calls = 81 + rank, 91 + rank, 101 + rank
     stats = counters.as_dict() | {"state": "active", "threshold": 4096, "leased_ranks": [0, 3]}
     stats["prefill"] |= {"predicted_s": 71.5, "measured_s": 72.5}
     stats["decode"] |= {"predicted_s": 0.25, "measured_s": 0.75}
@@ -105,6 +107,8 @@ def test_a_scrape_shows_every_number_of_stats() -> None:
         expected["fapool_bytes_total", "direction=sent", f"rank={rank}"] = 2**40 + rank
         expected["fapool_bytes_total", "direction=received", f"rank={rank}"] = 50 + rank
         expected["fapool_rank_compute_seconds_total", f"rank={rank}"] = 60.25 + rank
+        for what, number in (("kept", 81), ("unkept", 91), ("reused", 101)):
+            expected["fapool_rank_kept_calls_total", f"rank={rank}", f"what={what}"] = number + rank
     for state in STATES:
         expected["fapool_state", f"state={state}"] = state == "active"
     assert found == expected, set(found.items()) ^ set(expected.items())

@@ -151,6 +151,80 @@ def test_keys_that_do_not_come_are_told_to_be_missing(bases: tuple[list[Link], W
     assert 5 in worker.prefixes
 
 
+def again(link: Link, sequence: int, call: int = 9) -> Message:
+    """Asks for the results of a kept call once more."""
+    link.send(Header(op=Op.ATTEND, token=1, sequence=sequence, keep=2, extra=call), ([], [], [], []))
+    return link.receive()
+
+
+def gradients(link: Link, sequence: int, call: int = 9) -> Message:
+    """Asks for the gradients of a kept call of seven keys, with dout alone."""
+    table = torch.tensor([[0, 0, 1, 6, 7, 0, 7, 0, 7]])
+    header = Header(
+        op=Op.BACKWARD, token=1, sequence=sequence, keep=2, extra=call, tiles=1, group=1, head_dim=D, v_head_dim=D,
+        lse_elements=1, scale_bits=float_bits(1.0),
+    )  # fmt: skip
+    link.send(header, (table, [], [], [], [], [], torch.ones(D)))
+    return link.receive()
+
+
+def test_a_call_is_kept_until_its_gradients_are_asked_for(bases: tuple[list[Link], Worker]) -> None:
+    (link, _), worker = bases
+    hello(link, 1)
+    answer, want = ask(link, 1, held=0, keys=7, keep=2)
+    assert (answer.header.status, answer.header.keep) == (Status.OK, 2)
+    assert torch.allclose(answer.tensors[0].view(1, D), want, atol=1e-6)
+    assert 5 not in worker.prefixes
+    for wrong in ((6, 9), (5, 8)):
+        assert again(link, *wrong).header.status == Status.STALE
+    repeated = again(link, 5)
+    assert (repeated.header.status, repeated.header.keep) == (Status.OK, 2)
+    assert all(torch.equal(a, b) for a, b in zip(repeated.tensors, answer.tensors, strict=True))
+    reply = gradients(link, 5)
+    assert reply.header.status == Status.OK
+    torch.manual_seed(7)
+    k, v, q = torch.randn(7, D), torch.randn(7, D), torch.randn(1, D, requires_grad=True)
+    (dq,) = torch.autograd.grad((torch.softmax(q @ k.T, -1) @ v).sum(), q)
+    difference = (reply.tensors[0].view(1, D) - dq).abs().max().item()
+    assert difference < 1e-5, f"largest difference {difference:.2e}"
+    assert again(link, 5).header.status == gradients(link, 5).header.status == Status.STALE
+    assert worker.prefixes.reserved == 0
+
+
+def test_a_call_that_does_not_fit_is_answered_and_not_kept(bases: tuple[list[Link], Worker]) -> None:
+    (link, _), worker = bases
+    hello(link, 1)
+    ask(link, 1, held=0, keys=7, sequence=6)
+    worker.prefixes.limit_bytes = worker.prefixes.nbytes + 100
+    answer, want = ask(link, 1, held=0, keys=7, keep=2)
+    assert (answer.header.status, answer.header.keep) == (Status.OK, 0)
+    assert torch.allclose(answer.tensors[0].view(1, D), want, atol=1e-6)
+    assert 6 in worker.prefixes, "nothing makes way for it"
+    assert again(link, 5).header.status == Status.STALE
+
+
+def test_kept_calls_go_with_their_sequence_their_base_and_the_lease(bases: tuple[list[Link], Worker]) -> None:
+    (one, two), worker = bases
+    for link, sequences in ((one, (5, 6)), (two, (7,))):
+        hello(link, 1)
+        for sequence in sequences:
+            ask(link, 1, held=0, keys=7, keep=2, sequence=sequence)
+    one.send(Header(op=Op.FREE, token=1, sequence=5))
+    assert again(one, 5).header.status == Status.STALE
+    assert again(one, 6).header.status == Status.OK
+    one.close()
+    one.join(5)
+    deadline = time.monotonic() + 5
+    while again(two, 6).header.status != Status.STALE:
+        assert time.monotonic() < deadline, "what a base left stays"
+        time.sleep(0.01)
+    assert again(two, 7).header.status == Status.OK
+    two.send(Header(op=Op.RELEASE, token=1))
+    assert hello(two, 1).status == Status.OK
+    assert again(two, 7).header.status == Status.STALE
+    assert worker.prefixes.reserved == 0
+
+
 def test_hello_names_the_node(bases: tuple[list[Link], Worker]) -> None:
     (link, _), worker = bases
     worker.node = 3
