@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fapool_plugin.cost import share_s
 from fapool_plugin.forward import Forward
 from fapool_plugin.gradients import Shares
 from fapool_plugin.graph import with_gradients, without_autocast
-from fapool_plugin.joint import Asked, Sizes, arrange, distribute, part_ways
+from fapool_plugin.joint import Asked, Part, Sizes, answers, arrange, distribute, part_ways, told
 from fapool_plugin.kept_calls import fingerprint
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
@@ -91,15 +91,6 @@ class FAPoolAttention(nn.Module):
             return call.finish(sinks_H)[0]
 
 
-class _Part(NamedTuple):
-    """What is told of one rank's part."""
-
-    status: int = Status.MISSING
-    took_ns: int = 0
-    began_ns: int = 0
-    kept: bool = False
-
-
 class _Call:
     """One attention call of one layer."""
 
@@ -162,7 +153,8 @@ class _Call:
         if self._disjoint:
             mine.extend(self._distribute())
         else:
-            arrange(self._asked, self.decided.config, self._link, self._sizes, self.manager.guard)
+            weigh = answers(self._sizes.answer)
+            arrange(self._asked, self.decided.config, self._link, weigh, self.manager.guard)
         for one in self._asked:
             self._ask(one)
             if one.call is None and one.above is None:
@@ -235,25 +227,16 @@ class _Call:
 
     def _ask(self, one: Asked) -> None:
         """Sends one rank its tiles with the keys it lacks; leaves ``one.call`` at None if the rank is lost."""
-        if one.above is not None and one.above.call is None:
-            one.detach()
         table = [(*request.tile, request.key_start, request.key_stop) for request in one.requests]
         header, tensors = self._message(table, one.tiles, one.requests)
-        below = [torch.tensor([child.rank.number for child in one.below])] if one.below else []
-        header = header._replace(
-            op=Op.ATTEND,
-            joint=one.joint,
-            peer=1 + one.above.rank.number if one.above is not None else 0,
-            peers=len(one.below),
-            awaits=one.awaits,
-        )
+        header = header._replace(op=Op.ATTEND)
         if self.whole:
             one.kept, replaced = self.sequence.kept.again(one.rank.key, self.layer, one.tiles, self._bits)
             header = header._replace(keep=2, extra=one.kept or replaced)
         if one.kept:
             header, tensors = header._replace(tiles=0, q_elements=0, k_elements=0, v_elements=0), [[], [], [], []]
         with self.manager.guard(one.rank):
-            one.call = one.rank.ask(header, [*tensors, *below])
+            one.call = one.rank.ask(*one.joined(header, tensors))
             if self.keep:
                 for tile, start, stop in one.requests:
                     if stop > start:
@@ -291,25 +274,21 @@ class _Call:
         with self.manager.guard(asked.rank):
             answer = asked.rank.answer(asked.call or 0)
         self._timeline.switch(MERGE)
-        parts, tiles = {}, asked.tiles
-        if answer is not None and answer.header.parts:
-            tiles = [Tile(*row[:7]) for row in answer.tensors[2].tolist()]
-            parts = {number: _Part(*told) for number, *told in answer.tensors[3].tolist()}
-        elif answer is not None:
-            told = answer.header
-            parts[asked.rank.number] = _Part(told.status, told.extra, told.clock, told.keep == 2)
+        parts, tiles = told(answer, asked.rank.number), asked.tiles
         if answer is not None and answer.tensors:
+            if answer.header.parts:
+                tiles = [Tile(*row[:7]) for row in answer.tensors[2].tolist()]
             out, lse = (tensor.to(self.q.device) for tensor in answer.tensors[:2])
             for tile, outs, lses in layout(tiles, self.group, self.v.shape[3]):
                 heads = (tile.head_stop - tile.head_start) * self.group
                 part = out[outs].view(1, -1, heads, self.v.shape[3])
                 self._merge(tile, part, lse[lses].view(1, heads, -1))
         everyone = asked.all()
-        missing = [one for one in everyone if not self._note(one, parts.get(one.rank.number, _Part()))]
+        missing = [one for one in everyone if not self._note(one, parts.get(one.rank.number, Part()))]
         self._compute(chain.from_iterable(one.tiles for one in missing))
         return len(missing) < len(everyone)
 
-    def _note(self, one: Asked, part: _Part) -> bool:
+    def _note(self, one: Asked, part: Part) -> bool:
         """Draws conclusions from how one rank's part came; whether its result is there."""
         with self.manager.guard(one.rank):
             if part.status == Status.MISSING:
@@ -343,7 +322,7 @@ class _Call:
             one.rank.counters.kept_calls += 1
         one.rank.counters.unkept_calls += not one.kept
 
-    def _count(self, one: Asked, part: _Part) -> None:
+    def _count(self, one: Asked, part: Part) -> None:
         one.rank.counters.calls += 1
         one.rank.counters.compute_s += part.took_ns / 1e9
         details: dict[str, float] = {"layer": self.layer, "queries": self.q.shape[2], "tiles": len(one.tiles)}

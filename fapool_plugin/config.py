@@ -112,8 +112,8 @@ class FAPoolConfig(BaseModel):
     )
     reduction: Literal["auto", "direct", "tree", "two_level"] = Field(
         "auto",
-        description="How partial results of one query return: each to the base, merged on the way by a tree of pool "
-        "ranks, or first within each node; auto: the cheapest by the profile.",
+        description="How partial results of one query, and in training gradients of one key, return: each to the base, "
+        "merged on the way by a tree of pool ranks, or first within each node; auto: the cheapest by the profile.",
     )
     reduction_fan_in: int = Field(2, ge=2, description="Partial results that a rank of a tree merges with its own.")
     key_distribution: Literal["auto", "direct", "chain"] = Field(

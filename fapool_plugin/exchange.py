@@ -18,18 +18,14 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from fapool_plugin.kernels import merge_
-from fapool_plugin.partition import Tile
-from fapool_plugin.reduction import layout
+from fapool_plugin.totals import GradientTotal, Payload, ResultTotal, Total
 from fapool_plugin.transport import TILE_FIELDS, Header, Link, LinkLost, Message, Op, Status, dtype_code
 
 Arrived = tuple[Link, Message | LinkLost]
 Connect = Callable[[str, Literal["base", "pool"], Callable[[Arrived], object]], Link]
 """Opens one end of a link with that name, which receives into the function given. Raises RuntimeError if the other
 end does not come."""
-Payload = Sequence[Tensor | Sequence[Tensor]]
 
 _UNSETTLED = 8
 """Messages to one rank that may be under way."""
@@ -180,32 +176,29 @@ class Exchange:
         Each rank has a row in the answer's table of parts: its number, its status, nanoseconds spent computing and
         the clock when it began. A rank without a row is missing.
         """
-        joint, group = request.header.joint, request.header.group
-        total = _Total(group, request.header.v_head_dim)
-        rows = [[self.number, own.status, own.extra, own.clock]]
+        asked, rows = request.header, [[self.number, own.status, own.extra, own.clock]]
+        gradients = asked.op == Op.BACKWARD
+        total: Total = ResultTotal(asked.group, asked.v_head_dim)
+        if gradients:
+            total = GradientTotal(asked.group, asked.head_dim, asked.v_head_dim)
         if own.status == Status.OK:
-            tiles = [Tile(*row[:7]) for row in request.tensors[0].tolist()]
-            for tile, out, lse in zip(tiles, *tensors, strict=True):
-                total.add(tile, out, lse)
-        for part in self._await(joint, request.tensors[4].tolist() if request.header.peers else []):
-            out, lse, tiles_of_part, reported = part.tensors
-            total.add_flat([Tile(*row[:7]) for row in tiles_of_part.tolist()], out, lse)
+            total.add_own(request.tensors[0].tolist(), tensors)
+        below = request.tensors[-1].tolist() if asked.peers else []
+        # Others have as much to compute, and may have begun when this rank ended.
+        for part in self._await(asked.joint, below, self._patience_s + own.extra / 1e9):
+            *flat, table_of_part, reported = part.tensors
+            total.add_part(table_of_part.tolist(), flat)
             rows += reported.tolist()
-        table, outs, lses = total.result()
-        header = own._replace(
-            status=Status.OK,
-            dtype=dtype_code(outs[0].dtype) if outs else own.dtype,
-            tiles=len(table),
-            q_elements=sum(out.numel() for out in outs),
-            lse_elements=sum(lse.numel() for lse in lses),
-            parts=len(rows),
-        )
-        return header, (
-            outs,
-            lses,
-            torch.tensor(table, dtype=torch.int64).view(len(table), TILE_FIELDS),
-            torch.tensor(rows),
-        )
+        table, results = total.result()
+        sizes = [sum(x.numel() for x in some) for some in results]
+        header = own._replace(status=Status.OK, tiles=len(table), parts=len(rows), q_elements=sizes[0])
+        if gradients:
+            header = header._replace(k_elements=sizes[1], v_elements=sizes[2])
+        else:
+            dtype = dtype_code(results[0][0].dtype) if table else own.dtype
+            header = header._replace(dtype=dtype, lse_elements=sizes[1])
+        told = torch.tensor(table, dtype=torch.int64).view(len(table), TILE_FIELDS)
+        return header, (*results, told, torch.tensor(rows))
 
     def stop(self) -> None:
         """Waits for nobody any more."""
@@ -225,9 +218,9 @@ class Exchange:
         with self._changed:
             return self._peers.setdefault(number, _Peer(self, number))
 
-    def _await(self, joint: int, numbers: Sequence[int]) -> list[Message]:
+    def _await(self, joint: int, numbers: Sequence[int], patience_s: float) -> list[Message]:
         """The parts that come, of those that these ranks should send."""
-        found, deadline = [], time.monotonic() + self._patience_s
+        found, deadline = [], time.monotonic() + patience_s
         with self._changed:
             for number in numbers:
                 settled = partial(self._is_settled, joint, number)
@@ -295,43 +288,3 @@ class _Peer:
             link.settle(link.messages_sent - _UNSETTLED)
         except LinkLost as error:
             link.fail(str(error))
-
-
-class _Total:
-    """Results of tiles, merged wherever they are of the same queries and heads."""
-
-    def __init__(self, group: int, head_dim: int) -> None:
-        self.group, self.head_dim = group, head_dim
-        self._merged: list[tuple[Tile, Tensor, Tensor]] = []
-
-    def add(self, tile: Tile, out_1SHE: Tensor, lse_1HS: Tensor) -> None:
-        """Merges one tile's result; the tensors are changed or kept."""
-        for known, out, lse in self._merged:
-            first, last = max(known.head_start, tile.head_start), min(known.head_stop, tile.head_stop)
-            if (known.row, known.q_start, known.q_stop) == (tile.row, tile.q_start, tile.q_stop) and first < last:
-                here, there = self._heads(known, first, last), self._heads(tile, first, last)
-                merge_(out[:, :, here], lse[:, here], out_1SHE[:, :, there], lse_1HS[:, there])
-                for start, stop in ((tile.head_start, first), (last, tile.head_stop)):
-                    if start < stop:
-                        rest = self._heads(tile, start, stop)
-                        self.add(
-                            tile._replace(head_start=start, head_stop=stop), out_1SHE[:, :, rest], lse_1HS[:, rest]
-                        )
-                return
-        self._merged.append((tile, out_1SHE.to(lse_1HS.dtype), lse_1HS))
-
-    def add_flat(self, tiles: Sequence[Tile], out: Tensor, lse: Tensor) -> None:
-        """Merges results as they come over a link."""
-        for tile, outs, lses in layout(tiles, self.group, self.head_dim):
-            heads = (tile.head_stop - tile.head_start) * self.group
-            part = out[outs].view(1, -1, heads, self.head_dim), lse[lses].view(1, heads, -1)
-            device = self._merged[0][1].device if self._merged else out.device
-            self.add(tile, part[0].to(device), part[1].to(device))
-
-    def result(self) -> tuple[list[list[int]], list[Tensor], list[Tensor]]:
-        """(tile table, outs, lses). Not rounded to the queries' dtype: it may be merged several times more."""
-        table = [[*tile, 0, 0] for tile, _, _ in self._merged]
-        return table, [out for _, out, _ in self._merged], [lse for _, _, lse in self._merged]
-
-    def _heads(self, tile: Tile, start: int, stop: int) -> slice:
-        return slice((start - tile.head_start) * self.group, (stop - tile.head_start) * self.group)

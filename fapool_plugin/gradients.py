@@ -2,7 +2,8 @@
 
 The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
 (out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). What pool ranks did not keep since forward is sent
-again, and whatever they do not answer is computed here. Knows no autograd and no model.
+again, and whatever they do not answer is computed here. Ranks may sum the gradients of keys that several of them have
+on the way. Knows no autograd and no model.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fapool_plugin.joint import Asked, Part, arrange, gradients, part_ways, told
 from fapool_plugin.kernel_backward import attend_backward
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
-from fapool_plugin.plan import Geometry, in_batches
+from fapool_plugin.plan import Geometry, Request, in_batches
+from fapool_plugin.reduction import gradient_layout
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
-from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
+from fapool_plugin.transport import Header, Message, Op, Status, dtype_code, float_bits
 
 
 class Saved(NamedTuple):
@@ -60,16 +63,6 @@ class Shares:
         return call if key == rank.key and self.sequence.kept.take(key, call) else 0
 
 
-class _Asked(NamedTuple):
-    """What one rank is asked."""
-
-    rank: PoolRank
-    tiles: list[Tile]
-    call: int
-    kept: int
-    """The call that it should have kept; 0: everything was sent."""
-
-
 class Gradients:
     """One call's backward: :meth:`post` asks and computes the base's part, :meth:`wait` completes it."""
 
@@ -79,7 +72,7 @@ class Gradients:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.dq_BHSD, self.dk_BKTD, self.dv_BKTE = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
         self.group = q.shape[1] // k.shape[1]
-        self._asked: list[_Asked] = []
+        self._asked: list[Asked] = []
 
     def post(self) -> None:
         """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
@@ -91,15 +84,18 @@ class Gradients:
         manager.timeline.begin(manager.counters.backward)
         manager.timeline.switch(SEND)
         for number, tiles in self.shares.ranks.items():
-            rank, call, kept = leased.get(number), None, 0
-            if rank is not None:
-                kept = self.shares.take_kept(rank)
-                with manager.guard(rank):
-                    call = rank.ask(*self._message(tiles, kept))
-            if rank is None or call is None:
-                mine += tiles
+            if number in leased:
+                # All keys of a tile come with it.
+                requests = [Request(tile, tile.k_start, tile.k_stop) for tile in tiles]
+                self._asked.append(Asked(leased[number], requests, kept=self.shares.take_kept(leased[number])))
             else:
-                self._asked.append(_Asked(rank, tiles, call, kept))
+                mine += tiles
+        self._arrange()
+        for one in self._asked:
+            with manager.guard(one.rank):
+                one.call = one.rank.ask(*one.joined(*self._message(one.tiles, one.kept)))
+            if one.call is None and one.above is None:
+                mine += one.tiles
         self._compute(mine)
         manager.timeline.end()
 
@@ -107,7 +103,7 @@ class Gradients:
         """(dq, dk, dv) in the dtypes of q, k and v."""
         manager = self.shares.manager
         manager.timeline.begin(manager.counters.backward)
-        answered = [self._gather(one) for one in self._asked]
+        answered = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
         manager.timeline.end()
         manager.counters.backward.pooled_calls += any(answered)
         manager.counters.backward.local_calls += not any(answered)
@@ -117,6 +113,16 @@ class Gradients:
             self.dk_BKTD.to(saved.k_BKTD.dtype),
             self.dv_BKTE.to(saved.v_BKTE.dtype),
         )
+
+    def _arrange(self) -> None:
+        """Settles whose gradients are summed by whom, where ranks have keys in common."""
+        manager, exact = self.shares.manager, self.dk_BKTD.element_size()
+        key, value = (x.shape[3] * exact for x in (self.dk_BKTD, self.dv_BKTE))
+        weigh, profile = gradients(self.group * key, key + value), manager.advisor.profile
+        sizes, whole = weigh(self._asked)
+        if manager.config.reduction != "auto" or whole < sum(sizes):
+            link = profile.link if profile is not None else None
+            arrange(self._asked, manager.config, link, weigh, manager.guard)
 
     def _message(self, tiles: Sequence[Tile], kept: int) -> tuple[Header, list[Tensor | list[Tensor]]]:
         """Tiles with all that their gradients are made of, but what the rank keeps as call ``kept``."""
@@ -149,38 +155,61 @@ class Gradients:
         table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64)
         return header, [table, qs, ks, vs, outs, lses, douts]
 
-    def _gather(self, one: _Asked) -> bool:
-        """Adds one rank's gradients; computes them here if they do not come. Whether they came."""
-        manager, answer, (rank, tiles, call, kept) = self.shares.manager, None, one
+    def _gather(self, asked: Asked) -> bool:
+        """Adds the gradients of one answer, and computes here what is not in it. Whether any came."""
+        manager, answer = self.shares.manager, None
         manager.timeline.switch(WAIT)
-        with manager.guard(rank):
-            answer = rank.answer(call)
-            if kept and answer.header.status == Status.STALE:
-                kept, answer = 0, rank.answer(rank.ask(*self._message(tiles, 0)))
+        with manager.guard(asked.rank):
+            answer = asked.rank.answer(asked.call or 0)
         manager.timeline.switch(MERGE)
-        if answer is None or answer.header.status != Status.OK:
-            self._compute(tiles)
+        parts = told(answer, asked.rank.number)
+        self._add(answer, asked.tiles)
+        everyone = asked.all()
+        missing = [one for one in everyone if not self._note(one, parts.get(one.rank.number, Part()))]
+        self._compute(tile for one in missing for tile in one.tiles)
+        return len(missing) < len(everyone)
+
+    def _note(self, one: Asked, part: Part) -> bool:
+        """Draws conclusions from how one rank's part came; whether its gradients are there."""
+        manager, answer = self.shares.manager, None
+        with manager.guard(one.rank):
+            if part.status == Status.MISSING:
+                one.rank.check()
+            elif one.call is not None:
+                one.rank.answered(one.call)
+        if part.status == Status.MISSING:
+            part_ways(self._asked)
+        if part.status == Status.STALE and one.kept:
+            one.kept = 0
+            with manager.guard(one.rank):
+                answer = one.rank.answer(one.rank.ask(*self._message(one.tiles, 0)))
+            part = told(answer, one.rank.number).get(one.rank.number, Part())
+            self._add(answer, one.tiles)
+        if part.status != Status.OK:
             return False
-        at = [0, 0, 0]
-
-        def take(which: int, shape: tuple[int, int, int]) -> Tensor:
-            start, at[which] = at[which], at[which] + shape[0] * shape[1] * shape[2]
-            return answer.tensors[which][start : at[which]].view(shape).to(self.dq_BHSD.device)
-
-        for tile in tiles:
-            row, heads, lanes, queries, keys = self._parts(tile)
-            length, keys_length = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
-            count, query_heads = tile.head_stop - tile.head_start, (tile.head_stop - tile.head_start) * self.group
-            self.dq_BHSD[row, heads, queries] += take(0, (query_heads, length, self.dq_BHSD.shape[3]))
-            self.dk_BKTD[row, lanes, keys] += take(1, (count, keys_length, self.dk_BKTD.shape[3]))
-            self.dv_BKTE[row, lanes, keys] += take(2, (count, keys_length, self.dv_BKTE.shape[3]))
-        rank.counters.calls += 1
-        rank.counters.reused_calls += kept > 0
-        rank.counters.compute_s += answer.header.extra / 1e9
-        manager.timeline.rank(
-            rank.number, answer.header.clock + rank.clock_offset, answer.header.extra, layer=self.shares.layer
-        )
+        one.rank.counters.calls += 1
+        one.rank.counters.reused_calls += one.kept > 0
+        one.rank.counters.compute_s += part.took_ns / 1e9
+        began_ns = part.began_ns + one.rank.clock_offset
+        manager.timeline.rank(one.rank.number, began_ns, part.took_ns, layer=self.shares.layer)
         return True
+
+    def _add(self, answer: Message | None, tiles: Sequence[Tile]) -> None:
+        """Adds what an answer has: of these tiles, or, if it is a merged one, of what its table says."""
+        if answer is None or not answer.tensors:
+            return
+        dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors[:3])
+        merged = answer.header.parts > 0
+        table = answer.tensors[3].tolist() if merged else [(*tile, tile.k_start, tile.k_stop) for tile in tiles]
+        head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
+        for tile, dq_at, dk_at, dv_at in gradient_layout(table, self.group, head_dim, v_head_dim):
+            row, heads, lanes, queries, keys = self._parts(tile)
+            dq_HSD, dk_KTD, dv_KTE = (
+                self.dq_BHSD[row, heads, queries], self.dk_BKTD[row, lanes, keys], self.dv_BKTE[row, lanes, keys]
+            )  # fmt: skip
+            dq_HSD += dq[dq_at].view(dq_HSD.shape)
+            dk_KTD += dk[dk_at].view(dk_KTD.shape)
+            dv_KTE += dv[dv_at].view(dv_KTE.shape)
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self.shares.manager.timeline.switch(ATTENTION)

@@ -1,7 +1,8 @@
 """Pool ranks that work on one call together: whose answers are merged by whom, which keys go from rank to rank.
 
-Chooses by cost, introduces the ranks to each other and numbers the call alike at all of them. It sends no tensors and
-computes nothing; what becomes of a rank that is lost meanwhile is the guard's matter.
+Chooses by cost, introduces the ranks to each other, numbers the call alike at all of them and reads what is told of
+their parts. It sends no tensors and computes nothing; what becomes of a rank that is lost meanwhile is the guard's
+matter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import LinkCost
@@ -19,6 +24,7 @@ from fapool_plugin.lease import PoolRank
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Request
 from fapool_plugin.reduction import Lanes, arrangements, choose_distribution, choose_reduction, routes
+from fapool_plugin.transport import Header, Message, Status
 
 Guard = Callable[[PoolRank], AbstractContextManager[None]]
 
@@ -50,11 +56,41 @@ class Asked:
         """This one and all whose parts come with its answer."""
         return [self, *(one for child in self.below for one in child.all())]
 
+    def joined(
+        self, header: Header, tensors: list[Tensor | list[Tensor]]
+    ) -> tuple[Header, list[Tensor | list[Tensor]]]:
+        """The request as one to a rank that works with others; the one above it was asked before."""
+        if self.above is not None and self.above.call is None:
+            self.detach()
+        below = [torch.tensor([child.rank.number for child in self.below])] if self.below else []
+        peer = 1 + self.above.rank.number if self.above is not None else 0
+        header = header._replace(joint=self.joint, peer=peer, peers=len(self.below), awaits=self.awaits)
+        return header, [*tensors, *below]
+
     def detach(self) -> None:
         """It answers by itself after all."""
         if self.above is not None:
             self.above.below.remove(self)
             self.above = None
+
+
+class Part(NamedTuple):
+    """What is told of one rank's part."""
+
+    status: int = Status.MISSING
+    took_ns: int = 0
+    began_ns: int = 0
+    kept: bool = False
+
+
+def told(answer: Message | None, number: int) -> dict[int, Part]:
+    """What an answer of rank ``number`` says of its part, and of those that were merged into it."""
+    if answer is None:
+        return {}
+    header = answer.header
+    if header.parts:
+        return {rank: Part(*rest) for rank, *rest in answer.tensors[-1].tolist()}
+    return {number: Part(header.status, header.extra, header.clock, header.keep == 2)}
 
 
 @dataclass(frozen=True)
@@ -70,14 +106,54 @@ class Sizes:
     layers: int
 
 
-def arrange(asked: Sequence[Asked], config: FAPoolConfig, link: LinkCost | None, sizes: Sizes, guard: Guard) -> None:
+Weigh = Callable[[Sequence[Asked]], tuple[tuple[int, ...], int]]
+"""(bytes of each rank's answer, bytes when all are merged into one)."""
+
+
+def answers(size: int) -> Weigh:
+    """Answers of ``size`` bytes for each lane, however many ranks work on it."""
+
+    def weigh(team: Sequence[Asked]) -> tuple[tuple[int, ...], int]:
+        lanes = [{(t.row, head) for t in one.tiles for head in range(t.head_start, t.head_stop)} for one in team]
+        return tuple(len(some) * size for some in lanes), len(set().union(*lanes)) * size
+
+    return weigh
+
+
+def gradients(query: int, position: int) -> Weigh:
+    """Gradients: ``query`` bytes for each query of a lane, and ``position`` bytes for each key of a lane, which are
+    summed where several ranks have the same."""
+
+    def weigh(team: Sequence[Asked]) -> tuple[tuple[int, ...], int]:
+        sizes, queries, furthest = [], 0, dict[tuple[int, int], int]()
+        for one in team:
+            rows = sum((t.head_stop - t.head_start) * (t.q_stop - t.q_start) for t in one.tiles)
+            mine = _furthest(one.tiles)
+            sizes.append(rows * query + sum(mine.values()) * position)
+            queries += rows
+            for lane, stop in mine.items():
+                furthest[lane] = max(furthest.get(lane, 0), stop)
+        return tuple(sizes), queries * query + sum(furthest.values()) * position
+
+    return weigh
+
+
+def _furthest(tiles: Sequence[Tile]) -> dict[tuple[int, int], int]:
+    """The end of the keys of each lane."""
+    found: dict[tuple[int, int], int] = {}
+    for tile in tiles:
+        for head in range(tile.head_start, tile.head_stop):
+            found[tile.row, head] = max(found.get((tile.row, head), 0), tile.k_stop)
+    return found
+
+
+def arrange(asked: Sequence[Asked], config: FAPoolConfig, link: LinkCost | None, weigh: Weigh, guard: Guard) -> None:
     """Settles whose answers are merged by whom on their way to the base: sets ``above``, ``below`` and ``joint``."""
     team = [one for one in asked if not one.rank.apart]
-    if len(team) < 2 or (config.reduction == "auto" and link is None):
+    if len(team) < 2 or config.reduction == "direct" or (config.reduction == "auto" and link is None):
         return
     nodes = tuple(one.rank.node for one in team)
-    lanes = [{(t.row, head) for t in one.tiles for head in range(t.head_start, t.head_stop)} for one in team]
-    parts, whole = tuple(len(some) * sizes.answer for some in lanes), len(set().union(*lanes)) * sizes.answer
+    parts, whole = weigh(team)
     way, _ = choose_reduction(config.reduction, link, parts, whole, config.reduction_fan_in, nodes)
     for one, parent in zip(team, arrangements(len(team), config.reduction_fan_in, nodes)[way], strict=True):
         if parent is not None and _introduce(team[parent].rank, one.rank, guard):

@@ -83,13 +83,10 @@ class Worker:
         elif self.lease is None or header.token != self.lease:
             if header.op in (Op.ATTEND, Op.BACKWARD):
                 link.send(header._replace(status=Status.STALE))
-        elif header.op == Op.ATTEND:
-            if header.keep == 2:
+        elif header.op in (Op.ATTEND, Op.BACKWARD):
+            if header.op == Op.ATTEND and header.keep == 2:
                 self._kept_for.setdefault(link, set()).add(header.sequence)
             self._answer(link, message)
-            link.settle(link.messages_sent - _UNSETTLED)
-        elif header.op == Op.BACKWARD:
-            link.send(*self.backward(message))
             link.settle(link.messages_sent - _UNSETTLED)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
@@ -101,8 +98,9 @@ class Worker:
     def _answer(self, link: Link, message: Message) -> None:
         """Answers the base, or the pool rank that merges this answer with its own."""
         header = message.header
+        compute = self.backward if header.op == Op.BACKWARD else self.attend
         if not header.joint:
-            link.send(*self.attend(message))
+            link.send(*compute(message))
             return
         exchange = self.inbox.exchange(link)
         if header.awaits:
@@ -114,7 +112,7 @@ class Worker:
             else:
                 link.send(header._replace(status=Status.STALE))
             return
-        merged = exchange.merged(message, *self.attend(message))
+        merged = exchange.merged(message, *compute(message))
         if header.peer:
             exchange.send(header.peer - 1, *merged)
         else:

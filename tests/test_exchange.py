@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fapool_plugin.exchange import Exchange, Inbox, _Total, connect_at
+from fapool_plugin.exchange import Exchange, Inbox, connect_at
 from fapool_plugin.kernels import merge_
 from fapool_plugin.partition import Tile
+from fapool_plugin.totals import ResultTotal
 from fapool_plugin.transport import TILE_FIELDS, Header, Link, LinkLost, Message, Op, Status
 from tests.thread_pool import HOST, link_pair, make_store
 
@@ -204,7 +205,7 @@ def test_what_comes_too_late_is_not_kept(meet: Callable[[int], list[Exchange]]) 
 @given(st.data())
 def test_results_are_merged_lane_by_lane(data: st.DataObject) -> None:
     """Tiles of any runs of heads, against one accumulator for each lane."""
-    total = _Total(GROUP, E)
+    total = ResultTotal(GROUP, E)
     lanes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for _ in range(data.draw(st.integers(1, 8))):
         row, start = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 4))
@@ -220,7 +221,7 @@ def test_results_are_merged_lane_by_lane(data: st.DataObject) -> None:
             total.add_flat([tile], out.reshape(-1).clone(), lse.reshape(-1).clone())
         else:
             total.add(tile, out.clone(), lse.clone())
-    table, outs, lses = total.result()
+    table, (outs, lses) = total.result()
     found = set()
     for entry, out, lse in zip(table, outs, lses, strict=True):
         tile = Tile(*entry[:7])
