@@ -212,9 +212,12 @@ def test_the_lease_lasts_as_long_as_the_graph(llama: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["forward", "backward"])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_rank_changes_no_gradient(llama: Path, moment: str, sign: signal.Signals) -> None:
+@pytest.mark.parametrize("settings", [{}, {"training_residency": True, "reduction": "tree"}], ids=["plain", "kept"])
+def test_a_lost_rank_changes_no_gradient(
+    llama: Path, moment: str, sign: signal.Signals, settings: dict[str, Any]
+) -> None:
     ids, reference = random_ids(2, LONG), eager(llama)
-    with pooled(llama, timeout_s=1.0) as model, warnings.catch_warnings():
+    with pooled(llama, timeout_s=1.0, **settings) as model, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gradients(model, ids)
         victims = sorted(workers())
