@@ -211,7 +211,7 @@ def test_a_stopped_worker_is_replaced(
 @pytest.mark.parametrize("victim", mostly(["base rank 0", "base rank 1", "launcher", "exception"], "base rank 1"))
 def test_nobody_stays_when_base_ranks_are_gone(folders: dict[str, Path], tmp_path: Path, victim: str) -> None:
     config = Setting(tmp_path, {"tensor_parallel": {"tp_size": 2}}, {"base": {"tensor_parallel": "deepspeed"}}).write()
-    given = arguments(config, folders["even"], tmp_path, "--pause", "60" if victim != "launcher" else "1")
+    given = arguments(config, folders["even"], tmp_path, "--pause", "60" if victim.startswith("base") else "1")
     if victim == "exception":
         given[given.index("--lengths") + 1] = "30,300,nonsense"
     with launched(tmp_path, [*deepspeed(3), *by_runner("infer.py"), *given]) as launch:

@@ -134,6 +134,7 @@ def test_two_nodes_with_the_pool_on_the_second(folder: Path, tmp_path: Path) -> 
     by_nodes(folder, tmp_path, {"one": 2, "two": 1}, {}, local_ranks=["0", "1"], local_size="2")
 
 
+@pytest.mark.full
 def test_two_nodes_with_pool_ranks_on_each(folder: Path, tmp_path: Path) -> None:
     section = {"pool_placement": "per_node", "pool_ranks": 2}
     by_nodes(folder, tmp_path, {"one": 2, "two": 2}, section, local_ranks=["0", "0"], local_size="1")
