@@ -134,7 +134,7 @@ class Advisor:
         rows = len(forward.geometry.starts) if forward.geometry is not None else 1
         return PARTS if rows > 1 else self.config.blocks or TRAINING_BLOCKS
 
-    def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool, most: int = MOST_BLOCKS) -> Choice:
+    def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool, most: int) -> Choice:
         """The best pooled way for a prompt in at most so many blocks, beside what the base alone would take."""
         assert self.profile is not None
         rows = [row for row in geometry.rows if row.keys]

@@ -26,6 +26,7 @@ from fapool_plugin.plan import in_batches, within_residency
 from fapool_plugin.reduction import Lanes, layout
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
+from fapool_plugin.totals import elements
 from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
 
 
@@ -254,9 +255,9 @@ class _Call:
             keep=int(self.keep),
             dtype=dtype_code(self.q.dtype),
             tiles=len(table),
-            q_elements=_elements(q),
-            k_elements=_elements(k),
-            v_elements=_elements(v),
+            q_elements=elements(q),
+            k_elements=elements(k),
+            v_elements=elements(v),
             head_dim=self.k.shape[3],
             v_head_dim=self.v.shape[3],
             group=self.group,
@@ -366,7 +367,3 @@ class _Call:
 
     def _keys(self, kv_BKTD: Tensor, lanes: Tile | Lanes, start: int, stop: int) -> Tensor:
         return kv_BKTD[lanes.row, lanes.head_start : lanes.head_stop, self.geometry.k_slice(lanes.row, start, stop)]
-
-
-def _elements(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from fapool_plugin.totals import GradientTotal, Payload, ResultTotal, Total
+from fapool_plugin.totals import GradientTotal, Payload, ResultTotal, Total, elements
 from fapool_plugin.transport import TILE_FIELDS, Header, Link, LinkLost, Message, Op, Status, dtype_code
 
 Arrived = tuple[Link, Message | LinkLost]
@@ -190,7 +190,7 @@ class Exchange:
             total.add_part(table_of_part.tolist(), flat)
             rows += reported.tolist()
         table, results = total.result()
-        sizes = [sum(x.numel() for x in some) for some in results]
+        sizes = [elements(some) for some in results]
         header = own._replace(status=Status.OK, tiles=len(table), parts=len(rows), q_elements=sizes[0])
         if gradients:
             header = header._replace(k_elements=sizes[1], v_elements=sizes[2])

@@ -24,6 +24,7 @@ from fapool_plugin.plan import Geometry, Request, in_batches
 from fapool_plugin.reduction import gradient_layout
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
+from fapool_plugin.totals import elements
 from fapool_plugin.transport import Header, Message, Op, Status, dtype_code, float_bits
 
 
@@ -142,10 +143,10 @@ class Gradients:
             extra=kept,
             dtype=dtype_code(q.dtype),
             tiles=len(tiles),
-            q_elements=sum(x.numel() for x in qs),
-            k_elements=sum(x.numel() for x in ks),
-            v_elements=sum(x.numel() for x in vs),
-            lse_elements=sum(x.numel() for x in douts) // v.shape[3],
+            q_elements=elements(qs),
+            k_elements=elements(ks),
+            v_elements=elements(vs),
+            lse_elements=elements(douts) // v.shape[3],
             head_dim=k.shape[3],
             v_head_dim=v.shape[3],
             group=self.group,

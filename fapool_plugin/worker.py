@@ -26,6 +26,7 @@ from fapool_plugin.kernel_backward import attend_backward
 from fapool_plugin.kernels import attend
 from fapool_plugin.kv_cache import CallStore, KeptTile, PrefixStore
 from fapool_plugin.meeting import wait_for_ring
+from fapool_plugin.totals import elements
 from fapool_plugin.transport import (
     PROTOCOL_VERSION,
     Header,
@@ -215,9 +216,9 @@ class Worker:
             dvs.append(dv.transpose(1, 2))
         header = asked._replace(
             status=Status.OK,
-            q_elements=_elements(dqs),
-            k_elements=_elements(dks),
-            v_elements=_elements(dvs),
+            q_elements=elements(dqs),
+            k_elements=elements(dks),
+            v_elements=elements(dvs),
             extra=time.perf_counter_ns() - began,
             clock=began,
         )
@@ -228,12 +229,8 @@ def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header,
     """The reply to ATTEND with the results of these tiles."""
     outs, lses = [tile.out for tile in tiles], [tile.lse for tile in tiles]
     took = time.perf_counter_ns() - began
-    header = asked._replace(status=Status.OK, q_elements=_elements(outs), lse_elements=_elements(lses))
+    header = asked._replace(status=Status.OK, q_elements=elements(outs), lse_elements=elements(lses))
     return header._replace(extra=took, clock=began), (outs, lses)
-
-
-def _elements(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
 
 
 class _Request:

@@ -56,7 +56,7 @@ INSIDE_ROW = {
     "placement": {"config"},
     "kernels": {"kernel_torch", "rectangle"},
     "kernel_backward": {"kernels", "kernel_torch", "rectangle"},
-    "gradients": {"joint"},
+    "gradients": {"joint", "totals"},
     "graph_kv": {"rectangle"},
     "kv_cache": {"kept_calls"},
     "worker": {"exchange"},

@@ -36,9 +36,11 @@ class Ledger:
     def __init__(self) -> None:
         self.payload = self.needed = self.messages = self.tables = 0
         self.known: set[tuple[int, ...]] = set()
+        self.apart = False
+        """Nothing stays from one message to the next."""
 
     def note(self, rank: int, layer: int, tensors: list[Any], *, backward: bool = False, kept: bool = False) -> None:
-        if backward and not kept:
+        if self.apart or (backward and not kept):
             self.known = set()  # nothing stays from forward, or from another layer
         table, *payload = tensors
         self.messages += 1
@@ -118,6 +120,30 @@ def test_a_prompt_and_its_steps_send_the_least(
             assert 0 < sent == needed, f"step {step}: {sent} bytes sent, {needed} needed"
             assert sent <= LAYERS * ranks * 2 * 3 * QUERY, f"step {step}: {sent} bytes: keys, too?"
             assert stats_sent() - before <= sent + headers
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ["line", "query_blocks"])
+def test_blocks_of_a_training_row_send_their_keys_anew_and_no_more(
+    tmp_path: Path, ledger: Ledger, mode: str, ranks: int, share: float | None
+) -> None:
+    """The least that each block's tiles need by themselves, in both directions."""
+    folder, ids = save_model("llama", tmp_path, max_position_embeddings=1024), random_ids(1, LONG)
+    settings: dict[str, Any] = {"pool_ranks": ranks, "blocks": 4, "base_share": share, "partition": mode}
+    with planned(folder, activation="length", **settings) as model:
+        ledger.apart = True
+        loss = model(ids, labels=ids).loss
+        forward, needed, _ = ledger.take()
+        assert forward == needed, f"forward: {forward} bytes were sent, {needed} are needed"
+        loss.backward()
+        backward, needed, _ = ledger.take()
+        assert backward == needed, f"backward: {backward} bytes were sent, {needed} are needed"
+        if share == 0.0 and ranks == 1:
+            # By closed form: blocks end at these positions, and each sends all keys up to its own end.
+            keys, rows = LAYERS * 3 * sum((64, 128, 192, LONG)), LAYERS * 3 * LONG
+            assert forward == rows * QUERY + keys * POSITION, forward
+            assert backward == rows * (3 * QUERY + GROUP * FP32) + keys * POSITION, backward
 
 
 @pytest.mark.parametrize("share", [None, 0.0])

@@ -332,6 +332,7 @@ def test_cores_move_and_crowd() -> None:
     cores = Cores(total=4, per_rank=1)
     assert [cores.base(p) for p in range(6)] == [4, 3, 2, 1, 1, 1]
     assert [cores.crowding(p, 4) for p in (0, 3, 4, 7)] == [1.0, 1.0, 1.25, 2.0]
+    assert [cores.turns(p, 4) for p in (0, 3, 4, 7)] == [1, 1, 2, 2], "whole ones"
     assert Cores(total=4, per_rank=0).base(9) == 4
     told = profile(ATTENTION, LINEAR, FREE, cores=2)
     crowded = choose_prefill(told, [8192], ranks=4, cores=Cores(2, 1), max_blocks=8, alone=False)

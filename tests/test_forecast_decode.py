@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fapool_plugin.clocks import Decode, Way
+from fapool_plugin.clocks import Cores, Decode, Way
 from fapool_plugin.cost import CallCost, Fit, LinkCost
 from fapool_plugin.forecast import choose_decode
 from tests.test_forecast import (
@@ -43,6 +43,15 @@ def test_a_decode_step_is_the_longer_of_two_clocks() -> None:
     # Without the base each rank has a head and half of another: two lanes, two tiles.
     predicted = Decode(told, [keys], DEVICES, held=[2 * keys, 2 * keys]).play(Way(2, 1, 0.0)).seconds
     expected = by_hand(2, 0.0, 2 * 1e-4 + 3e-7 * keys / 2)
+    assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
+
+
+def test_on_crowded_cores_attention_takes_turns_and_the_rest_does_not() -> None:
+    """Three threads on two cores, one head for each: every tile takes twice as long, what is linear no longer."""
+    told, keys = profile(ATTENTION, LINEAR, FREE, decode=(Fit(a=1e-4, b=3e-7), Fit(a=1e-3, b=1e-3)), cores=2), 3000
+    predicted = Decode(told, [keys], Cores(2), held=[keys, keys]).play(Way(2, 1, 1 / 3)).seconds
+    head = 1e-4 + 3e-7 * keys / KV_HEADS
+    expected = told.linear_for(1).decode.at(1) + LAYERS * 2 * head
     assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
 
 

@@ -14,12 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.models import (
     FAMILIES,
     THRESHOLD,
-    TOLERANCE,
     assert_close,
     eager,
     one_thread,
@@ -30,14 +28,19 @@ from tests.models import (
     save_model,
     workers,
 )
+from tests.training import (
+    TRAINED,
+    WITHOUT_DROPOUT,
+    assert_alike,
+    assert_taken_as_asked,
+    gradients,
+    noted,
+    same_gradients,
+    trained,
+)
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 LONG = 40
-WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "opt": {"dropout": 0.0},
-}
-TRAINED = ("llama", "qwen2_mixed", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "deepseek_v3", "opt")
 
 
 @pytest.fixture(autouse=True)
@@ -49,48 +52,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-def gradients(model: Any, ids: Tensor, mask: Tensor | None = None, **others: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, gradients by parameter) of one step."""
-    model.zero_grad()
-    labels = ids
-    if mask is not None:
-        # What padding predicts is nobody's: neither pads nor, where they stand on the left, the first token.
-        before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-        labels = ids.masked_fill((mask == 0) | (before == 0), -100)
-    loss = model(ids, attention_mask=mask, labels=labels, **others).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_alike(model: Any, reference: Any, ids: Tensor, mask: Tensor | None = None, **others: Any) -> None:
-    loss, found = gradients(model, ids, mask, **others)
-    expected_loss, expected = gradients(reference, ids, mask, **others)
-    assert_close(loss, expected_loss, what="loss")
-    same_gradients(found, expected)
-
-
-def same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Of fp32 models: each is alike by its largest value and by its norm."""
-    assert found.keys() == expected.keys()
-    largest = max(grad.abs().max() for grad in expected.values())
-    for name, grad in expected.items():
-        # Others are 0 but for rounding: a bias of keys moves every score of a query alike.
-        if grad.abs().max() > 1e-6 * largest:
-            assert_close(found[name], grad, what=f"gradient of {name}")
-            apart = float((found[name].double() - grad.double()).norm() / grad.double().norm())
-            assert apart < TOLERANCE, f"gradient of {name}: differs by {apart:.3g} of its norm"
-
-
-def trained(model: Any, layers: int, forwards: int = 1, parts: int = 1) -> None:
-    """So many layer calls were pooled, forward and backward, and none was local."""
-    stats = model.fa_pool.stats()
-    calls = layers * forwards * parts
-    for phase in ("training", "backward"):
-        assert stats[phase]["pooled_calls"] == calls, (phase, stats)
-        assert stats[phase]["local_calls"] == (0 if phase == "backward" else stats[phase]["local_calls"])
-    assert (stats["faults"], stats["local_reasons"]) == (0, {}), stats
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -132,23 +93,12 @@ def test_parts_of_a_batch_in_flight(llama: Path, batch: int) -> None:
 
 def test_backward_overlaps_as_forward_did(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between asking for one part's gradients and waiting for them the other part goes on."""
-    from fapool_plugin.gradients import Gradients
-
-    order: list[tuple[str, int]] = []
-    for name in ("post", "wait"):
-        original = getattr(Gradients, name)
-
-        def noted(self: Any, name: str = name, original: Any = original) -> Any:
-            order.append((name, id(self)))
-            return original(self)
-
-        monkeypatch.setattr(Gradients, name, noted)
+    order = noted(monkeypatch)
     with pooled(llama, blocks=None) as model:
         gradients(model.train(), random_ids(2, LONG))
     kinds = [name for name, _ in order]
     assert kinds == ["post", "post", "wait", "post", "wait", "post", "wait", "wait"], order
-    posted = [who for name, who in order if name == "post"]
-    assert posted == [who for name, who in order if name == "wait"], "answers are taken in the order of asking"
+    assert_taken_as_asked(order)
 
 
 def test_dropout_elsewhere_draws_the_same_random_numbers(tmp_path: Path) -> None:

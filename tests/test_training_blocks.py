@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from fapool_plugin.gradients import Gradients
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.transport import LinkLost, Message
 from tests.blocks import in_blocks, save_long
 from tests.models import FAMILIES, assert_close, eager, one_thread, padded_batch, plain, random_ids
-from tests.test_training import TRAINED, WITHOUT_DROPOUT, assert_alike, gradients, trained
+from tests.training import (
+    TRAINED,
+    WITHOUT_DROPOUT,
+    assert_alike,
+    assert_taken_as_asked,
+    gradients,
+    noted,
+    trained,
+)
 
 pytestmark = pytest.mark.timeout(120)
 LENGTH = 330
@@ -133,21 +140,12 @@ def test_frozen_layers(llama: Path) -> None:
 
 def test_backward_overlaps_as_forward_did(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's gradients are asked for before those of the block after it are waited for."""
-    order: list[tuple[str, int]] = []
-    for name in ("post", "wait"):
-        original = getattr(Gradients, name)
-
-        def noted(self: Any, name: str = name, original: Any = original) -> Any:
-            order.append((name, id(self)))
-            return original(self)
-
-        monkeypatch.setattr(Gradients, name, noted)
+    order = noted(monkeypatch)
     with in_blocks(llama, 3) as model:
         gradients(model.train(), random_ids(1, LENGTH))
     kinds = "".join(name[0] for name, _ in order)
     assert kinds == "pp" + "pw" * 4 + "ww", kinds
-    posted = [who for name, who in order if name == "post"]
-    assert posted == [who for name, who in order if name == "wait"], "answers are taken in the order of asking"
+    assert_taken_as_asked(order)
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])

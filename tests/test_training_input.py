@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fapool_plugin import local_pool
 from tests.models import assert_close, eager, one_thread, plain, pooled, random_ids, save_model, workers
-from tests.test_training import assert_alike, gradients, same_gradients, trained
+from tests.training import assert_alike, gradients, same_gradients, trained
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 LONG = 40

@@ -27,8 +27,8 @@ from tests.blocks import in_blocks, save_long
 from tests.models import FAMILIES, eager, one_thread, padded_batch, random_ids
 from tests.test_attention import D, dense
 from tests.test_gradients import inputs, pooled
-from tests.test_training import assert_alike, trained
 from tests.thread_pool import ThreadPool
+from tests.training import assert_alike, trained
 
 LENGTH = 330
 Make = Callable[..., ResourceManager]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,23 +56,30 @@ class ModelProfiler:
     def measure(self, rank: PoolRank, start_s: float, activation_s: float) -> Profile:
         """A quick profile with a leased rank."""
         self._say()
-        profile = make_profile(
-            self.model,
-            rank,
-            threads=self._threads(),
-            budget_s=QUICK_S,
-            quick=True,
-            start_s=start_s,
-            activation_s=activation_s,
-        )
+        with self._own_random_numbers():
+            profile = make_profile(
+                self.model,
+                rank,
+                threads=self._threads(),
+                budget_s=QUICK_S,
+                quick=True,
+                start_s=start_s,
+                activation_s=activation_s,
+            )
         return self._kept(profile)
 
     def measure_alone(self) -> Profile:
         """A quick profile with a rank started for it."""
         self._say()
         per_rank = self.config.threads_per_rank
-        profile = calibrate_model(self.model, threads=self._threads(), threads_per_rank=per_rank, quick=True)
+        with self._own_random_numbers():
+            profile = calibrate_model(self.model, threads=self._threads(), threads_per_rank=per_rank, quick=True)
         return self._kept(profile)
+
+    def _own_random_numbers(self) -> AbstractContextManager[None]:
+        """For what comes in the middle of a step or a generation, whose random numbers go on as if it had not."""
+        device = self.model.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     def _kept(self, profile: Profile) -> Profile:
         """Keeps a profile for later, unless it was disturbed."""
