@@ -80,11 +80,15 @@ def test_attention_of_a_step_is_timed_both_ways(monkeypatch, tmp_path) -> None:
     assert (seconds, facts["attention_s"]) == (44.0, 44.0), "four layers"
 
 
-def test_rows_of_a_batch_are_pieces_of_the_text(tmp_path) -> None:
+def test_rows_of_a_batch_are_pieces_of_the_text(monkeypatch, tmp_path) -> None:
     """Each as long as asked for, and only one of them has to fit the model's positions."""
     folder = save_tokenizer(save_model("llama", tmp_path, max_position_embeddings=256))
     ids = huggingface_bench.prompt(folder, 200, 3, is_random=False)
     assert len(ids) == 600
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_bench, "demo_prompt", lambda: "w1 " * 250 + "w2 " * 250 + "w3 " * 250)
+        ids = huggingface_bench.prompt(folder, 200, 3, is_random=False)
+    assert ids == [1] * 200 + [2] * 200 + [3] * 200, "each row has a piece of its own"
     with pytest.raises(ValueError, match="300 prompt tokens"):
         huggingface_bench.prompt(folder, 300, 3, is_random=False)
     with pytest.raises(ValueError, match=r"for each of 100000 row\(s\)"):
