@@ -25,7 +25,7 @@ from fapool_plugin.rounds import block_edges, run_rounds
 from fapool_plugin.transport import frame_bytes
 from tests.models import Pair, assert_same_tokens, greedily, one_thread, padded_batch, save_model
 from tests.test_attention import D, E, H, K, Stream, check, dense
-from tests.thread_pool import ThreadPool
+from tests.thread_pool import ThreadPool, closing_all
 
 TOGETHER = [("direct", "direct"), ("tree", "chain"), ("two_level", "chain"), ("tree", "direct")]
 MODES = ["line", "query_blocks"]
@@ -40,16 +40,8 @@ class Nodes(ThreadPool):
 
 @pytest.fixture
 def managers() -> Iterator[Make]:
-    """Makes managers, and closes them: between many ranks there are many links, and each has threads."""
-    made: list[ResourceManager] = []
-
-    def get(**keys: Any) -> ResourceManager:
-        made.append(manager_of(**keys))
-        return made[-1]
-
-    yield get
-    for manager in made:
-        manager.close()
+    with closing_all(manager_of) as make:
+        yield make
 
 
 def manager_of(**keys: Any) -> ResourceManager:

@@ -33,6 +33,7 @@ from tests.test_attention import D, E, H, K
 from tests.test_gradients import inputs, pooled
 from tests.test_joint import Nodes, links_between, pool_of, profile, went_well
 from tests.test_training_residency import assert_same, counted, reference
+from tests.thread_pool import closing_all
 
 GEOMETRY = Geometry((0, 4, 1), (40, 27, 40), 0, 40)
 FP64 = 8
@@ -55,15 +56,8 @@ def _no_waste() -> Iterator[None]:
 
 @pytest.fixture
 def managers() -> Iterator[Make]:
-    made: list[ResourceManager] = []
-
-    def get(**keys: Any) -> ResourceManager:
-        made.append(manager_of(**keys))
-        return made[-1]
-
-    yield get
-    for manager in made:
-        manager.close()
+    with closing_all(manager_of) as make:
+        yield make
 
 
 def step(manager: ResourceManager, geometry: Geometry = GEOMETRY, sinks: bool = False) -> Tensor:

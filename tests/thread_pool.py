@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.exchange import Arrived, Inbox, connect_at
 from fapool_plugin.meeting import open_store
+from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.transport import Link
 from fapool_plugin.worker import Worker
 
@@ -111,3 +113,10 @@ class ThreadPool:
         link = connect_at(HOST, self.store.port, self.config.timeout_s)(name, side, into)
         self.ends.append(link)
         return link
+
+
+@contextmanager
+def closing_all(make: Callable[..., ResourceManager]) -> Iterator[Callable[..., ResourceManager]]:
+    """Makes managers, and closes them: between many ranks there are many links, and each has threads."""
+    with ExitStack() as made:
+        yield lambda **keys: made.enter_context(make(**keys))
