@@ -7,6 +7,7 @@ the linear part. Knows nothing of kernels, links and plans.
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fapool_plugin.calibrate import REPEATS, Progress, ascend, check_effort, fitted, silent, threads_restored
 from fapool_plugin.cost import LinearCost, Shape
-from fapool_plugin.integrations.huggingface import FULL_LAYERS, attention_modules, refuse_model
+from fapool_plugin.integrations.huggingface import FULL_LAYERS, attention_modules, refuse_model, refuse_object
+from fapool_plugin.integrations.huggingface_config import LOCAL, local_name
 from fapool_plugin.integrations.huggingface_forward import Entrance
 
 NAME = "fapool_calibrate"
@@ -129,7 +131,8 @@ class _Model:
     """A model whose attention answers zeros, while ``opened``."""
 
     def __init__(self, model: Any, layers: int) -> None:
-        self.model, self.layers, self.local = model, layers, _stands_for(model)
+        self.model, self.layers = model, layers
+        self.local = local_name(model.config.get_text_config(decoder=True))
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._arguments = {"use_cache": False} | ({"logits_to_keep": 1} if last_only else {})
@@ -138,9 +141,12 @@ class _Model:
     @contextmanager
     def opened(cls, model: Any) -> Iterator[_Model]:
         """Changes the model, and leaves it exactly as it was. Pooled models decide nothing meanwhile."""
-        refuse_model(model, list(attention_modules(model)))
+        refuse_object(model)
+        attentions = list(attention_modules(model))
+        refuse_model(model, attentions)
         layers = full_layers(model)
-        before = model.config._attn_implementation
+        names = {id(module.config): vars(module.config) for module in attentions}.values()
+        before = [values[LOCAL] for values in names]
         training = {module: module.training for module in model.modules()}
         entrances = {
             module: module.fapool_forwards
@@ -152,11 +158,13 @@ class _Model:
             model.eval()
             for module in entrances:
                 module.fapool_forwards = None
-            model.set_attn_implementation(NAME)
+            for values in names:
+                values[LOCAL] = NAME
             with threads_restored(), torch.no_grad():
                 yield opened
         finally:
-            model.set_attn_implementation(before)
+            for values, name in zip(names, before, strict=True):
+                values[LOCAL] = name
             for module, forwards in entrances.items():
                 module.fapool_forwards = forwards
             for module, was_training in training.items():
@@ -190,12 +198,6 @@ class _Model:
         finally:
             _CLOCK.reset(token)
         return clock
-
-
-def _stands_for(model: Any) -> str:
-    """The attention implementation of the model's local calls, by its name in transformers."""
-    cores = (getattr(module, "fa_pool", None) for module in model.modules() if module is not model)
-    return next((core.stands_for for core in cores if core is not None), model.config._attn_implementation)
 
 
 def full_layers(model: Any) -> int:
@@ -242,7 +244,13 @@ def look(model: Any) -> tuple[Shape, float]:
 
 
 def measure_linear(
-    model: Any, threads: Sequence[int], budget_s: float, progress: Progress = silent, *, quick: bool = False
+    model: Any,
+    threads: Sequence[int],
+    budget_s: float,
+    progress: Progress = silent,
+    *,
+    quick: bool = False,
+    until: float = math.inf,
 ) -> tuple[LinearCost, ...]:
     """The model without full attention: prefill of one sequence, and decode steps of one token a sequence.
 
@@ -254,6 +262,7 @@ def measure_linear(
         budget_s: about how long all of it may take, in seconds.
         progress: told after every number of threads.
         quick: at fewer sizes.
+        until: by the performance counter, when to be content with what there is.
 
     Raises:
         ValueError: no threads, no time, or a model that cannot be pooled.
@@ -270,16 +279,24 @@ def measure_linear(
         for done, count in enumerate(threads):
             progress(f"linear: {count} thread(s)", done, len(threads))
             torch.set_num_threads(count)
-            prefill = ascend(tokens, lambda size: opened.timed(1, size, token_s * size), each_s, at_least=2)
+            prefill = ascend(
+                tokens, lambda size: opened.timed(1, size, token_s * size), each_s, at_least=2, until=until
+            )
             # A step is run to its end where that can be: of its time the head is a large part, and a few layers alone
             # would find their weights in the processor's cache.
-            decode = ascend(sequences, lambda size: opened.timed(size, 1, each_s), each_s, at_least=2)
+            decode = ascend(sequences, lambda size: opened.timed(size, 1, each_s), each_s, at_least=2, until=until)
             costs.append(LinearCost(threads=count, prefill=fitted(prefill, (0, 1)), decode=fitted(decode, (0, 1))))
         progress("linear", len(threads), len(threads))
     return tuple(costs)
 
 
-def measure_beside(model: Any, busy: Callable[[float], AbstractContextManager[None]], *, quick: bool = False) -> float:
+def measure_beside(
+    model: Any,
+    busy: Callable[[float], AbstractContextManager[None]],
+    *,
+    quick: bool = False,
+    until: float = math.inf,
+) -> float:
     """How much longer the linear part takes, with one thread, while another process of this machine is ``busy`` for
     the seconds that it is told; at least 1.
 
@@ -293,7 +310,9 @@ def measure_beside(model: Any, busy: Callable[[float], AbstractContextManager[No
         timed = opened.timed(1, tokens, limit_s=0.0)
         timed()
         ratios = []
-        for _ in range(pairs):
+        for pair in range(pairs):
+            if pair and time.perf_counter() > until:
+                break
             began = time.perf_counter()
             alone_s = timed()
             with busy(time.perf_counter() - began):
