@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.launch import Launch, is_first, join
 from fapool_plugin.supervisor import supervise
+from fapool_plugin.worker_process import run_to_end
 
 _FAREWELL_S = 5.0
 """Rank 0, which hosts the store, waits this long at its end for all others to end, too."""
@@ -29,10 +30,10 @@ rank that fails."""
 
 def enlist(settings: FAPoolConfig) -> Launch | None:
     """Joins the launch, if pool ranks are to come from it. Returns on base ranks only; a pool rank's process serves
-    and exits with code 0.
+    and ends with code 0, here.
 
     Raises:
-        SystemExit: a pool rank has served; or, with code 2, the launch does not fit and rank 0 has said why.
+        SystemExit: with code 2, the launch does not fit and rank 0 has said why.
     """
     launch = None
     if settings.enabled and settings.pool == "launch":
@@ -42,8 +43,7 @@ def enlist(settings: FAPoolConfig) -> Launch | None:
             say_once(error, None)
             raise SystemExit(2) from None
         if launch.is_pool:
-            supervise(launch, settings)
-            raise SystemExit(0)
+            run_to_end(functools.partial(supervise, launch, settings))
         atexit.register(_leave, launch, store)
     sys.excepthook = functools.partial(_say_settings_once, sys.excepthook, launch)
     return launch

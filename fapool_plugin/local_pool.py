@@ -20,6 +20,8 @@ from fapool_plugin.transport import Link
 from fapool_plugin.worker_process import end, start
 
 _HOST = "127.0.0.1"
+_LAST_S = 10.0
+"""For a link's threads to end; on a quiet machine they take milliseconds."""
 
 
 class LocalPool:
@@ -76,7 +78,7 @@ class LocalPool:
             return ""
         end(process, 0)
         if link is not None:
-            link.join(1.0)
+            link.join(_LAST_S)
         return f" (pid {process.pid})"
 
     def close(self) -> None:
@@ -90,7 +92,8 @@ class LocalPool:
         for process in processes.values():
             end(process, 2.0)
         for link in links.values():
-            link.join(1.0)
+            # A thread that is still inside of gloo when the interpreter ends would abort it.
+            link.join(_LAST_S)
 
     def _start(self, rank: int) -> str:
         self._started += 1

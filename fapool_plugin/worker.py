@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -37,6 +36,7 @@ from fapool_plugin.transport import (
     Status,
     bits_float,
 )
+from fapool_plugin.worker_process import run_to_end
 
 _UNSETTLED = 8
 """Replies that may be under way while the next request is computed."""
@@ -344,9 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         worker.serve([], stay=True)
     else:
         worker.serve([connect(wait_for_ring(store, options.name, 1))])
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,6 +1,9 @@
 """A pool rank's process: started with the threads, memory and patience that the configuration gives it, and ended.
 
-Knows how it is called, not what it does, nor who asked for it.
+    started --> serves --> last word said and flushed --> os._exit, never the interpreter's own end
+
+An interpreter that tears down while threads of stores and links are in C++ may abort (seen: exit code -6, a finished
+job reported as failed). Knows how a process is called, not what it does, nor who asked for it.
 """
 
 from __future__ import annotations
@@ -8,7 +11,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from fapool_plugin.config import MIB, FAPoolConfig
 
@@ -45,6 +52,24 @@ def start(
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
     )
+
+
+def run_to_end(serve: Callable[[], object]) -> NoReturn:
+    """Does what a process of ours is for, and ends it: with 0, with the code of a SystemExit, or with 1 and a traceback
+    after another error. Handlers of ``atexit`` do not run."""
+    code = 0
+    try:
+        serve()
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def end(process: subprocess.Popen[bytes], patience_s: float) -> None:

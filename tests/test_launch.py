@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -194,3 +196,22 @@ def test_without_a_section_nothing_is_loaded(tmp_path: Path, capfd: Any) -> None
         command = [sys.executable, "-m", "fapool_plugin.run", "--local_rank=0", str(script), *arguments]
         told = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=60)
         assert told.stdout.strip() == f"[] {[str(script), '--local_rank=0', *arguments]}", told.stderr
+
+
+@pytest.mark.parametrize(("does", "code"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit(None)", 0), ("1 / 0", 1)])
+def test_a_process_of_ours_ends_without_the_interpreters_own_end(does: str, code: int) -> None:
+    """What it said is flushed; handlers of atexit, and all else that an interpreter takes down, do not run."""
+    program = f"""
+import atexit, sys
+from fapool_plugin.worker_process import run_to_end
+
+def serve():
+    print("last words", end="")
+    {does}
+
+atexit.register(print, "torn down")
+run_to_end(serve)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (code, "last words"), done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == ("/" in does)
