@@ -182,10 +182,18 @@ class Team:
 
     def _last_words(self, rank: int) -> str:
         code = self._processes[rank].wait(_GRACE_S)
-        said = (self.folder / f"stderr{rank}").read_text(errors="replace").strip().splitlines()
+        said = _error_in((self.folder / f"stderr{rank}").read_text(errors="replace"))
         # Nobody else ends a contender so.
         why = "killed, perhaps for want of memory: give less work, or free some; its last words: " if code == -9 else ""
-        return f"its process ended with exit code {code}: {why}{said[-1] if said else 'none'}"
+        return f"its process ended with exit code {code}: {why}{said or 'none'}"
+
+
+def _error_in(text: str) -> str:
+    """Where an error begins in what a process said: after its traceback; else the last line."""
+    _, traceback, after = text.rpartition("Traceback (most recent call last):")
+    lines = after.strip("\n").splitlines()
+    begins = (line for line in lines if line and not line.startswith(" ")) if traceback else reversed(lines)
+    return next(begins, "")
 
 
 def _environment(contender: Contender, rank: int) -> dict[str, str]:

@@ -15,9 +15,12 @@ from typing import Any
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.launch import Launch
+from fapool_plugin.lease import RanksStarting
 from fapool_plugin.meeting import ring
-from fapool_plugin.transport import Link
+from fapool_plugin.transport import Link, first_line
 
+_LAST_S = 10.0
+"""For a link's threads to end; on a quiet machine they take milliseconds."""
 _OPERATION_S = 10.0
 """For single operations of the store; every wait of ours is a loop of them."""
 
@@ -54,7 +57,7 @@ class LaunchedPool:
 
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
         """Links to every rank that is ready. Raises RuntimeError if there is none."""
-        problems = []
+        problems: list[RuntimeError] = []
         for number in range(self.launch.pool_ranks):
             known = self._ranks.get(number)
             if known is not None and not known.link.lost:
@@ -65,9 +68,11 @@ class LaunchedPool:
                 self._ranks[number] = self._find(number, announce)
                 self._seen.add(number)
             except RuntimeError as error:
-                problems.append(f"pool rank {number}: {str(error).splitlines()[0]}")
+                kind = RanksStarting if isinstance(error, RanksStarting) else RuntimeError
+                problems.append(kind(f"pool rank {number}: {first_line(error)}"))
         if not self._ranks:
-            raise RuntimeError("; ".join(problems))
+            starting = all(isinstance(problem, RanksStarting) for problem in problems)
+            raise (RanksStarting if starting else RuntimeError)("; ".join(map(str, problems)))
         return {number: rank.link for number, rank in sorted(self._ranks.items())}
 
     def discard(self, rank: int, reason: str) -> str:
@@ -88,7 +93,8 @@ class LaunchedPool:
         for rank in ranks.values():
             rank.link.close()
         for rank in ranks.values():
-            rank.link.join(1.0)
+            # A thread that is still inside of gloo when the interpreter ends would abort it.
+            rank.link.join(_LAST_S)
 
     def _find(self, number: int, announce: Callable[[str], object]) -> _Rank:
         store, key = self._store(), self.launch.pool_key(number)
@@ -97,8 +103,9 @@ class LaunchedPool:
             if store.check([f"{key}/gone"]):
                 raise RuntimeError(store.get(f"{key}/gone").decode())
             if time.monotonic() > deadline:
-                late = f"was not ready within start_timeout_s = {self.config.start_timeout_s:g} s"
-                raise RuntimeError("is being started" if number in self._seen else late)
+                if number in self._seen:
+                    raise RanksStarting("is being started")
+                raise RuntimeError(f"was not ready within start_timeout_s = {self.config.start_timeout_s:g} s")
             time.sleep(0.02)
         worker = store.get(key).decode()
         announce(f"linking to pool rank {number}")

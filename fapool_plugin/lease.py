@@ -18,6 +18,10 @@ from fapool_plugin.metrics import RankCounters
 from fapool_plugin.transport import PROTOCOL_VERSION, Header, Link, LinkLost, Message, Op, Status
 
 
+class RanksStarting(RuntimeError):
+    """There is no rank now, and there soon will be: those that were lost are being started again."""
+
+
 class PoolRank:
     """One leased pool rank, seen from the base."""
 

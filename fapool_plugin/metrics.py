@@ -81,6 +81,9 @@ class Counters:
     local_reasons: dict[str, int] = field(default_factory=dict)
     """Why forwards longer than the threshold were computed locally, and how often."""
 
+    causes: set[str] = field(default_factory=set)
+    """What a warning has been given for."""
+
     not_overlapped_reasons: dict[str, int] = field(default_factory=dict)
     """Why pooled prompts were computed as one block, and how often."""
 
@@ -102,6 +105,12 @@ class Counters:
         event = Event(datetime.now(UTC).isoformat(timespec="milliseconds"), kind, reason)
         self.events.append(event)
         return event
+
+    def is_new(self, cause: str) -> bool:
+        """Whether this is the first time that something is to be warned of."""
+        new = cause not in self.causes
+        self.causes.add(cause)
+        return new
 
     def stay_local(self, reason: str) -> bool:
         """Counts a reason why a forward longer than the threshold, or a part of it, is computed by the base; whether

@@ -276,7 +276,7 @@ class Link:
             except BaseException as error:
                 # Half a message may be out: nothing after it could be understood, not even a goodbye.
                 self._said_goodbye = self._said_goodbye or half
-                reason = self.fail(f"send failed: {_first_line(error)}")
+                reason = self.fail(f"send failed: {first_line(error)}")
                 if isinstance(error, RuntimeError):
                     raise LinkLost(reason) from error
                 raise
@@ -294,7 +294,7 @@ class Link:
         except RuntimeError as error:
             if isinstance(error, LinkLost):
                 raise
-            raise LinkLost(self.fail(f"send failed: {_first_line(error)}")) from error
+            raise LinkLost(self.fail(f"send failed: {first_line(error)}")) from error
 
     def receive(self) -> Message:
         """The next message. Raises LinkLost once the other end is gone."""
@@ -354,7 +354,7 @@ class Link:
                 self._into((self, Message(header, wire.tensors)))
                 del frame, wire
         except Exception as error:  # whatever it was, nothing more will be read
-            self.fail(f"connection ended: {_first_line(error)}")
+            self.fail(f"connection ended: {first_line(error)}")
 
     def _ask(self) -> None:
         beat = torch.zeros(1, dtype=torch.int64)
@@ -366,7 +366,7 @@ class Link:
             beat -= 1
             self._pulse.send([beat], self._peer, 0).wait(self._silence)
         except RuntimeError as error:
-            self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
+            self.fail(f"no heartbeat within {self._timeout_s:g} s: {first_line(error)}")
 
     def _answer(self) -> None:
         beat = torch.zeros(1, dtype=torch.int64)
@@ -377,7 +377,7 @@ class Link:
                     return
                 self._pulse.send([beat], self._peer, 1).wait(self._silence)
         except RuntimeError as error:
-            self.fail(f"no heartbeat within {self._timeout_s:g} s: {_first_line(error)}")
+            self.fail(f"no heartbeat within {self._timeout_s:g} s: {first_line(error)}")
 
 
 def _fill(wire: _Wire, header: Header, tensors: Sequence[torch.Tensor | Sequence[torch.Tensor]]) -> None:
@@ -395,5 +395,6 @@ def _fill(wire: _Wire, header: Header, tensors: Sequence[torch.Tensor | Sequence
             at += part.numel()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][-160:] if str(error) else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, where it says what happened."""
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

