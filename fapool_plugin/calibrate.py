@@ -7,6 +7,7 @@ the numbers.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -90,17 +91,21 @@ def check_effort(threads: Sequence[int], budget_s: float) -> None:
         raise ValueError(f"budget_s is {budget_s}: give the seconds that measuring may take, above 0")
 
 
-def sample(n: float, timed: Callable[[], float], repeats: int = REPEATS) -> Sample:
+def sample(n: float, timed: Callable[[], float], repeats: int = REPEATS, until: float = math.inf) -> Sample:
     """Measures one point.
 
     Args:
         n: where on the fit's axis.
         timed: does the work once, and returns the seconds it took.
         repeats: how often to measure, at least; the median counts.
+        until: by the performance counter, when to be content with what there is.
     """
     # First runs also pay for threads that wake up and memory that is mapped.
-    timed()
-    seconds = [_typical(timed) for _ in range(repeats)]
+    seconds = [timed()]
+    for repeat in range(repeats):
+        if time.perf_counter() > until:
+            break
+        seconds = [*(seconds if repeat else ()), _typical(timed)]
     median = statistics.median(seconds)
     return Sample(n, median, (max(seconds) - min(seconds)) / median)
 
@@ -119,6 +124,7 @@ def ascend(
     budget_s: float,
     at_least: int,
     growth: int = 1,
+    until: float = math.inf,
 ) -> list[Sample]:
     """Samples at growing sizes, until the next is not expected to fit into the budget.
 
@@ -128,6 +134,7 @@ def ascend(
         budget_s: seconds for all of them.
         at_least: so many samples are taken, whatever they cost.
         growth: the power of the size with which time grows.
+        until: by the performance counter, when to be content with what there is, but for the first sample.
     """
     samples: list[Sample] = []
     spent_s = last_s = 0.0
@@ -136,7 +143,9 @@ def ascend(
         if len(samples) >= at_least and spent_s + expected_s > budget_s:
             break
         began = time.perf_counter()
-        samples.append(sample(size, timed_at(size)))
+        if samples and began > until:
+            break
+        samples.append(sample(size, timed_at(size), until=until))
         last_s = time.perf_counter() - began
         spent_s += last_s
     return samples
@@ -157,6 +166,7 @@ def measure_attention(
     quick: bool = False,
     softcap: float = 0.0,
     device: torch.device | str = "cpu",
+    until: float = math.inf,
 ) -> tuple[AttentionCost, ...]:
     """One layer's attention, all lanes of one sequence: causal squares, and one query against many keys.
 
@@ -168,6 +178,7 @@ def measure_attention(
         quick: only the best kernel and the model's own dtype, at fewer sizes.
         softcap: the model's, 0 for none; kernels that cannot do it are left out.
         device: where the kernels run. CUDA is written and has never run.
+        until: by the performance counter, when to be content with what there is.
 
     Raises:
         ValueError: no threads, or no time.
@@ -185,8 +196,8 @@ def measure_attention(
             lengths = [n for n in (_QUICK_LENGTHS if quick else _LENGTHS) if n <= longest]
             keys = _KEYS[::2] if quick else _KEYS
             each_s = budget_s / len(cases)
-            prefill = ascend(lengths, bench.prefill, 0.7 * each_s, at_least=3, growth=2)
-            decode = ascend(keys, bench.decode, 0.3 * each_s, at_least=2)
+            prefill = ascend(lengths, bench.prefill, 0.7 * each_s, at_least=3, growth=2, until=until)
+            decode = ascend(keys, bench.decode, 0.3 * each_s, at_least=2, until=until)
             costs.append(
                 AttentionCost(
                     kernel=kernel,

@@ -130,6 +130,14 @@ def explain(run: Run, reference: Run | None, config: FAPoolConfig) -> int:
         print(f"note: nothing was pooled: {why}", file=sys.stderr)
     if reference is None:
         return 0
+    if config.pool == "local" and run.pool_threads and reference.threads >= (os.cpu_count() or 1):
+        print(
+            f"note: fapool's {run.threads} thread(s), {run.pool_threads} of them lent to the pool, have the same "
+            f"{os.cpu_count()} core(s) as plain sdpa: the same work on the same cores, so equal times are the best "
+            "there is here. Pool ranks pay on cores or devices that the model does not have: `fapool plan "
+            "--pool-ranks 1,2,4` tells from which length on",
+            file=sys.stderr,
+        )
     index = first_difference(run.tokens, reference.tokens)
     if index is None:
         return 0

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from fapool_plugin import demo
+from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.integrations import huggingface_runs as runs
 
 WEIGHTS = b"weights " * 1000
@@ -149,3 +150,17 @@ def test_a_terminal_gets_a_bar_and_a_spinner() -> None:
     assert tasks["decode"].finished, "an answer that ends early leaves no running bar"
     assert "prefill" in shown.getvalue()
     assert "3/8" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pool", "plain_threads", "told"), [("local", 2, True), ("launch", 2, False), ("local", 1, False)]
+)
+def test_equal_times_on_equal_cores_are_explained(pool, plain_threads, told, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: 2)
+    stats = {"prefill": {"pooled_calls": 4}, "decode": {"pooled_calls": 0}, "threshold": 16}
+    run = runs.Run([1], "", 20, 1.0, None, threads=2, pool_threads=1, stats=stats)
+    reference = runs.Run([1], "", 20, 1.0, None, threads=plain_threads)
+    config = FAPoolConfig(pool_ranks=1, pool=pool)
+    assert demo.explain(run, reference, config) == 0
+    said = capsys.readouterr().err
+    assert ("same 2 core(s)" in said and "fapool plan" in said) == told, said

@@ -5,6 +5,7 @@ Puts together what calibrate and huggingface_linear measure; starts a pool rank 
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import time
@@ -30,6 +31,8 @@ from fapool_plugin.transport import Op
 
 QUICK_S, FULL_S = 1.5, 50.0
 """Default budgets, in seconds; starting a pool rank and loading a model are not part of them."""
+MOST_S = 3.0
+"""Of a quick profile, with all that its budget does not bound."""
 
 
 def shape_of_path(path: str | os.PathLike[str], dtype: str) -> Shape:
@@ -81,13 +84,16 @@ def make_profile(
         LinkLost: the rank is gone.
     """
     check_effort(threads, budget_s)
+    began = time.perf_counter()
+    # A quick profile ends in time, whatever the model: then single runs have to do.
+    linear_end, attention_end, end = (began + part * MOST_S if quick else math.inf for part in (0.4, 0.6, 0.75))
     shape, softcap = look(model)
     link = measure_link(rank, progress, quick=quick)
-    linear = measure_linear(model, threads, budget_s / 2, progress, quick=quick)
+    linear = measure_linear(model, threads, budget_s / 2, progress, quick=quick, until=linear_end)
     attention = measure_attention(
-        shape, threads, budget_s * 0.4, progress, quick=quick, softcap=softcap, device=model.device
+        shape, threads, budget_s * 0.4, progress, quick=quick, softcap=softcap, device=model.device, until=attention_end
     )
-    beside = measure_beside(model, lambda seconds: kept_busy(rank, shape, seconds), quick=quick)
+    beside = measure_beside(model, lambda seconds: kept_busy(rank, shape, seconds), quick=quick, until=end)
     profile = Profile(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=quick,

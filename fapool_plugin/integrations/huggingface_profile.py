@@ -17,7 +17,14 @@ import torch
 from fapool_plugin.calibrate import machine
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import Profile, ProfileError
-from fapool_plugin.integrations.huggingface_calibrate import QUICK_S, calibrate_model, default_path, keep, make_profile
+from fapool_plugin.integrations.huggingface_calibrate import (
+    MOST_S,
+    QUICK_S,
+    calibrate_model,
+    default_path,
+    keep,
+    make_profile,
+)
 from fapool_plugin.integrations.huggingface_linear import shape_of
 from fapool_plugin.lease import PoolRank
 
@@ -55,8 +62,7 @@ class ModelProfiler:
 
     def measure(self, rank: PoolRank, start_s: float, activation_s: float) -> Profile:
         """A quick profile with a leased rank."""
-        self._say()
-        with self._own_random_numbers():
+        with self._own_random_numbers(), _Shown() as shown:
             profile = make_profile(
                 self.model,
                 rank,
@@ -65,15 +71,17 @@ class ModelProfiler:
                 quick=True,
                 start_s=start_s,
                 activation_s=activation_s,
+                progress=shown,
             )
         return self._kept(profile)
 
     def measure_alone(self) -> Profile:
         """A quick profile with a rank started for it."""
-        self._say()
         per_rank = self.config.threads_per_rank
-        with self._own_random_numbers():
-            profile = calibrate_model(self.model, threads=self._threads(), threads_per_rank=per_rank, quick=True)
+        with self._own_random_numbers(), _Shown() as shown:
+            profile = calibrate_model(
+                self.model, threads=self._threads(), threads_per_rank=per_rank, quick=True, progress=shown
+            )
         return self._kept(profile)
 
     def _own_random_numbers(self) -> AbstractContextManager[None]:
@@ -91,5 +99,24 @@ class ModelProfiler:
         total, per_rank = torch.get_num_threads(), self.config.threads_per_rank
         return sorted({total, max(1, total - self.config.pool_ranks * per_rank), per_rank})
 
-    def _say(self) -> None:
-        print(f"fa_pool: measuring this machine once, about {2 * QUICK_S:g} seconds ...", file=sys.stderr, flush=True)
+
+class _Shown:
+    """Progress on stderr, in one line: what is measured, as it is begun."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __enter__(self) -> _Shown:
+        self._say(f"fa_pool: measuring this machine once, about {MOST_S:g} seconds:")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._say("\n")
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if done != total and stage != self._stage:
+            self._say(f" {stage},")
+            self._stage = stage
+
+    def _say(self, text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
