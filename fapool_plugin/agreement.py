@@ -1,4 +1,4 @@
-"""Several base ranks of one model decide alike: the first of them says how, the others follow.
+"""Several base ranks of one model decide alike: as the most careful of them would.
 
 Knows process groups and two numbers; not what they mean, nor when they are asked for.
 """
@@ -15,11 +15,11 @@ from fapool_plugin.resource_manager import Agree
 
 
 def agree_over(group: distributed.ProcessGroup | None = None) -> Agree:
-    """What a :class:`ResourceManager` calls to have every rank of ``group`` decide like the group's first rank.
+    """What a :class:`ResourceManager` calls to have every rank of ``group`` decide alike: by the least of each number.
 
-    One broadcast of two int64 per long forward; every rank of the group must make the same forwards. Copies share
-    the group. Pickles find the default group again; those of another group are refused, since it does not exist
-    elsewhere.
+    One all-reduce of two int64 per long forward, and two more where it is cut into pieces; every rank of the group must
+    make the same forwards. Copies share the group. Pickles find the default group again; those of another group are
+    refused, since it does not exist elsewhere.
 
     Args:
         group: the ranks that hold one model, its tensor-parallel group; None: the default group.
@@ -27,7 +27,7 @@ def agree_over(group: distributed.ProcessGroup | None = None) -> Agree:
     Raises:
         RuntimeError: from torch.distributed, when called before it is initialized, or when a rank is gone.
     """
-    return _Broadcast(group)
+    return _Least(group)
 
 
 def neighbours(size: int) -> distributed.ProcessGroup:
@@ -46,7 +46,7 @@ def neighbours(size: int) -> distributed.ProcessGroup:
     return made[rank // size]
 
 
-class _Broadcast:
+class _Least:
     """Keeps the group, so that it can be copied; a closure could not refuse to be pickled."""
 
     def __init__(self, group: distributed.ProcessGroup | None) -> None:
@@ -56,17 +56,17 @@ class _Broadcast:
         # NCCL (untried here) moves nothing that is not on a GPU.
         device = "cuda" if distributed.get_backend(self.group) == "nccl" else "cpu"
         agreed_2 = torch.tensor(decision, dtype=torch.int64, device=device)
-        distributed.broadcast(agreed_2, group=self.group, group_src=0)
+        distributed.all_reduce(agreed_2, op=distributed.ReduceOp.MIN, group=self.group)
         mode, blocks = agreed_2.tolist()
         return mode, blocks
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Broadcast:
-        return _Broadcast(self.group)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Least:
+        return _Least(self.group)
 
-    def __reduce__(self) -> tuple[type[_Broadcast], tuple[None]]:
+    def __reduce__(self) -> tuple[type[_Least], tuple[None]]:
         if self.group is not None:
             raise TypeError(
                 "an agreement over a process group of its own cannot be pickled: another process does not have that "
                 "group. Pickle the model before it is pooled, or agree over the default group: agree_over()"
             )
-        return _Broadcast, (None,)
+        return _Least, (None,)

@@ -79,7 +79,7 @@ class FAPoolAttention(nn.Module):
             (B, S, H, E) contiguous, in q's dtype; 0 at padded queries.
         """
         if local is not None:
-            self.manager.counters.phase(decided.phase).local_calls += 1
+            decided.counters.phase(decided.phase).local_calls += 1
             return local()
         call = _Call(self, decided, q_BHSD, k_BKTD, v_BKTE, resident, softmax_scale, softcap)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKTD, v_BKTE)):
@@ -112,6 +112,8 @@ class _Call:
         self.decided, self.geometry, self.sequence = decided, decided.geometry, decided.sequence
         self.q, self.k, self.v = q_BHSD, k_BKTD, v_BKTE
         self.keep = resident and decided.lasting
+        if self.keep:
+            self.sequence.send_as(self.layer, k_BKTD.dtype, v_BKTE.dtype)
         # Without gradients now they may come yet, by checkpointing; with them, only where they are asked for.
         wanted = not torch.is_grad_enabled() or any(x.requires_grad for x in (q_BHSD, k_BKTD, v_BKTE))
         self.whole = decided.keeps_calls and wanted and not self.keep
@@ -144,6 +146,8 @@ class _Call:
         mine = list(plan.base)
         for rank, share in zip(plan.ranks, plan.shares, strict=True):
             if rank.lost or (not self.keep and plan.axis == "keys"):
+                if share and not self.keep:
+                    self.decided.note("keys are not in the plugin's cache, and would be sent at every step", False)
                 mine.extend(share)
                 continue
             requests, left = within_residency(share, self._held(rank), plan.axis, self.manager.config.kv_block)
@@ -169,7 +173,7 @@ class _Call:
         gathered = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
         pooled = any(gathered)
         self._timeline.switch(LINEAR)
-        counters = self.manager.counters.phase(self.decided.phase)
+        counters = self.decided.counters.phase(self.decided.phase)
         counters.pooled_calls += pooled
         counters.local_calls += not pooled
         out, lse = self.out_BSHE, self.lse_BHS

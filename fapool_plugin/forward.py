@@ -44,6 +44,10 @@ def refusal(reason: str, tokens: int, threshold: int) -> ValueError:
     )
 
 
+class CannotPool(Exception):
+    """A block finds that its forward cannot be pooled exactly: all of it has to be computed otherwise."""
+
+
 class _Keeper:
     """Lives in a graph."""
 
@@ -68,6 +72,8 @@ class Forward:
     began_s: float = 0.0
     took_s: float | None = None
     """Seconds that the planned part of it took, where that is less than from beginning to end."""
+    apart_s: float = 0.0
+    """Seconds in it that are not its own: of a trial."""
     base_share: float | None = None
     """The base's part of the attention work; None: as much as any other rank."""
     blocks: int = 1
@@ -78,7 +84,51 @@ class Forward:
     """The prompt's, if this is one block of it."""
     hand_over: Callable[[], None] | None = None
     """Lets the other blocks go on, between asking and waiting for the answers."""
+    notes: dict[str, bool] = field(default_factory=dict)
+    """Why calls of it were local; true: to be counted even if other calls were pooled."""
+    before: tuple[int, int] = (0, 0)
+    """Pooled calls of its phase and local reasons, when it began."""
+    abandoned: bool = False
+    """Whether it was found that it cannot be pooled, before any of its layers ran."""
     _plans: dict[tuple[int, tuple[int, ...]], Plan] = field(default_factory=dict)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether its attention is ours."""
+        return self.pooled and not self.abandoned
+
+    def note(self, reason: str, serious: bool) -> None:
+        """Remembers why a call is local."""
+        self.notes[reason] = serious or self.notes.get(reason, False)
+
+    def count_notes(self) -> None:
+        """At its end: a forward above the threshold was pooled, or a reason is counted."""
+        pooled_calls, reasons = self.before
+        pooled = self.counters.phase(self.phase).pooled_calls > pooled_calls
+        for reason, serious in self.notes.items():
+            if serious or not pooled:
+                self.counters.stay_local(reason)
+        if not pooled and sum(self.counters.local_reasons.values()) == reasons:
+            lost = any(rank.lost for rank in self.ranks)
+            self.counters.stay_local("pool ranks were lost" if lost else "no attention layer could use a pool rank")
+
+    def abandon(self, reason: str) -> None:
+        """It cannot be pooled exactly, and is local from here on.
+
+        Raises:
+            CannotPool: this is a block of it.
+            ValueError: the configuration is strict.
+        """
+        if self.hand_over is not None:
+            raise CannotPool(reason)
+        if self.config.strict:
+            tokens = self.geometry.longest if self.geometry is not None else 0
+            raise ValueError(
+                f"fa_pool is strict, and this forward of {tokens} tokens would be computed locally: {reason}. "
+                f"Raise threshold to {tokens}, or set strict to false"
+            )
+        self.abandoned = True
+        self.note(reason, True)
 
     @property
     def keeps_calls(self) -> bool:

@@ -38,13 +38,17 @@ class GrowingKV:
         self._v: Tensor | None = None
 
     def append(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new positions; returns views of all keys (B, K, T, D) and values (B, K, T, E)."""
+        """Stores new positions; returns views of all keys (B, K, T, D) and values (B, K, T, E), in the wider dtype of
+        old and new ones, as concatenation has it."""
         stop = self.length + k_BKSD.shape[2]
-        # A tensor made in inference mode can be written in no other.
-        frozen = self._k is not None and self._k.is_inference() and not torch.is_inference_mode_enabled()
-        if self._k is None or self._v is None or frozen or stop > self._k.shape[2]:
+        wider = any(
+            x is not None and torch.promote_types(x.dtype, y.dtype) != x.dtype for x, y in self._pairs(k_BKSD, v_BKSE)
+        )
+        if self._k is None or self._v is None or wider or stop > self._k.shape[2]:
             size = self.capacity if self.capacity >= stop else round_up(stop, self.block)
-            self._k, self._v = (self._grown(x, y, size) for x, y in ((self._k, k_BKSD), (self._v, v_BKSE)))
+            # Tensors made in inference mode count no writes, and can be written in no other.
+            with torch.inference_mode(False), torch.no_grad():
+                self._k, self._v = (self._grown(x, y, size) for x, y in self._pairs(k_BKSD, v_BKSE))
         self._k[:, :, self.length : stop] = k_BKSD
         self._v[:, :, self.length : stop] = v_BKSE
         self.length = stop
@@ -73,9 +77,13 @@ class GrowingKV:
             self._k = self._v = None
             self.append(k.index_select(0, rows), v.index_select(0, rows))
 
+    def _pairs(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
+        return (self._k, k_BKSD), (self._v, v_BKSE)
+
     def _grown(self, old: Tensor | None, new: Tensor, size: int) -> Tensor:
         batch, heads, _, dim = new.shape
-        storage = new.new_empty(batch, heads, size, dim)
+        dtype = new.dtype if old is None else torch.promote_types(old.dtype, new.dtype)
+        storage = torch.empty(batch, heads, size, dim, dtype=dtype, device=new.device)
         if old is not None:
             storage[:, :, : self.length] = old[:, :, : self.length]
         return storage
@@ -150,6 +158,8 @@ class SequenceState:
     """The rows of that prompt."""
     residency: Residency = field(default_factory=Residency)
     kept: KeptCalls = field(default_factory=KeptCalls)
+    dtypes: dict[int, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    """Of keys and values as they are sent, by layer."""
     full: set[int] = field(default_factory=set)
     """Ranks that assumed nothing and still could not store what they were sent."""
     id: int = field(default_factory=lambda: secrets.randbits(62))
@@ -164,6 +174,13 @@ class SequenceState:
             if self.starts is not None:
                 self.residency.forget()
             self.starts = starts
+
+    def send_as(self, layer: int, k: torch.dtype, v: torch.dtype) -> None:
+        """Says in which dtypes a layer's keys and values are sent. In others (under autocast, or no more) nothing of
+        it is resident."""
+        if self.dtypes.setdefault(layer, (k, v)) != (k, v):
+            self.dtypes[layer] = k, v
+            self.residency.crop(layer, lambda row: 0)
 
     def crop(self, layer: int, columns: int) -> None:
         """``layer`` was cut to ``columns`` columns."""
@@ -234,6 +251,11 @@ class PrefixStore:
         Returns False, and keeps nothing new, if the prefix before ``start`` is not here or memory does not suffice.
         """
         heads, count_new, _ = k_HTD.shape
+        old = self._sequences.get(sequence, {}).get((layer, row))
+        if old is not None and (old.k.dtype, old.v.dtype) != (k_HTD.dtype, v_HTE.dtype):
+            # Never converted in silence: what is here was sent for another kind of call.
+            self.nbytes -= old.nbytes
+            del self._sequences[sequence][(layer, row)]
         if start and self.length(sequence, layer, row, head_start, head_start + heads) < start:
             return False
         prefix = self._room(sequence, layer, row, head_start, k_HTD, v_HTE, start + count_new, capacity)

@@ -22,12 +22,12 @@ from fapool_plugin.advisor import Advisor, Profiler
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forward import Forward, stay_local
 from fapool_plugin.kv_cache import SequenceState
-from fapool_plugin.lease import Pool, PoolRank
+from fapool_plugin.lease import Pool, PoolRank, RanksStarting
 from fapool_plugin.lending import Lending
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry
 from fapool_plugin.timeline import Timeline
-from fapool_plugin.transport import LinkLost, Op
+from fapool_plugin.transport import LinkLost, Op, first_line
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
@@ -37,7 +37,7 @@ _LOCAL, _ALONE, _POOLED = range(3)
 """As the model does without the plugin; our attention on the base; pool ranks, too."""
 Agree = Callable[[tuple[int, int]], tuple[int, int]]
 """Makes all base ranks of a job decide alike, as their collectives need it: called by each once in every forward above
-the threshold with (mode, blocks), returns what the first of them said."""
+the threshold with (mode, blocks), returns the least of what they said, number by number."""
 
 
 def _unasked(decision: tuple[int, int]) -> tuple[int, int]:
@@ -102,7 +102,11 @@ class ResourceManager:
     @property
     def in_pooled_forward(self) -> bool:
         """Whether a pooled forward has begun and not ended."""
-        return self._busy.locked()
+        return self._busy.locked() and not self._measuring
+
+    def agree(self, decision: tuple[int, int]) -> tuple[int, int]:
+        """The same two numbers on all base ranks that share the model: the least of theirs."""
+        return self._agree(decision)
 
     def begin(
         self,
@@ -169,8 +173,10 @@ class ResourceManager:
         if decided.ranks:
             self._live.add(sequence.id)
             self.lending.lend(len(decided.ranks))
-        self.timeline.begin(self.counters.phase(phase))
-        return replace(decided, began_s=time.perf_counter())
+        counters = self.counters.phase(phase)
+        self.timeline.begin(counters)
+        before = (counters.pooled_calls, sum(self.counters.local_reasons.values()))
+        return replace(decided, began_s=time.perf_counter(), before=before)
 
     def _decide(self, forward: Forward, length: int, one_block: str | None, profiler: Profiler | None) -> Forward:
         """Pooled, the base alone, or local: by length, or by what each is predicted to take."""
@@ -212,16 +218,16 @@ class ResourceManager:
 
     def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
         """Takes the profile there is, or measures a quick one with the first leased rank."""
-        self.advisor.profile = profiler.known()
-        if self.advisor.profile is not None:
-            return
-        began = time.perf_counter()
-        self._activate(length, sequence)
-        start_s = time.perf_counter() - began
-        if not self.ranks:
-            return
-        self._measuring, rank = True, self.ranks[0]
+        self._measuring, began = True, time.perf_counter()
         try:
+            self.advisor.profile = profiler.known()
+            if self.advisor.profile is not None:
+                return
+            self._activate(length, sequence)
+            start_s = time.perf_counter() - began
+            if not self.ranks:
+                return
+            rank = self.ranks[0]
             with self.guard(rank):
                 rank.open()
                 activation_s = time.perf_counter() - began - start_s
@@ -234,10 +240,13 @@ class ResourceManager:
     def end(self, forward: Forward, *, completed: bool = True) -> None:
         """Ends what :meth:`begin` returned; one that was not ``completed`` says nothing of what it takes."""
         counters = self.counters.phase(forward.phase)
-        counters.pooled_forwards += bool(forward.ranks)
-        counters.local_forwards += not forward.ranks
-        counters.overlapped_forwards += forward.blocks > 1
-        took_s = forward.took_s or time.perf_counter() - forward.began_s
+        pooled = bool(forward.ranks) and not forward.abandoned
+        counters.pooled_forwards += pooled
+        counters.local_forwards += not pooled
+        counters.overlapped_forwards += forward.blocks > 1 and not forward.abandoned
+        if forward.ranks and completed:
+            forward.count_notes()
+        took_s = forward.took_s or time.perf_counter() - forward.began_s - forward.apart_s
         # Warnings may be errors; the next forward must not wait for this one then.
         with ExitStack() as last:
             if forward.pooled:
@@ -272,7 +281,8 @@ class ResourceManager:
         who = self._pool.discard(rank.number, reason) if self._pool else ""
         text = f"pool rank {rank.number}{who} lost: {reason}; its work is computed by the base"
         self.counters.log("fault", text)
-        warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
+        if self.counters.is_new(f"{rank.number} {reason}"):
+            warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
         if not self.ranks and self.state == "active":
             self._failed_for, self.state = self._current, "idle"
             self.counters.log("idle", "every pool rank was lost; the next sequence may borrow again")
@@ -362,7 +372,8 @@ class ResourceManager:
                     rank.open()
         except (RuntimeError, OSError) as error:
             self.counters.log("fault", f"no pool rank could be had: {error}")
-            warnings.warn(f"fa_pool: no pool rank, computing locally: {error}", RuntimeWarning, stacklevel=2)
+            if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
+                warnings.warn(f"fa_pool: no pool rank, computing locally: {cause}", RuntimeWarning, stacklevel=2)
         except BaseException:
             self.ranks, self.state = [], "idle"
             raise

@@ -260,7 +260,6 @@ INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "masks by layer kind": ({"attention_mask": {"full_attention": None}}, "dict"),
     "hole": ({"attention_mask": HOLE}, "row 0 has 39 tokens between columns 0 and 40"),
     "short mask": ({"attention_mask": HOLE[:, :30]}, "30 columns"),
-    "packed": ({"position_ids": torch.arange(20).repeat(2, 2), "use_cache": False}, "packed"),
 }
 
 

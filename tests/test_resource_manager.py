@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.lease import RanksStarting
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
 from tests.thread_pool import ThreadPool
@@ -180,3 +182,19 @@ def test_the_statistics_are_a_copy(manager: ResourceManager) -> None:
     stats["events"].append("x")
     assert manager.stats()["prefill"]["pooled_calls"] == 0
     assert manager.stats()["events"] == []
+
+
+@pytest.mark.parametrize("starting", [True, False])
+def test_a_cause_is_warned_of_once_by_its_beginning(starting: bool) -> None:
+    """Each time is in the log; a rank that is being started again is nothing to warn of."""
+
+    def no_pool(config: FAPoolConfig) -> Any:
+        raise (RanksStarting if starting else RuntimeError)("no port is free\nand so on for a page\nGLHF!")
+
+    with ResourceManager(FAPoolConfig(pool_ranks=1, threshold=100), no_pool) as manager:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert not any(forward(manager, 200) for _ in range(3))
+        ours = [str(warning.message) for warning in told]
+        assert ours == ([] if starting else ["fa_pool: no pool rank, computing locally: no port is free"])
+        assert kinds(manager).count("fault") == 3

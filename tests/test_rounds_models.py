@@ -287,10 +287,13 @@ def test_as_many_blocks_as_pay(twins: Twins, length: int, blocks: int) -> None:
     assert_close(logits, twins.reference(ids).logits)
 
 
-def test_packed_sequences_are_refused_as_in_one_piece(twins: Twins) -> None:
-    positions = torch.arange(130).repeat(3, 2)
-    with torch.no_grad(), pytest.raises(ValueError, match="packed"):
-        twins.model(IDS, position_ids=positions, use_cache=False)
+@torch.no_grad()
+def test_documents_packed_into_rows_of_a_batch_stay_local(twins: Twins) -> None:
+    given = {"position_ids": torch.arange(130).repeat(3, 2), "use_cache": False}
+    before = twins.model.fa_pool.stats()["local_reasons"]
+    assert_close(twins.model(IDS, **given).logits, twins.reference(IDS, **given).logits)
+    (reason,) = twins.model.fa_pool.stats()["local_reasons"].keys() - before.keys()
+    assert reason.startswith("documents are packed into 3 row(s)"), reason
 
 
 # Models and forwards that stay in one piece

@@ -100,8 +100,9 @@ def test_other_reasons_are_refused(llama: Path) -> None:
                 model(ids, past_key_values=DynamicCache(config=model.config))
             with refused(model, "a cache of type DynamicCache is not pooled: pass none"):
                 model.generate(ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=2)
-            with torch.autocast("cpu", torch.bfloat16), refused(model, "autocast: "):
-                model(ids)
+            packed = torch.arange(LONG).repeat(2, 1) % (LONG // 2)
+            with pytest.raises(ValueError, match=r"fa_pool is strict, and this .* packed into 2 row"):
+                model(random_ids(2, LONG), position_ids=packed, use_cache=False)
             short = model(ids[:, :THRESHOLD], use_cache=True)
         with refused(model, "gradients through a cache: pass none while training"):
             model(ids[:, THRESHOLD:], past_key_values=short.past_key_values)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.transport import LinkLost, Message
@@ -107,11 +108,14 @@ def test_other_dtypes(llama: Path, dtype: torch.dtype) -> None:
 
 def test_outputs_are_those_of_one_forward(llama: Path) -> None:
     ids = random_ids(1, LENGTH)
-    expected = eager(llama).train()(ids, labels=ids, output_hidden_states=True, use_cache=False)
+    expected = eager(llama).train()(ids, labels=ids, output_hidden_states=True)
     with in_blocks(llama, 4) as model:
         output = model.train()(ids, labels=ids, output_hidden_states=True)
-        assert output.keys() == expected.keys(), "there is no cache in training"
+        assert output.keys() == expected.keys()
         assert_close(output.logits, expected.logits)
+        for mine, other in zip(output.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            assert type(mine) is type(other)
+            assert_close(mine.keys, other.keys, what="keys of the cache")
         for index, (states, wanted) in enumerate(zip(output.hidden_states, expected.hidden_states, strict=True)):
             assert_close(states, wanted, what=f"hidden states {index}")
         overlapped(model)
@@ -140,9 +144,10 @@ def test_frozen_layers(llama: Path) -> None:
 
 def test_backward_overlaps_as_forward_did(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block's gradients are asked for before those of the block after it are waited for."""
-    order = noted(monkeypatch)
     with in_blocks(llama, 3) as model:
-        gradients(model.train(), random_ids(1, LENGTH))
+        gradients(model.train(), random_ids(1, LENGTH))  # with its trial
+        order = noted(monkeypatch)
+        gradients(model, random_ids(1, LENGTH))
     kinds = "".join(name[0] for name, _ in order)
     assert kinds == "pp" + "pw" * 4 + "ww", kinds
     assert_taken_as_asked(order)
@@ -169,19 +174,21 @@ def test_a_rank_lost_in_the_middle(llama: Path, monkeypatch: pytest.MonkeyPatch,
         assert model.fa_pool.stats()["faults"] == 1
 
 
-def test_an_error_in_the_middle_does_no_harm(llama: Path) -> None:
-    ids, calls = random_ids(1, LENGTH), []
+def test_an_error_in_the_middle_does_no_harm(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, calls, original = random_ids(1, LENGTH), [], LlamaMLP.forward
 
-    def fail(*_: object) -> None:
+    def fail(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("in the middle")
+        return original(self, x)
 
     with in_blocks(llama, 4) as model:
-        hook = model.train().model.layers[1].register_forward_pre_hook(fail)
+        model.train()(ids, labels=ids)  # with its trial
+        monkeypatch.setattr(LlamaMLP, "forward", fail)
         with pytest.raises(RuntimeError, match="in the middle"):
             model(ids, labels=ids)
-        hook.remove()
+        monkeypatch.undo()
         gc.collect()
         model.fa_pool.reap()
         assert model.fa_pool.stats()["state"] == "idle", "nothing of the forward is left"

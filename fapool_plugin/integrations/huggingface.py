@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.agreement import agree_over
@@ -25,7 +25,9 @@ from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.cost import Profile
 from fapool_plugin.integrations.huggingface_attention import NAME
 from fapool_plugin.integrations.huggingface_cache import PooledCache
-from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, one_block_model
+from fapool_plugin.integrations.huggingface_config import local_name, view_configs
+from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, holds_decoder
+from fapool_plugin.integrations.huggingface_pieces import one_block_model
 from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.pools import pool_maker
 from fapool_plugin.prometheus import serve
@@ -99,6 +101,7 @@ class FAPoolForCausalLM(Entrance):
 
         Raises as ``from_pretrained``.
         """
+        refuse_object(model)
         if isinstance(model, FAPoolForCausalLM):
             raise ValueError(f"{type(model).__name__} is pooled already")
         saved = getattr(model.config, "fapool", None)
@@ -167,27 +170,30 @@ class FAPoolForCausalLM(Entrance):
 
 def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> None:
     """Puts FAPoolAttention into every attention layer, and an entrance at every way into the model."""
-    local = model.config._attn_implementation
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     full = sum(kind in FULL_LAYERS for kind in kinds)
     for module in attentions:
-        module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local)
+        module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local_name(module.config) or "")
     # Not only the outermost: some models call their decoder past the model that holds it.
-    entrances = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    holding = [module for module in entrances if set(attentions) <= set(module.modules())]
-    makes_cache = model._supports_default_dynamic_cache()
+    holding = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and set(attentions) <= set(module.modules())
+    ]
+    # Asked of the class, since models without a head for tokens generate nothing and still have caches.
+    makes_cache = GenerationMixin._supports_default_dynamic_cache.__func__(type(model))
     one_block = one_block_model(model, holding[-1], set(kinds))
     if not makes_cache:
         one_block = one_block or "it takes a cache of its own kind only"
     # What base ranks share cannot be measured by one of them: their collectives belong together.
     profiler = functools.partial(_profiler, manager.config) if manager.base_ranks == 1 else _no_profiler
-    forwards = Forwards(manager, local, full, makes_cache, one_block, profiler)
-    for module in entrances:
+    forwards = Forwards(manager, full, makes_cache, one_block, profiler)
+    for module in holding:
         if module is not model:
             kind: Any = type(module)
             module.__class__ = _subclass(Entrance, kind)
         module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
-    model.set_attn_implementation(NAME)
+    view_configs(model, set(attentions), NAME, own=not holds_decoder(model))
 
 
 def _no_profiler(module: Any) -> None:
@@ -231,19 +237,37 @@ def _close(closing: ExitStack, owner: int) -> None:
         closing.close()
 
 
-def attention_modules(model: nn.Module) -> Iterator[Any]:
-    """Every self-attention layer."""
+def attention_modules(model: Any) -> Iterator[Any]:
+    """Every self-attention layer of the decoder; those of a vision tower are not its."""
+    text = model.config.get_text_config(decoder=True)
+    kind = type(getattr(text, "fapool_viewed", text))
     for module in model.modules():
         named = type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
-        if named and not getattr(module, "is_cross_attention", False):
+        # Without a configuration a layer cannot ask for an attention function by its name.
+        of_text = isinstance(getattr(module, "config", None), kind)
+        if named and of_text and not getattr(module, "is_cross_attention", False):
             yield module
+
+
+def refuse_object(model: Any) -> None:
+    """Raises ValueError for what is not a transformers model by itself."""
+    name = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        raise ValueError(f"wrap() takes a loaded model, and {os.fspath(model)!r} is a path: use from_pretrained()")
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} holds the model that is to be pooled: wrap first, then PEFT (get_peft_model)")
+    inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(inside, nn.Module) and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} holds the model that is to be pooled: wrap first, then {name}")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{name} is not a transformers model: give wrap() what AutoModelForCausalLM.from_pretrained() returns"
+        )
 
 
 def refuse_model(model: Any, attentions: list[Any]) -> None:
     """Raises ValueError, before any weight is used, for a model that cannot be pooled exactly."""
     name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is not a transformers model")
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; fa_pool pools causal decoders")
@@ -252,6 +276,8 @@ def refuse_model(model: Any, attentions: list[Any]) -> None:
             f"{name} computes attention by itself, not through transformers' attention interface, so fa_pool cannot "
             "take it over. Load it without fa_pool"
         )
+    if not getattr(config, "is_causal", True) or not any(getattr(m, "is_causal", True) for m in attentions):
+        raise ValueError(f"{name} attends in both directions; fa_pool pools causal decoders. Load it without fa_pool")
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise ValueError(f"{name} shares keys between layers, which fa_pool does not pool. Load it without fa_pool")
     kinds = sorted(set(get_layer_types_and_kwargs(config)[0]) - FULL_LAYERS - _LEFT_ALONE)

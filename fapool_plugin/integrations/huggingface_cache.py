@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from fapool_plugin.graph_kv import GraphKV
 from fapool_plugin.kv_cache import GrowingKV, SequenceState
@@ -92,9 +97,41 @@ class PooledLayer(DynamicLayer):
         self._sealed = self._seal()
 
     def _seal(self) -> tuple[object, ...]:
-        """What changes when somebody else assigns or writes keys or values. (Inference tensors count no writes.)"""
+        """What changes when somebody else assigns or writes keys or values. (Storage of ours counts its writes, in
+        inference mode, too; another's that was made in inference mode does not, and is taken as changed.)"""
         both: tuple[torch.Tensor, ...] = (self.keys, self.values)
-        return tuple((x.data_ptr(), x.shape, None if x.is_inference() else x._version) for x in both)
+        return tuple((x.data_ptr(), x.shape, object() if x.is_inference() else x._version) for x in both)
+
+
+class PooledHybridLayer(LinearAttentionAndFullAttentionLayer, PooledLayer):
+    """A layer of both kinds of attention, whose full attention is a pooled layer's; as transformers' own of both."""
+
+    def __init__(self, index: int, state: SequenceState, block: int, number_of_states: int) -> None:
+        PooledLayer.__init__(self, index, state, block)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        (PooledLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def offload(self) -> None:
+        PooledLayer.offload(self)
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self) -> None:
+        PooledLayer.prefetch(self)
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        PooledLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        PooledLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        PooledLayer.crop(self, tokens_to_remove)
 
 
 class PooledCache(DynamicCache):
@@ -108,6 +145,8 @@ class PooledCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PooledLayer(index, state, block)
+            elif type(layer) is LinearAttentionAndFullAttentionLayer:
+                self.layers[index] = PooledHybridLayer(index, state, block, len(layer.conv_states))
         manager.watch(self, state)
 
     def reserve(self, positions: int) -> None:
@@ -166,3 +205,37 @@ class GraphCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = GraphLayer(positions)
+
+    def plain(self) -> DynamicCache:
+        """The same keys and values as transformers' own cache, which grows without bound."""
+        made = DynamicCache()
+        made.layers, made.layer_class_to_replicate = [_plain(layer) for layer in self.layers], None
+        return made
+
+
+def _plain(layer: Any) -> Any:
+    if not isinstance(layer, GraphLayer):
+        return layer
+    made = DynamicLayer()
+    if layer.is_initialized:
+        made.lazy_initialization(layer.keys, layer.values)
+        made.keys, made.values = layer.keys, layer.values
+    return made
+
+
+class JoinedLayer(DynamicLayer):
+    """A layer's keys and values of a batch whose rows are in several layers: joined if anybody asks, since a step of
+    training does not."""
+
+    def __init__(self, parts: list[DynamicLayer]) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = parts[0].dtype, parts[0].device, True
+        del self.keys, self.values
+        self._parts = parts
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("keys", "values") or "_parts" not in vars(self):
+            raise AttributeError(name)
+        joined = torch.cat([getattr(part, name) for part in self._parts])
+        setattr(self, name, joined)
+        return joined

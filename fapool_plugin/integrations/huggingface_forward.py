@@ -9,25 +9,38 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from fapool_plugin.advisor import Profiler
-from fapool_plugin.integrations.huggingface_attention import SCOPE, Scope
-from fapool_plugin.integrations.huggingface_blocks import asked, collector_reason, not_in_blocks, run_blocks, run_parts
+from fapool_plugin.forward import CannotPool
+from fapool_plugin.integrations.huggingface_attention import NAME, SCOPE, Scope
+from fapool_plugin.integrations.huggingface_blocks import asked, collector_reason, not_in_pieces, run_blocks, run_parts
 from fapool_plugin.integrations.huggingface_cache import GraphCache, PooledCache
+from fapool_plugin.integrations.huggingface_config import local_name, view_configs
+from fapool_plugin.integrations.huggingface_masks import documents_between, packed_documents, padding
+from fapool_plugin.integrations.huggingface_pieces import (
+    beyond_trial,
+    hook_reason,
+    is_checkpointed,
+    is_compiled,
+    may_try,
+    one_block_reason,
+    structure,
+    untried_reason,
+)
+from fapool_plugin.integrations.huggingface_probe import LENGTH, Probe
 from fapool_plugin.kv_cache import SequenceState, round_up
 from fapool_plugin.metrics import Phase
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
-
-_DROPOUTS = ("dropout", "activation_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "layerdrop")
-_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class Entrance:
@@ -39,9 +52,36 @@ class Entrance:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         enter: Callable[..., Any] = super().__call__  # type: ignore[misc]
-        if self.fapool_forwards is None:
+        forwards = self.fapool_forwards
+        if forwards is None:
             return enter(*args, **kwargs)
-        return self.fapool_forwards.run(self, enter, args, kwargs)
+        if torch.compiler.is_compiling():
+            # A trace of a short forward is the plain model's. A long one is computed as it is without a compiler.
+            if torch.compiler.is_exporting() or not forwards.is_long(self, args, kwargs):
+                return enter(*args, **kwargs)
+            return _uncompiled(forwards, self, enter, args, kwargs)
+        return forwards.run(self, enter, args, kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        # Copies and pickles have the plain configuration.
+        module: Any = self
+        attentions = {inside for inside in module.modules() if getattr(inside, "fa_pool", None) is not None}
+        if self.fapool_forwards is not None:
+            view_configs(module, attentions, NAME, own=not holds_decoder(module))
+
+
+def holds_decoder(module: Any) -> bool:
+    """Whether a module holds the one whose forward runs in blocks, without being it."""
+    inside = any(getattr(other, "fapool_in_rounds", False) for other in module.modules() if other is not module)
+    return inside and not module.fapool_in_rounds
+
+
+@torch.compiler.disable(
+    reason="fa_pool computes forwards above its threshold outside of compiled graphs: no fullgraph there"
+)
+def _uncompiled(forwards: Forwards, owner: Any, enter: Any, args: Any, kwargs: Any) -> Any:
+    return forwards.run(owner, enter, args, kwargs, compiled=True)
 
 
 @dataclass
@@ -50,7 +90,6 @@ class Forwards:
 
     Args:
         manager: decides.
-        local: the attention implementation of calls that are not pooled, by its name in transformers.
         full_layers: how many layers attend to everything before them; only those are pooled.
         makes_cache: whether the model takes a cache of ours, rather than one of its own kind.
         one_block: why this model's prompts cannot be cut into blocks in flight; None if they can.
@@ -58,176 +97,259 @@ class Forwards:
     """
 
     manager: ResourceManager
-    local: str
     full_layers: int
     makes_cache: bool
     one_block: str | None
     profiler: Callable[[Any], Profiler | None]
+    probe: Probe = field(default_factory=Probe)
+    never: str | None = None
+    """Why none of its forwards is pooled, as a layer of it showed."""
 
-    def run(self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def is_long(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a forward is above the threshold, padding included."""
+        given = _by_name(owner, args, kwargs)
+        tokens, cache = _tokens(given), given.get("past_key_values")
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        return tokens is not None and past + tokens.shape[1] > self.manager.threshold
+
+    def run(
+        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *,
+        compiled: bool = False,
+    ) -> Any:  # fmt: skip
         """Runs ``enter``, which is ``owner``'s own forward with its hooks, as it is decided."""
         scope = SCOPE.get()
         if scope is not None and scope.manager is self.manager:
             return self._inside(owner, enter, args, kwargs, scope)
         given = _by_name(owner, args, kwargs)
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor):
+        tokens = _tokens(given)
+        if tokens is None:
             return enter(*args, **kwargs)
-        given, scope = self._decide(owner, given, tokens)
+        scope = self._decide(owner, given, tokens, compiled)
         before, completed = SCOPE.set(scope), False
         try:
-            output = self._inside(owner, enter, (), given, scope)
+            if scope.cache is not given.get("past_key_values"):
+                args, kwargs = _with_cache(owner, args, kwargs, scope.cache)
+            # What is compiled inside was traced without a pool.
+            eager = scope.decided.pooled and is_compiled(owner)
+            rewind = _Rewind(scope) if scope.decided.pooled else None
+            with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+                try:
+                    output = self._inside(owner, enter, args, kwargs, scope)
+                except CannotPool as error:
+                    assert rewind is not None
+                    rewind()
+                    self.never = str(error)
+                    scope.decided.abandon(self.never)
+                    output = self._inside(owner, enter, args, kwargs, scope)
             completed = True
             return output
         finally:
             SCOPE.reset(before)
             self.manager.end(scope.decided, completed=completed)
 
-    def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor) -> tuple[dict[str, Any], Scope]:
+    def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool) -> Scope:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        decoder = _decoder(owner)
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
         training = grads or owner.training
-        ours = self.makes_cache and not training
-        if cache is None and ours and asked(owner, given, "use_cache"):
+        traced, wants_cache = _traced(tokens), _wants_cache(owner, decoder, given)
+        if cache is None and self.makes_cache and wants_cache and not (training or traced):
             cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
-            given = given | {"past_key_values": cache}
         state = cache.state if isinstance(cache, PooledCache) else SequenceState()
-        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         batch, new = tokens.shape[:2]
-        columns = past + new
-        reason = None
-        if training and isinstance(cache, PooledCache):
-            reason = "gradients through a cache: pass none while training"
-        elif owner.training and (rate := _attention_dropout(owner)):
-            reason = f"attention dropout {rate:g}: its random numbers are the model's own; set it to 0 to train pooled"
-        elif torch.is_autocast_enabled(tokens.device.type) and not training:
-            reason = "autocast: q, k and v have dtypes of their own; load the model in that dtype"
-        elif asked(owner, given, "output_attentions"):
-            reason = "output_attentions: pool ranks return no attention weights; ask for none"
-        elif cache is not None and not isinstance(cache, PooledCache):
-            reason = f"a cache of type {type(cache).__name__} is not pooled: pass none, and get the plugin's"
-        elif not self.full_layers:
-            reason = "no layer has full attention: load the model without fa_pool"
+        past = _past(cache, mask, new)
         # As transformers does, which looks for documents where it has neither mask nor cache.
-        one_row = cache is None and mask is None and not asked(owner, given, "use_cache")
-        documents = _documents(given, batch, new) if one_row else ()
-        columns = max(documents, default=columns)
+        one_row = cache is None and mask is None and not wants_cache and batch == 1
+        documents = _documents(decoder, given, new) if one_row else ()
+        columns = max(documents, default=past + new)
         in_prompt = columns <= state.prompt_columns
         phase: Phase = "prefill" if past == 0 or in_prompt or new > self.manager.config.kv_block else "decode"
         phase = "training" if training else phase
-        one_block = "decode" if phase == "decode" else self.one_block or one_block_reason(owner, given)
+        one_block = "decode" if phase == "decode" else self.one_block
+        # Looking at all modules is for forwards that may be pooled.
+        if one_block is None and columns > self.manager.threshold:
+            one_block = one_block_reason(owner, given, training=training)
+            one_block = one_block or (hook_reason(decoder) if decoder is not None else None)
+            one_block = one_block or untried_reason(decoder, training=training, base_ranks=self.manager.base_ranks)
         if documents:
             one_block = one_block or "sequences are packed"
-        if phase == "training":
-            one_block = one_block or _one_piece_reason(owner, given)
+        if compiled:
+            one_block = "the model is compiled"
         decided = self.manager.begin(
             phase,
             state.prompt_columns if in_prompt else columns,
             lambda: (
                 Geometry((0,) * len(documents), documents, 0, columns)
                 if documents
-                else _padding(mask, batch, past, columns)
+                else padding(mask, batch, past, columns)
             ),
             state,
-            must_be_local=reason,
+            must_be_local=traced or self._local_reason(owner, given, cache, training),
             lasting=cache is not None or training,
             one_block=one_block,
             profiler=self.profiler(owner),
         )
         if training and decided.pooled:
             decided = decided.in_graph(self.manager.watch)
-        elif decided.blocks > 1 and cache is None:
-            # Later blocks need the keys of earlier ones; this cache ends with the forward.
-            cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, state)
-            decided = replace(decided, lasting=True)
         if decided.pooled and isinstance(cache, PooledCache):
             cache.reserve(max(state.capacity, round_up(columns, self.manager.config.kv_block)))
-        return given, Scope(
-            self.manager, decided, cache, self.local, documents, recomputed=training and _is_checkpointed(owner)
-        )
+        return Scope(self.manager, decided, cache, documents, recomputed=training and is_checkpointed(owner))
+
+    def _local_reason(self, owner: Any, given: dict[str, Any], cache: Any, training: bool) -> str | None:
+        """Why a forward is local, whatever its length."""
+        if training and cache is not None:
+            return "gradients through a cache: pass none while training, or decode under torch.no_grad()"
+        if owner.training and (rate := _attention_dropout(owner)):
+            return f"attention dropout {rate:g}: its random numbers are the model's own; set it to 0 to train pooled"
+        if asked(owner, given, "output_attentions"):
+            return "output_attentions: pool ranks return no attention weights; ask for none"
+        if cache is not None and not isinstance(cache, PooledCache):
+            return f"a cache of type {type(cache).__name__} is not pooled: pass none, and get the plugin's"
+        if self.never is not None:
+            return self.never
+        if not self.full_layers:
+            return "no layer has full attention: load the model without fa_pool"
+        return None
 
     def _inside(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
         decided, began = scope.decided, time.perf_counter()
-        output = self._run(owner, enter, args, kwargs, scope)
+        if not owner.fapool_in_rounds or decided.blocks == 1:
+            output = enter(*args, **kwargs)
+        else:
+            output = self._in_pieces(owner, enter, args, kwargs, scope)
         if owner.fapool_in_rounds and decided.phase == "prefill":
             # A head over every position, and a loss, are not the plan's.
-            decided.took_s = time.perf_counter() - began
+            decided.took_s = time.perf_counter() - began - decided.apart_s
         return output
 
-    def _run(
+    def _in_pieces(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
-        decided, cache = scope.decided, scope.cache
-        if not owner.fapool_in_rounds or decided.blocks == 1:
-            return enter(*args, **kwargs)
-        given, training = _by_name(owner, args, kwargs), decided.phase == "training"
-        in_parts = training and decided.geometry is not None and len(decided.geometry.starts) > 1
-        reason = collector_reason() or (None if in_parts else not_in_blocks(given))
-        if reason:
-            self.manager.counters.not_overlapped(reason)
-            decided.blocks, decided.choice = 1, None
-            return enter(*args, **kwargs)
-        if in_parts:
-            return run_parts(owner, enter, given, scope)
-        if training:
-            positions = decided.geometry.columns if decided.geometry is not None else 0
-            keys = GraphCache(owner.config.get_text_config(decoder=True), positions)
-            return run_blocks(owner, enter, given, scope, keys)
-        if not isinstance(cache, PooledCache):
-            return enter(*args, **kwargs)
-        return run_blocks(owner, enter, given, scope, cache)
+        """A decoder's forward, cut if nothing speaks against it."""
+        decided, given = scope.decided, _by_name(owner, args, kwargs)
+        rows = decided.phase == "training" and decided.geometry is not None and len(decided.geometry.starts) > 1
+        reason = collector_reason() or not_in_pieces(owner, given, scope, rows=rows)
+        reason = reason or self._shown(owner, enter, given, scope, rows)
+        if not reason:
+            try:
+                if rows:
+                    return run_parts(owner, enter, given, scope)
+                return run_blocks(owner, enter, given, scope, self._keys(owner, given, scope))
+            except CannotPool as error:
+                reason = str(error)
+                decided.abandon(reason)
+        self.manager.counters.not_overlapped(reason)
+        decided.blocks, decided.choice = 1, None
+        return enter(*args, **kwargs)
+
+    def _keys(self, owner: Any, given: dict[str, Any], scope: Scope) -> PooledCache | GraphCache:
+        """The cache by which keys come from block to block; ends with the forward if the caller has none."""
+        decided, config = scope.decided, owner.config.get_text_config(decoder=True)
+        if decided.phase == "training":
+            return GraphCache(config, decided.geometry.columns if decided.geometry is not None else 0)
+        cache = given.get("past_key_values")
+        if isinstance(cache, PooledCache):
+            return cache
+        cache = PooledCache(config, self.manager, decided.sequence or SequenceState())
+        columns = decided.geometry.columns if decided.geometry is not None else 0
+        cache.reserve(round_up(columns, self.manager.config.kv_block))
+        decided.lasting = True
+        return cache
+
+    def _shown(
+        self, owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, rows: bool
+    ) -> str | None:
+        """Why pieces would differ from the whole, as a trial showed; None if they do not."""
+        decided, manager, geometry = scope.decided, self.manager, scope.decided.geometry
+        assert geometry is not None
+        padded = (any(geometry.starts), any(stop < geometry.columns for stop in geometry.stops))
+        if not may_try(training=decided.phase == "training", base_ranks=manager.base_ranks):
+            if any(padded) and not rows:
+                return "a padded row is trained by several processes, where no trial is made"
+            return None
+        device = owner.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        mode = (decided.phase == "training", torch.is_grad_enabled(), autocast, owner.dtype)
+        key = ("rows" if rows else "positions", *mode, padded, structure(owner))
+        known = key in self.probe.verdicts
+        if manager.base_ranks > 1:
+            # Trials of base ranks that share a model belong together, as all that they compute.
+            known = bool(manager.agree((int(known), 0))[0])
+        verdict = self.probe.verdicts.get(key, "")
+        if not known:
+            began = time.perf_counter()
+            verdict = self.probe.run(key, owner, enter, given, scope)
+            decided.apart_s = time.perf_counter() - began
+        if manager.base_ranks > 1:
+            agreed = bool(manager.agree((int(not verdict), 0))[0])
+            verdict = verdict if agreed or verdict else "another base rank's trial differs"
+        if verdict:
+            return f"a trial showed that pieces differ from the whole: {verdict}"
+        return beyond_trial(owner, LENGTH, geometry, self.probe.windows.get(key, ()))
 
 
-def one_block_model(model: Any, decoder: Any, kinds: set[str]) -> str | None:
-    """Why prompts of this model cannot be cut into blocks in flight, beforehand; None if they can."""
-    config = model.config.get_text_config(decoder=True)
-    across = sorted(kinds - {"full_attention", "sliding_attention"})
-    mixing = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.RNNBase))}
-    rope = getattr(config, "rope_parameters", None) or {}
-    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
-    if decoder is None or decoder is model:
-        return "the decoder is not a module of its own"
-    if across or mixing:
-        return f"layers of kind {', '.join(across or sorted(mixing))} carry something from position to position"
-    if any(table.get("rope_type") in _LENGTH_DEPENDENT_ROPE for table in tables):
-        return "its position encoding depends on the length of the whole forward"
+class _Rewind:
+    """Takes a forward back to its beginning, to be run once more: what it drew and what its cache was given."""
+
+    def __init__(self, scope: Scope) -> None:
+        on_cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+        self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
+        self._cache = scope.cache.rewinder() if isinstance(scope.cache, PooledCache) else None
+
+    def __call__(self) -> None:
+        cpu, cuda = self._random
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if self._cache is not None:
+            self._cache()
+
+
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    return tokens if isinstance(tokens, Tensor) else None
+
+
+def _past(cache: Any, mask: Any, new: int) -> int:
+    """Columns before a forward's own; of a cache of another kind, as its layers or the mask say."""
+    if isinstance(cache, PooledCache) or (isinstance(cache, Cache) and not hasattr(cache, "layers")):
+        return int(cache.get_seq_length())
+    if isinstance(cache, Cache):
+        # Layers of models with caches of their own kind may be empty, the first one, too.
+        lengths = (layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length"))
+        return max(map(int, lengths), default=0)
+    return max(0, mask.shape[1] - new) if cache is not None and isinstance(mask, Tensor) and mask.ndim == 2 else 0
+
+
+def _decoder(owner: Any) -> Any:
+    """The module whose forward may run in blocks; None if there is none in ``owner``."""
+    if owner.fapool_in_rounds:
+        return owner
+    return next((module for module in owner.modules() if getattr(module, "fapool_in_rounds", False)), None)
+
+
+def _wants_cache(owner: Any, decoder: Any, given: dict[str, Any]) -> bool:
+    """Whether a cache is to be made: as the call says, or else the configuration of the module that makes it."""
+    value = given.get("use_cache")
+    if value is None and getattr(owner.config, "use_cache", None) is not False:
+        value = getattr((decoder or owner).config.get_text_config(decoder=True), "use_cache", False)
+    return bool(value)
+
+
+def _traced(tokens: Tensor) -> str | None:
+    """Why tensors of this call are not for pool ranks."""
+    if torch.compiler.is_exporting() or isinstance(tokens, FakeTensor) or tokens.is_meta:
+        return "the model is exported, or run without values"
+    if torch.jit.is_tracing():
+        return "the model is traced"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (grad, vmap, jvp) is at work"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode derivatives"
     return None
-
-
-def one_block_reason(owner: Any, given: dict[str, Any]) -> str | None:
-    """Why this forward cannot be cut into blocks in flight; None if it can."""
-    if torch.compiler.is_compiling() or any(module._compiled_call_impl is not None for module in owner.modules()):
-        return "the model is compiled"
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured"
-    for module in owner.modules():
-        if hasattr(module, "_hf_hook"):
-            return "its weights are moved in and out by hooks (offload)"
-    if any(hasattr(parameter, "ds_id") for parameter in owner.parameters()):
-        return "its weights are partitioned (ZeRO-3)"
-    if asked(owner, given, "output_router_logits"):
-        return "output_router_logits was asked for"
-    return None
-
-
-def _one_piece_reason(owner: Any, given: dict[str, Any]) -> str | None:
-    """Why a training forward cannot be cut into pieces in flight; None if it can."""
-    if _is_checkpointed(owner):
-        return "gradient checkpointing runs layers by themselves"
-    if given.get("use_cache"):
-        return "use_cache was asked for while training"
-    config = owner.config.get_text_config(decoder=True)
-    rates = [module.p for module in owner.modules() if isinstance(module, nn.Dropout)]
-    if owner.training and any([*rates, *(getattr(config, name, None) for name in _DROPOUTS)]):
-        return "dropout: pieces would draw other random numbers than the whole"
-    return None
-
-
-def _is_checkpointed(owner: Any) -> bool:
-    return owner.training and any(getattr(module, "gradient_checkpointing", False) for module in owner.modules())
 
 
 def _attention_dropout(owner: Any) -> float:
@@ -237,46 +359,13 @@ def _attention_dropout(owner: Any) -> float:
     return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
 
 
-def _documents(given: dict[str, Any], batch: int, new: int) -> tuple[int, ...]:
-    """Lengths of the documents packed into one row, as positions that begin anew or cu_seq_lens_q tell; () if it is
-    one sequence."""
+def _documents(decoder: Any, given: dict[str, Any], new: int) -> tuple[int, ...]:
+    """Lengths of the documents packed into one row, as its local attention would tell them apart; () if it is one
+    sequence: flash attention by cu_seq_lens_q, others by positions that begin anew."""
     positions, edges = given.get("position_ids"), given.get("cu_seq_lens_q")
-    if batch != 1:
-        return ()
-    if not isinstance(positions, Tensor) and isinstance(edges, Tensor):
-        lengths = edges.diff().tolist()
-    elif isinstance(positions, Tensor) and positions.ndim == 2:
-        starts = (positions[0].diff() != 1).nonzero().flatten() + 1
-        lengths = torch.diff(starts, prepend=starts.new_zeros(1), append=starts.new_full((1,), new)).tolist()
-    else:
-        return ()
-    return tuple(lengths) if len(lengths) > 1 and sum(lengths) == new and min(lengths) > 0 else ()
-
-
-def _padding(mask: Tensor | None, batch: int, past: int, columns: int) -> Geometry:
-    """Where the real tokens lie. Raises ValueError for masks that are more than padding on either side."""
-    if mask is None:
-        return Geometry((0,) * batch, (columns,) * batch, past, columns)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        kind = f"{mask.ndim}-dimensional" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"fa_pool cannot pool a call with a custom attention mask ({kind}): pass the 2-D padding mask, or raise "
-            f"threshold above {columns} to compute it without the pool"
-        )
-    if mask.shape[1] < columns:
-        raise ValueError(f"attention_mask has {mask.shape[1]} columns, the sequences have {columns} with their past")
-    real = mask[:, :columns] != 0
-    counts = real.sum(1)
-    starts = torch.where(counts > 0, real.int().argmax(1), columns)
-    stops = torch.where(counts > 0, columns - real.flip(1).int().argmax(1), columns)
-    holes = ((stops - starts) != counts).nonzero()
-    if holes.numel():
-        row = int(holes[0])
-        raise ValueError(
-            f"attention_mask has a hole: row {row} has {int(counts[row])} tokens between columns {int(starts[row])} "
-            f"and {int(stops[row])}. Pad on one side only, or raise threshold above {columns}"
-        )
-    return Geometry(tuple(starts.tolist()), tuple(stops.tolist()), past, columns)
+    if isinstance(edges, Tensor) and "flash" in (local_name(decoder.config if decoder is not None else None) or ""):
+        return documents_between(edges, new)
+    return packed_documents(positions, new) if isinstance(positions, Tensor) and positions.ndim == 2 else ()
 
 
 def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -284,3 +373,14 @@ def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
     if not args:
         return kwargs
     return dict(zip(inspect.signature(owner.forward).parameters, args, strict=False)) | kwargs
+
+
+def _with_cache(
+    owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A caller's arguments with another cache; hooks see all others as they were given."""
+    names = list(inspect.signature(owner.forward).parameters)[: len(args)]
+    if "past_key_values" in names:
+        at = names.index("past_key_values")
+        return (*args[:at], cache, *args[at + 1 :]), kwargs
+    return args, kwargs | {"past_key_values": cache}
