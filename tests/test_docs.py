@@ -149,14 +149,27 @@ def returned(path: Path, functions: set[str]) -> Iterator[str]:
 
 def test_every_reason_for_one_block_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
-    asked = {"one_block_model", "one_block_reason", "_one_piece_reason", "collector_reason", "not_in_blocks"}
-    files = (home / "huggingface_forward.py", home / "huggingface_blocks.py")
+    asked = {"one_block_model", "one_block_reason", "hook_reason", "untried_reason", "beyond_trial"}
+    asked |= {"collector_reason", "not_in_pieces", "_shown"}
+    files = [home / f"huggingface_{name}.py" for name in ("forward", "blocks", "pieces")]
     reasons = {text for file in files for text in returned(file, asked)}
-    shown = names(table(read("docs/huggingface.md"), "reason"))
+    shown = names(table(read("docs/huggingface.md").split("## Blocks")[1], "reason"))
     # This one is given where the model is wrapped, in an expression.
     elsewhere = "it takes a cache of its own kind only"
     assert f'"{elsewhere}"' in (home / "huggingface.py").read_text(encoding="utf-8")
     assert sorted(shown) == sorted(reasons | {elsewhere})
+
+
+def test_every_reason_for_a_local_forward_is_explained() -> None:
+    home = ROOT / "fapool_plugin" / "integrations"
+    reasons = {*returned(home / "huggingface_forward.py", {"_local_reason", "_traced"})}
+    reasons |= {*returned(home / "huggingface_masks.py", {"not_causal"}), "... makes a mask of its own"}
+    assert "makes a mask of its own" in (home / "huggingface_attention.py").read_text(encoding="utf-8")
+    shown = names(table(read("docs/huggingface.md").split("## Blocks")[0], "reason"))
+    patterns = [re.escape(text).replace(re.escape("..."), ".*") for text in shown]
+    found = [[text for text in reasons if re.fullmatch(pattern, text)] for pattern in patterns]
+    assert all(len(texts) == 1 for texts in found), list(zip(shown, found, strict=True))
+    assert {text for texts in found for text in texts} == reasons
 
 
 def test_the_rooms_are_the_codes() -> None:
