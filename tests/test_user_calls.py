@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -284,6 +285,15 @@ def test_a_mask_with_a_hole_says_which_and_what_to_do(model: Any) -> None:
         model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
+@pytest.fixture
+def no_accelerator() -> Iterator[None]:
+    """Accelerate keeps one precision for a process; a Trainer before this test has set it."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("no_accelerator")
 def test_autocast_of_accelerate(folder: Path) -> None:
     """Its forward opens autocast inside of ours: pooled in its dtype."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
