@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
+from tests import survey
 from tests.models import THRESHOLD, assert_close, one_thread
 from tests.thread_pool import ThreadPool
 
@@ -113,6 +114,24 @@ def test_gradients(name: str, rows: int) -> None:
             apart = float((found[0][parameter] - grad).abs().max()) / largest
             assert apart <= 1e-5, f"gradient of {parameter}: largest difference {apart:.3g}"
         stats = model.fa_pool.stats()
+    assert stats["training"]["overlapped_forwards"] == 1, stats["not_overlapped_reasons"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gradients_through_what_is_made_outside_the_decoder(rows: int) -> None:
+    """Gemma 4 computes an input of each layer before its decoder runs: a trial must not use up that graph."""
+    found, ids = [], prompt(rows)
+    settings = {"pool_ranks": 1, "threshold": THRESHOLD, "activation": "length", "kv_block": 4, "memory_limit_mib": 64}
+    model = FAPoolForCausalLM.wrap(survey.build("gemma4"), settings).train()
+    model.fa_pool._make_pool = ThreadPool
+    with model.fa_pool:
+        for net in (model, survey.build("gemma4", "eager").train()):
+            net(input_ids=ids, labels=ids).loss.backward()
+            found.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+        stats = model.fa_pool.stats()
+    largest = max(float(grad.abs().max()) for grad in found[1].values())
+    apart = max(float((found[0][name] - grad).abs().max()) / largest for name, grad in found[1].items())
+    assert apart <= 1e-5, f"largest difference of gradients {apart:.3g}"
     assert stats["training"]["overlapped_forwards"] == 1, stats["not_overlapped_reasons"]
 
 

@@ -97,9 +97,11 @@ class _Trial:
         given = given | ({"attention_mask": padding} if self.purposes else {})
         self.given, self.geometry = shortened(given, scope.decided.geometry, names_used(owner), rows=rows)
         parameters = [parameter for parameter in owner.parameters() if parameter.requires_grad]
-        if torch.is_grad_enabled() and isinstance(embeds := self.given.get("inputs_embeds"), Tensor):
-            self.given["inputs_embeds"] = embeds.detach().requires_grad_(embeds.requires_grad)
-            parameters += [self.given["inputs_embeds"]] if embeds.requires_grad else []
+        for name, value in self.given.items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                # Not the graph that it comes from: that one is the model's, and goes backward once.
+                self.given[name] = value.detach().requires_grad_()
+                parameters.append(self.given[name])
         self.wanted = parameters if self.training and torch.is_grad_enabled() else []
         self.random = _Random.now()
         self.kept = _Attributes.of(owner)
@@ -197,7 +199,7 @@ class _Trial:
             loss = loss + (x * factors * self.real_BS.to(x.device)[..., None]).sum()
         if not loss.requires_grad:
             return [x.new_zeros(()) for x in self.wanted]
-        found = torch.autograd.grad(loss, self.wanted, allow_unused=True)
+        found = torch.autograd.grad(loss, self.wanted, allow_unused=True, retain_graph=True)
         return [x.new_zeros(()) if grad is None else _sums(grad) for x, grad in zip(self.wanted, found, strict=True)]
 
 
