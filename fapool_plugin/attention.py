@@ -21,13 +21,12 @@ from fapool_plugin.joint import Asked, Part, Sizes, answers, arrange, distribute
 from fapool_plugin.kept_calls import fingerprint
 from fapool_plugin.kernels import attend, fold_sinks, merge_
 from fapool_plugin.lease import PoolRank
+from fapool_plugin.messages import Header, Op, Status, dtype_code, elements, float_bits
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import in_batches, within_residency
 from fapool_plugin.reduction import Lanes, layout
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
-from fapool_plugin.totals import elements
-from fapool_plugin.transport import Header, Op, Status, dtype_code, float_bits
 
 
 class FAPoolAttention(nn.Module):

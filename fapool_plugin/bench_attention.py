@@ -17,10 +17,10 @@ from torch import distributed as dist
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.kernels import attend, merge_
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.local_pool import LocalPool
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 
 _WARM_TOKENS = 256
 Turn = tuple[float, Tensor, dict[str, Any]]

@@ -24,7 +24,7 @@ from torch import Tensor
 from fapool_plugin.cost import AttentionCost, Fit, LinkCost, Machine, Shape, least_squares
 from fapool_plugin.kernels import attend, available_kernels, pick_kernel
 from fapool_plugin.lease import PoolRank
-from fapool_plugin.transport import TILE_FIELDS, Header, Op, Status, dtype_code, float_bits
+from fapool_plugin.messages import TILE_FIELDS, Header, Op, Status, dtype_code, float_bits
 
 Progress = Callable[[str, int, int | None], object]
 """Called with what is being measured, how much of it is done, and of how much (None: not known)."""

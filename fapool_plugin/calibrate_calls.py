@@ -20,13 +20,13 @@ from fapool_plugin.calibrate import threads_restored
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import CallCost, Profile, Shape, share_s
 from fapool_plugin.forward import Forward
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
+from fapool_plugin.messages import Header, Op, dtype_code, float_bits
 from fapool_plugin.metrics import RankCounters
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 from fapool_plugin.timeline import ATTENTION, MERGE, SEND, WAIT
-from fapool_plugin.transport import Header, Op, dtype_code, float_bits
 
 _KEYS, _BUSY_QUERIES, _CALLS = 1024, 512, 24
 _BETWEEN_BYTES = 16 * 2**20

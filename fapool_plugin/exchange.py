@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from fapool_plugin.totals import GradientTotal, Payload, ResultTotal, Total, elements
-from fapool_plugin.transport import TILE_FIELDS, Header, Link, LinkLost, Message, Op, Status, dtype_code
+from fapool_plugin.messages import TILE_FIELDS, Header, LinkLost, Message, Op, Status, dtype_code, elements
+from fapool_plugin.totals import GradientTotal, Payload, ResultTotal, Total
+from fapool_plugin.transport import Link
 
 Arrived = tuple[Link, Message | LinkLost]
 Connect = Callable[[str, Literal["base", "pool"], Callable[[Arrived], object]], Link]

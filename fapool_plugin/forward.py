@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import AttentionCost
 from fapool_plugin.forecast import Choice
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry, Plan, make_plan, shortened, speeds
+from fapool_plugin.sequence import SequenceState
 
 
 def stay_local(forward: Forward, reason: str, threshold: int, columns: int, look: Callable[[], Geometry | str]) -> None:

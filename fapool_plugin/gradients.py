@@ -17,15 +17,14 @@ from torch import Tensor
 
 from fapool_plugin.joint import Asked, Part, arrange, gradients, part_ways, told
 from fapool_plugin.kernel_backward import attend_backward
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import PoolRank
+from fapool_plugin.messages import Header, Message, Op, Status, dtype_code, elements, float_bits
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Geometry, Request, in_batches
 from fapool_plugin.reduction import gradient_layout
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 from fapool_plugin.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
-from fapool_plugin.totals import elements
-from fapool_plugin.transport import Header, Message, Op, Status, dtype_code, float_bits
 
 
 class Saved(NamedTuple):

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import LinkCost
-from fapool_plugin.kv_cache import round_up
 from fapool_plugin.lease import PoolRank
-from fapool_plugin.partition import Tile
+from fapool_plugin.messages import Header, Message, Status
+from fapool_plugin.partition import Tile, round_up
 from fapool_plugin.plan import Request
 from fapool_plugin.reduction import Lanes, arrangements, choose_distribution, choose_reduction, routes
-from fapool_plugin.transport import Header, Message, Status
 
 Guard = Callable[[PoolRank], AbstractContextManager[None]]
 

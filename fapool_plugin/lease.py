@@ -14,8 +14,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fapool_plugin.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status
 from fapool_plugin.metrics import RankCounters
-from fapool_plugin.transport import PROTOCOL_VERSION, Header, Link, LinkLost, Message, Op, Status
+from fapool_plugin.transport import Link
 
 
 class RanksStarting(RuntimeError):

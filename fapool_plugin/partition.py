@@ -101,6 +101,11 @@ class _Lane(NamedTuple):
         return low if target - self.work(low) <= self.work(high) - target else high
 
 
+def round_up(length: int, block: int) -> int:
+    """The smallest multiple of ``block`` that is at least ``length``."""
+    return -(-length // block) * block
+
+
 def allowed_pairs(tile: Tile, window_size: tuple[int, int]) -> int:
     """Number of (query, key) pairs of `tile` that the mask allows, summed over its lanes.
 

@@ -21,13 +21,14 @@ from typing import Any, Literal
 from fapool_plugin.advisor import Advisor, Profiler
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forward import Forward, stay_local
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import Pool, PoolRank, RanksStarting
 from fapool_plugin.lending import Lending
+from fapool_plugin.messages import LinkLost, Op
 from fapool_plugin.metrics import Counters, Phase
 from fapool_plugin.plan import Geometry
+from fapool_plugin.sequence import SequenceState
 from fapool_plugin.timeline import Timeline
-from fapool_plugin.transport import LinkLost, Op, first_line
+from fapool_plugin.transport import first_line
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]

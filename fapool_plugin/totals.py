@@ -6,7 +6,7 @@ Knows tiles and tensors; not who sends what to whom.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,11 +19,6 @@ from fapool_plugin.reduction import gradient_layout, layout
 Payload = Sequence[Tensor | Sequence[Tensor]]
 Table = Sequence[Sequence[int]]
 """Rows of a tile table."""
-
-
-def elements(tensors: Iterable[Tensor]) -> int:
-    """Of all tensors of one part of a payload."""
-    return sum(x.numel() for x in tensors)
 
 
 class Total(Protocol):

@@ -23,19 +23,10 @@ from torch import Tensor
 from fapool_plugin.exchange import Inbox, Payload, connect_at
 from fapool_plugin.kernel_backward import attend_backward
 from fapool_plugin.kernels import attend
-from fapool_plugin.kv_cache import CallStore, KeptTile, PrefixStore
 from fapool_plugin.meeting import wait_for_ring
-from fapool_plugin.totals import elements
-from fapool_plugin.transport import (
-    PROTOCOL_VERSION,
-    Header,
-    Link,
-    LinkLost,
-    Message,
-    Op,
-    Status,
-    bits_float,
-)
+from fapool_plugin.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status, bits_float, elements
+from fapool_plugin.store import CallStore, KeptTile, PrefixStore
+from fapool_plugin.transport import Link
 from fapool_plugin.worker_process import run_to_end
 
 _UNSETTLED = 8

@@ -15,10 +15,10 @@ from torch import Tensor
 from fapool_plugin import attention
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.messages import frame_bytes
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import frame_bytes
+from fapool_plugin.sequence import SequenceState
 from tests.thread_pool import ThreadPool
 
 H, K, D, E = 6, 3, 8, 5

@@ -16,7 +16,7 @@ import torch
 from fapool_plugin import bench, bench_turns, contenders
 from fapool_plugin.bench_report import Report, Result
 from fapool_plugin.contenders import Contender, ContenderError, Team
-from fapool_plugin.transport import frame_bytes
+from fapool_plugin.messages import frame_bytes
 from tests.benches import LIMIT_S, complete, run
 
 SHAPE = {"tokens": 70, "heads": 4, "kv_heads": 2, "head_dim": 16}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.lease import PoolRank
-from fapool_plugin.transport import Op, frame_bytes
+from fapool_plugin.messages import Op, frame_bytes
 from tests.models import assert_close, eager, one_thread, random_ids, save_model
 from tests.test_advisor import LAYERS, planned
 

@@ -16,7 +16,7 @@ from fapool_plugin import calibrate
 from fapool_plugin.cost import Fit, Profile, Shape
 from fapool_plugin.integrations import huggingface_calibrate
 from fapool_plugin.integrations.huggingface_calibrate import calibrate_model, default_path, keep, shape_of_path
-from fapool_plugin.transport import Header, LinkLost, Message, Status
+from fapool_plugin.messages import Header, LinkLost, Message, Status
 from tests.models import plain, save_model, workers
 from tests.test_cost import profile
 

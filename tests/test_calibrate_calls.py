@@ -16,7 +16,7 @@ from fapool_plugin.integrations import huggingface_linear
 from fapool_plugin.integrations.huggingface_calibrate import _lease
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
-from fapool_plugin.transport import Header, LinkLost, Message
+from fapool_plugin.messages import Header, LinkLost, Message
 from tests.models import plain, save_model
 
 SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, v_head_dim=8, dtype="float32", parameters=1)

@@ -16,10 +16,10 @@ from fapool_plugin.advisor import Advisor
 from fapool_plugin.clocks import Cores
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import Fit
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.metrics import Counters
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 from tests.models import THRESHOLD, plain, random_ids, save_model
 from tests.test_advisor import DEAR, LENGTH, planned, profile_of
 from tests.thread_pool import ThreadPool

@@ -24,12 +24,12 @@ from fapool_plugin.cli import app
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forecast import Choice, Thresholds
 from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.messages import TILE_FIELDS, Header, Op, Status
 from fapool_plugin.metrics import PhaseCounters, RankCounters
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Request
 from fapool_plugin.prometheus import serve
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import TILE_FIELDS, Header, Op, Status
 from tests.test_architecture import ROWS, modules, top
 
 ROOT = Path(__file__).resolve().parent.parent

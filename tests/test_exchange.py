@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fapool_plugin.exchange import Exchange, Inbox, connect_at
 from fapool_plugin.kernels import merge_
+from fapool_plugin.messages import TILE_FIELDS, Header, LinkLost, Message, Op, Status
 from fapool_plugin.partition import Tile
 from fapool_plugin.totals import ResultTotal
-from fapool_plugin.transport import TILE_FIELDS, Header, Link, LinkLost, Message, Op, Status
+from fapool_plugin.transport import Link
 from tests.thread_pool import HOST, link_pair, make_store
 
 PATIENCE_S, TOKEN, GROUP, E = 1.0, 7, 2, 3

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.messages import Message, frame_bytes
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import Message, frame_bytes
 from tests.models import eager, load_pooled, random_ids, save_model
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]

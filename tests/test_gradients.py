@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fapool_plugin.attention import FAPoolAttention
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 from tests.test_attention import D, E, H, K, dense, managers
 
 __all__ = ["managers"]  # a fixture

@@ -19,10 +19,10 @@ from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import AttentionCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape
 from fapool_plugin.exchange import Exchange
+from fapool_plugin.messages import frame_bytes
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
 from fapool_plugin.rounds import block_edges, run_rounds
-from fapool_plugin.transport import frame_bytes
 from tests.models import Pair, assert_same_tokens, greedily, one_thread, padded_batch, save_model
 from tests.test_attention import D, E, H, K, Stream, check, dense
 from tests.thread_pool import ThreadPool, closing_all

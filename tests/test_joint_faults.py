@@ -17,8 +17,8 @@ import pytest
 from fapool_plugin.attention import _Call
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.messages import LinkLost, Message
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import LinkLost, Message
 from tests.test_attention import Stream, check
 from tests.test_joint import links_between, manager_of, pool_of, went_well
 from tests.thread_pool import ThreadPool

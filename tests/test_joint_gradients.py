@@ -20,13 +20,13 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.cost import Fit, LinkCost
 from fapool_plugin.gradients import Gradients
 from fapool_plugin.joint import Asked, gradients
-from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.messages import PART_FIELDS, TILE_FIELDS, LinkLost, Message, frame_bytes
 from fapool_plugin.partition import Tile
 from fapool_plugin.plan import Geometry, Request
 from fapool_plugin.reduction import gradient_layout
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 from fapool_plugin.totals import GradientTotal
-from fapool_plugin.transport import PART_FIELDS, TILE_FIELDS, LinkLost, Message, frame_bytes
 from tests.dense_attention import visible_ST
 from tests.dense_gradients import Whole
 from tests.test_attention import D, E, H, K

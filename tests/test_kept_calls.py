@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fapool_plugin.kept_calls import KeptCalls, fingerprint
-from fapool_plugin.kv_cache import CallStore, KeptTile, PrefixStore
 from fapool_plugin.partition import Tile
+from fapool_plugin.store import CallStore, KeptTile, PrefixStore
 
 TILES = [Tile(0, 0, 1, 0, 5, 0, 5)]
 

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fapool_plugin.kv_cache import GrowingKV, PrefixStore, Residency, SequenceState, round_up
+from fapool_plugin.partition import round_up
+from fapool_plugin.sequence import GrowingKV, Residency, SequenceState
+from fapool_plugin.store import PrefixStore
 
 HEADS, D, E = 3, 4, 5
 

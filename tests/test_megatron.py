@@ -24,7 +24,7 @@ from fapool_plugin.integrations.megatron_attention import OUTSIDE, Document, FAP
 from fapool_plugin.integrations.megatron_weights import llama_arguments, llama_config
 from fapool_plugin.kernels import attend
 from fapool_plugin.local_pool import LocalPool
-from fapool_plugin.transport import frame_bytes
+from fapool_plugin.messages import frame_bytes
 from tests import megatron_models as mm
 from tests.models import assert_close, eager, one_thread, pools, random_ids, workers
 

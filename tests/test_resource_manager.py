@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.lease import RanksStarting
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 from tests.thread_pool import ThreadPool
 
 

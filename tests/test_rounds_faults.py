@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
-from fapool_plugin.transport import Message
+from fapool_plugin.messages import Message
 from tests.blocks import in_blocks, overlaps, save_long
 from tests.models import (
     FAMILIES,

@@ -13,7 +13,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fapool_plugin.lease import PoolRank
-from fapool_plugin.transport import LinkLost, Message
+from fapool_plugin.messages import LinkLost, Message
 from tests.blocks import in_blocks, save_long
 from tests.models import FAMILIES, assert_close, eager, one_thread, padded_batch, plain, random_ids
 from tests.training import (

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from fapool_plugin.attention import FAPoolAttention
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.forward import Forward
-from fapool_plugin.kv_cache import SequenceState
+from fapool_plugin.messages import TILE_FIELDS, frame_bytes
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import TILE_FIELDS, frame_bytes
+from fapool_plugin.sequence import SequenceState
 from tests.blocks import in_blocks, save_long
 from tests.models import FAMILIES, eager, one_thread, padded_batch, random_ids
 from tests.test_attention import D, dense

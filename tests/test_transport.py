@@ -19,9 +19,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fapool_plugin.transport import (
+from fapool_plugin.messages import (
     Header,
-    Link,
     LinkLost,
     Op,
     Status,
@@ -31,6 +30,7 @@ from fapool_plugin.transport import (
     frame_bytes,
     payload,
 )
+from fapool_plugin.transport import Link
 from tests.thread_pool import HOST, link_pair, make_store
 
 _SILENT_PEER = f"""

@@ -15,17 +15,8 @@ import pytest
 import torch
 
 from fapool_plugin.exchange import Inbox, connect_at
-from fapool_plugin.transport import (
-    PROTOCOL_VERSION,
-    Header,
-    Link,
-    LinkLost,
-    Message,
-    Op,
-    Status,
-    dtype_code,
-    float_bits,
-)
+from fapool_plugin.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status, dtype_code, float_bits
+from fapool_plugin.transport import Link
 from fapool_plugin.worker import Worker
 from tests.thread_pool import HOST, link_pair, make_store
 

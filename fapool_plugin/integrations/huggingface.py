@@ -28,10 +28,10 @@ from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.integrations.huggingface_config import local_name, view_configs
 from fapool_plugin.integrations.huggingface_forward import Entrance, Forwards, holds_decoder
 from fapool_plugin.integrations.huggingface_pieces import one_block_model
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.pools import pool_maker
 from fapool_plugin.prometheus import serve
 from fapool_plugin.resource_manager import Agree, ResourceManager
+from fapool_plugin.sequence import SequenceState
 from fapool_plugin.trace import Trace
 
 FULL_LAYERS = {"full_attention", "hybrid"}

@@ -25,9 +25,9 @@ from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 from fapool_plugin.integrations.huggingface_cache import PooledCache
 from fapool_plugin.integrations.huggingface_runs import _without_bars, demo_prompt, prepare
 from fapool_plugin.kernels import attend
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 
 Turn = tuple[float, Tensor | None, dict[str, Any]]
 Make = Callable[[], Turn]

@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 )
 
 from fapool_plugin.graph_kv import GraphKV
-from fapool_plugin.kv_cache import GrowingKV, SequenceState
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import GrowingKV, SequenceState
 
 
 class PooledLayer(DynamicLayer):

@@ -26,8 +26,8 @@ from fapool_plugin.cost import Machine, Profile, Shape
 from fapool_plugin.integrations.huggingface_linear import full_layers, look, measure_beside, measure_linear, shape_of
 from fapool_plugin.lease import PoolRank
 from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.messages import Op
 from fapool_plugin.metrics import RankCounters
-from fapool_plugin.transport import Op
 
 QUICK_S, FULL_S = 1.5, 50.0
 """Default budgets, in seconds; starting a pool rank and loading a model are not part of them."""

@@ -37,10 +37,11 @@ from fapool_plugin.integrations.huggingface_pieces import (
     untried_reason,
 )
 from fapool_plugin.integrations.huggingface_probe import LENGTH, Probe
-from fapool_plugin.kv_cache import SequenceState, round_up
 from fapool_plugin.metrics import Phase
+from fapool_plugin.partition import round_up
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 
 
 class Entrance:

@@ -26,10 +26,10 @@ from fapool_plugin.forward import CannotPool, Forward
 from fapool_plugin.integrations.huggingface_attention import SCOPE, Scope, mask_again
 from fapool_plugin.integrations.huggingface_blocks import mask_purposes, names_used, run_blocks, run_parts
 from fapool_plugin.integrations.huggingface_cache import GraphCache, PooledCache
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.metrics import Counters
 from fapool_plugin.plan import Geometry
 from fapool_plugin.rounds import Modes
+from fapool_plugin.sequence import SequenceState
 from fapool_plugin.transport import first_line
 
 LENGTH = 48

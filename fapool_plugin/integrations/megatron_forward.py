@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.integrations.megatron_attention import SCOPE, Scope, documents
-from fapool_plugin.kv_cache import SequenceState
 from fapool_plugin.metrics import Phase
 from fapool_plugin.plan import Geometry
 from fapool_plugin.resource_manager import ResourceManager
+from fapool_plugin.sequence import SequenceState
 
 _ROWS_AT_ONCE = 1024
 """Of a mask, compared with the one that is expected: a second mask of its size would be large."""
