@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fapool_plugin import FAPoolForCausalLM
-from fapool_plugin.integrations.huggingface_runs import demo_model, demo_prompt
+from fapool_plugin.integrations.huggingface.runs import demo_model, demo_prompt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 from transformers import AutoTokenizer
 
-from fapool_plugin.agreement import agree_over
+from fapool_plugin.base.agreement import agree_over
 from fapool_plugin.integrations.megatron import FAPoolGPTModel, get_fapool_layer_spec
-from fapool_plugin.integrations.megatron_weights import llama_arguments, llama_config, llama_state
+from fapool_plugin.integrations.megatron.weights import llama_arguments, llama_config, llama_state
 
 NEW_TOKENS = 32
 

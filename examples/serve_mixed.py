@@ -21,9 +21,9 @@ from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from fapool_plugin import FAPoolForCausalLM
-from fapool_plugin.demo import Screen
-from fapool_plugin.integrations.huggingface_runs import demo_model, demo_prompt
-from fapool_plugin.options import check_counts, check_picture, one_line_errors
+from fapool_plugin.integrations.huggingface.runs import demo_model, demo_prompt
+from fapool_plugin.tools.demo import Screen
+from fapool_plugin.tools.options import check_counts, check_picture, one_line_errors
 
 STATES = ("idle", "activating", "active", "draining")
 

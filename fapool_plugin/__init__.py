@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fapool_plugin.attention import FAPoolAttention
+    from fapool_plugin.base.attention import FAPoolAttention
     from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
     from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __all__ = ["FAPoolAttention", "FAPoolConfig", "FAPoolConfigError", "FAPoolForCausalLM"]
 
 _HOMES = {
-    "FAPoolAttention": "fapool_plugin.attention",
+    "FAPoolAttention": "fapool_plugin.base.attention",
     "FAPoolConfig": "fapool_plugin.config",
     "FAPoolConfigError": "fapool_plugin.config",
     "FAPoolForCausalLM": "fapool_plugin.integrations.huggingface",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from fapool_plugin import bench
+from fapool_plugin.tools.bench import command as bench
 
 LIMIT_S = 120
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from fapool_plugin.integrations import huggingface_calibrate
+from fapool_plugin.integrations.huggingface import calibrate as huggingface_calibrate
 
 SHARED_MEMORY = Path("/dev/shm")
 # Processes that were told to end get this long to do it.

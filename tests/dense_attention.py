@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fapool_plugin.kernels import attend
+from fapool_plugin.kernels.forward import attend
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fapool_plugin.kernel_backward import attend_backward
+from fapool_plugin.kernels.backward import attend_backward
 from tests.dense_attention import visible_ST
 
 # With exact inputs half precision is computed in fp32; what is lost comes with an output that was rounded.

@@ -16,9 +16,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 
-from fapool_plugin.agreement import agree_over
+from fapool_plugin.base.agreement import agree_over
 from fapool_plugin.integrations.megatron import FAPoolGPTModel, get_fapool_layer_spec
-from fapool_plugin.integrations.megatron_weights import llama_arguments, llama_config, llama_state
+from fapool_plugin.integrations.megatron.weights import llama_arguments, llama_config, llama_state
 from tests.models import eager, save_model
 
 THRESHOLD = 16

@@ -19,8 +19,8 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import distributed
 
-from fapool_plugin.agreement import agree_over
-from fapool_plugin.local_pool import LocalPool
+from fapool_plugin.base.agreement import agree_over
+from fapool_plugin.ranks.local import LocalPool
 from tests import megatron_models as mm
 from tests.models import random_ids
 

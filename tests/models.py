@@ -177,7 +177,7 @@ def workers(parent: int | None = None) -> set[int]:
     found = set()
     for process in psutil.process_iter(["pid", "cmdline"]):
         words = process.info["cmdline"] or []
-        if "fapool_plugin.worker" in words and told in (words[i : i + 2] for i in range(len(words))):
+        if "fapool_plugin.pool.worker" in words and told in (words[i : i + 2] for i in range(len(words))):
             found.add(process.info["pid"])
     return found
 

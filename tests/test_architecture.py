@@ -11,6 +11,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,84 +20,44 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fapool_plugin"
 MAX_LINES = 400
 
-# A module imports only from rows above its own. A new module fails the test until it stands in a row.
-ROWS = (
-    {"config", "cost", "partition", "placement", "metrics", "trace"},
-    {"kernels", "kernel_backward", "kernel_torch", "rectangle"}
-    | {
-        "graph_kv",
-        "kept_calls",
-        "sequence",
-        "store",
-        "messages",
-        "ideal_line",
-        "lending",
-        "meeting",
-        "timeline",
-        "transport",
-        "prometheus",
-    },
-    {"plan", "launch", "lease", "clocks", "reduction", "worker_process"},
-    {"forecast"},
-    {"forward"},
-    {"advisor"},
-    {"resource_manager"},
-    {"agreement", "gradients", "joint", "totals"},
-    {"graph"},
-    {"attention", "worker", "exchange", "rounds", "calibrate"},
-    {"local_pool", "launched_pool", "supervisor", "calibrate_calls"},
-    {"enlist", "pools"},
-    {"integrations"},
-    {
-        "run",
-        "bench",
-        "bench_attention",
-        "bench_report",
-        "bench_turns",
-        "contenders",
-        "cli",
-        "demo",
-        "doctor",
-        "options",
-        "planning",
-    }
-    | {"__init__"},
-)
-# The only imports inside a row, besides those inside one framework's home.
-INSIDE_ROW = {
-    "cost": {"partition"},
-    "placement": {"config"},
-    "kernels": {"kernel_torch", "rectangle"},
-    "kernel_backward": {"kernels", "kernel_torch", "rectangle"},
-    "gradients": {"joint", "totals"},
-    "graph_kv": {"rectangle"},
-    "sequence": {"kept_calls"},
-    "transport": {"messages"},
-    "worker": {"exchange"},
-    "cli": {"bench", "demo", "doctor", "options", "planning"},
-    "bench": {"bench_report", "bench_turns", "contenders", "demo", "options", "planning"},
-    "bench_report": {"contenders"},
-    "bench_turns": {"bench_report", "contenders"},
-    "contenders": {"bench_attention"},
-    "planning": {"demo"},
+# What each room may import, beside itself. A new folder fails the test until it stands here.
+_NUMBERS = {"config"}
+_ENDS = _NUMBERS | {"kernels", "plan", "wire", "observe"}
+_SIDES = _ENDS | {"base", "pool"}
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "kernels": _NUMBERS,
+    "plan": _NUMBERS,
+    "wire": _NUMBERS,
+    "observe": _NUMBERS,
+    "base": _ENDS,
+    "pool": _ENDS,
+    "ranks": _SIDES,
+    "measure": _SIDES - {"pool"},
+    "integrations": _SIDES | {"ranks", "measure"},
+    "run": _SIDES | {"ranks", "measure", "integrations"},
+    "__init__": _SIDES | {"ranks", "measure", "integrations"},
+    "tools": _SIDES | {"ranks", "measure", "integrations", "__init__"},
 }
-# Where alone a framework may be imported: the module, or modules whose name goes on with "_".
+MOST_MODULES_AT_THE_TOP = 6
+# Where alone a framework may be imported.
 HOMES = {
-    "transformers": "integrations.huggingface",
-    "deepspeed": "integrations.deepspeed",
-    "megatron": "integrations.megatron",
-    "accelerate": "integrations.accelerate",
-    "flash_attn": "kernels",
+    "transformers": {"integrations.huggingface", "integrations.tensor_parallel"},
+    "deepspeed": {"integrations.deepspeed", "integrations.deepspeed_bench"},
+    "megatron": {"integrations.megatron"},
+    "accelerate": {"integrations.accelerate"},
+    "flash_attn": {"kernels.forward"},
 }
 # Which homes use others': a host hands its models to transformers' home, and that one splits them by Megatron's layers.
 HOSTED = {
-    "integrations.huggingface": {"integrations.megatron"},
-    "integrations.deepspeed": {"integrations.huggingface", "integrations.megatron"},
+    "integrations.tensor_parallel": {"integrations.megatron"},
+    "integrations.huggingface": {"integrations.tensor_parallel"},
+    "integrations.deepspeed": {"integrations.huggingface", "integrations.tensor_parallel", "integrations.megatron"},
     "integrations.accelerate": {"integrations.huggingface", "integrations.deepspeed"},
 }
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-MAY_READ_ENVIRONMENT = {"doctor", "contenders", "launch", "run", "worker_process"}
+MAY_READ_ENVIRONMENT = {"tools.doctor", "tools.bench.contenders", "ranks.launch", "run", "pool.process"}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -129,13 +90,9 @@ def top(imported: str) -> str:
     return imported.split(".")[0]
 
 
-def row_of(module: str) -> int | None:
-    return next((at for at, row in enumerate(ROWS) if top(module) in row), None)
-
-
 def home_of(module: str) -> str:
-    """integrations.huggingface_cache and integrations.huggingface.cache are both integrations.huggingface."""
-    return ".".join(part.split("_")[0] for part in module.split(".")[:2])
+    """integrations.huggingface.cache and integrations.huggingface are both integrations.huggingface."""
+    return ".".join(module.split(".")[:2])
 
 
 def inner_imports(path: Path, root: Path) -> set[str]:
@@ -151,28 +108,42 @@ def inner_imports(path: Path, root: Path) -> set[str]:
     return found
 
 
-def wrong_rows(root: Path) -> list[str]:
+def wrong_rooms(root: Path) -> list[str]:
     problems = []
     for module, path in modules(root).items():
-        row = row_of(module)
-        if row is None:
-            problems.append(f"{module} has no room: give it a row in ROWS")
+        room = top(module)
+        if room not in ROOMS:
+            problems.append(f"{module} has no room: say in ROOMS what {room} may import")
             continue
         for other in sorted(inner_imports(path, root) - {module}):
-            other_row = row_of(other)
-            same_home = top(module) == "integrations" and home_of(module) == home_of(other)
-            hosted = home_of(other) in HOSTED.get(home_of(module), set())
-            allowed = same_home or hosted or top(other) in INSIDE_ROW.get(module, set())
-            if not allowed and (other_row is None or other_row >= row):
-                problems.append(f"{module} imports {other}, which is not in a row above its own")
+            hosted = home_of(other) in HOSTED.get(home_of(module), set()) | {home_of(module)}
+            inside = top(other) == room and (room != "integrations" or hosted)
+            if not inside and top(other) not in ROOMS[room]:
+                problems.append(f"{module} imports {other}, which {room} may not")
     return problems
 
 
-def torch_in_first_row(root: Path) -> list[str]:
+def circles(root: Path) -> list[str]:
+    """Modules that import each other, lazily or not, inside a room too."""
+    sorter = TopologicalSorter({module: inner_imports(path, root) - {module} for module, path in modules(root).items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [f"a circle: {' <- '.join(error.args[1])}"]
+    return []
+
+
+def crowded_top(root: Path) -> list[str]:
+    at_top = [path.name for path in sorted((root / PACKAGE).glob("*.py"))]
+    few = len(at_top) <= MOST_MODULES_AT_THE_TOP
+    return [] if few else [f"{len(at_top)} modules at the top, {', '.join(at_top)}: at most {MOST_MODULES_AT_THE_TOP}"]
+
+
+def torch_in_plan(root: Path) -> list[str]:
     return [
-        f"{module} imports {imported}; the first row knows no torch"
+        f"{module} imports {imported}; plan knows no torch"
         for module, path in modules(root).items()
-        if row_of(module) == 0
+        if top(module) == "plan"
         for imported in imports(path, root)
         if top(imported) == "torch"
     ]
@@ -182,10 +153,10 @@ def homeless_frameworks(root: Path) -> list[str]:
     problems = []
     for module, path in modules(root).items():
         for imported in imports(path, root):
-            for framework, home in HOMES.items():
+            for framework, homes in HOMES.items():
                 # flash_attn_interface and its like are flash_attn too.
-                if top(imported).startswith(framework) and home not in (module, home_of(module)):
-                    problems.append(f"{module} imports {imported}; only {home} may")
+                if top(imported).startswith(framework) and not homes & {module, home_of(module)}:
+                    problems.append(f"{module} imports {imported}; only {', '.join(sorted(homes))} may")
     return problems
 
 
@@ -228,8 +199,10 @@ def untidy_files(root: Path) -> list[str]:
 
 
 CHECKS = (
-    wrong_rows,
-    torch_in_first_row,
+    wrong_rooms,
+    circles,
+    crowded_top,
+    torch_in_plan,
     homeless_frameworks,
     pickles,
     environment_readers,
@@ -247,15 +220,17 @@ def test_the_package_keeps_its_rooms(check) -> None:
     assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("module", sorted(ROWS[0] & modules(ROOT).keys()))
-def test_first_row_runs_without_torch(module: str) -> None:
-    code = f"import sys, {PACKAGE}.{module}; sys.exit('torch' in sys.modules and 'torch was imported')"
+@pytest.mark.parametrize("room", ["config", "plan", "observe"])
+def test_numbers_run_without_torch(room: str) -> None:
+    names = [f"{PACKAGE}.{module}" for module in modules(ROOT) if top(module) == room]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules and 'torch was imported')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, f"importing {PACKAGE}.{module}: {done.stderr}"
+    assert done.returncode == 0, f"importing {', '.join(names)}: {done.stderr}"
 
 
 def write_package(root: Path, files: dict[str, str]) -> Path:
-    for name, source in {"__init__.py": "", "integrations/__init__.py": "", **files}.items():
+    folders = {f"{Path(name).parent}/__init__.py" for name in files if "/" in name} - {"integrations/other/__init__.py"}
+    for name, source in {"__init__.py": "", **dict.fromkeys(folders, ""), **files}.items():
         path = root / PACKAGE / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""Says what it is."""\n{source}\n')
@@ -265,19 +240,25 @@ def write_package(root: Path, files: dict[str, str]) -> Path:
 RIGHT = {
     "__init__.py": "def __getattr__(name):\n    from .integrations.huggingface import Model",
     "config.py": "import os\nos.path.join('a', 'b')",
-    "partition.py": "import math",
-    "kernels.py": "import torch, importlib\nimportlib.import_module('flash_attn')",
-    "plan.py": "from fapool_plugin import config, partition\nfrom .kernels import attend",
-    "attention.py": "import fapool_plugin.plan\nfrom . import kernels",
-    "worker_process.py": "import os\nos.environ['A'] = 'b'",
-    "integrations/huggingface.py": "import transformers.cache_utils\nfrom .huggingface_cache import Cache",
-    "integrations/huggingface_cache.py": "from transformers import Cache\nfrom ..attention import call",
-    "integrations/megatron/__init__.py": "from .layers import Layer",
+    "plan/line.py": "import math",
+    "plan/shares.py": "from fapool_plugin import config\nfrom .line import cut",
+    "kernels/forward.py": "import torch, importlib\nimportlib.import_module('flash_attn')",
+    "observe/metrics.py": "import time",
+    "wire/link.py": "from ..config import FAPoolConfig",
+    "base/attention.py": "import fapool_plugin.plan.shares\nfrom ..kernels import forward",
+    "pool/process.py": "import os\nos.environ['A'] = 'b'",
+    "pool/worker.py": "from .process import run_to_end",
+    "ranks/local.py": "from fapool_plugin.pool.process import start",
+    "integrations/__init__.py": "",
+    "integrations/huggingface/__init__.py": "from fapool_plugin.integrations.huggingface.model import Model",
+    "integrations/huggingface/model.py": "import transformers.cache_utils\nfrom .cache import Cache",
+    "integrations/huggingface/cache.py": "from transformers import Cache\nfrom ...base.attention import call",
     "integrations/megatron/layers.py": "import megatron.core\nfrom ..megatron.mlp import Mlp",
     "integrations/megatron/mlp.py": "from fapool_plugin.config import FAPoolConfig",
-    "cli.py": "from fapool_plugin import demo, doctor",
-    "demo.py": "from fapool_plugin.integrations.huggingface import Model",
-    "doctor.py": "import importlib.util\nimportlib.util.find_spec('deepspeed')",
+    "run.py": "from fapool_plugin.ranks.local import start",
+    "tools/cli.py": "from fapool_plugin.tools import demo, doctor",
+    "tools/demo.py": "from fapool_plugin.integrations.huggingface import Model",
+    "tools/doctor.py": "import importlib.util\nimportlib.util.find_spec('deepspeed')",
 }
 
 
@@ -289,43 +270,38 @@ def test_checker_accepts_a_right_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "source", "told"),
     [
-        ("plan.py", "from fapool_plugin.attention import call", "plan imports attention"),
-        ("plan.py", "def f():\n    from .attention import call", "plan imports attention"),
-        ("kernels.py", "import fapool_plugin.plan", "kernels imports plan"),
-        ("config.py", "from fapool_plugin import partition", "config imports partition"),
+        ("plan/shares.py", "from fapool_plugin.base.attention import call", "plan.shares imports base.attention"),
+        ("plan/shares.py", "def f():\n    from ..base.attention import call", "plan.shares imports base.attention"),
+        ("kernels/forward.py", "import fapool_plugin.plan.line", "kernels.forward imports plan.line"),
+        ("config.py", "from fapool_plugin.plan import line", "config imports plan.line"),
         ("config.py", "from fapool_plugin import __version__", "config imports __init__"),
-        ("worker.py", "from . import attention", "worker imports attention"),
+        ("pool/worker.py", "from ..base import attention", "pool.worker imports base.attention"),
+        ("base/attention.py", "from ..pool.worker import Worker", "base.attention imports pool.worker"),
         (
-            "attention.py",
-            "import importlib\nimportlib.import_module('fapool_plugin.cli')",
-            "attention imports cli",
+            "base/attention.py",
+            "import importlib\nimportlib.import_module('fapool_plugin.tools.cli')",
+            "base.attention imports tools.cli",
         ),
-        ("demo.py", "from .cli import main", "demo imports cli"),
-        ("integrations/huggingface.py", "from .deepspeed import setup", "huggingface imports integrations"),
-        (
-            "integrations/megatron/mlp.py",
-            "from ..huggingface import Model",
-            "imports integrations.huggingface",
-        ),
-        ("integrations/huggingface.py", "from fapool_plugin.demo import main", "huggingface imports demo"),
+        ("tools/demo.py", "from .cli import main", "a circle"),
+        ("plan/line.py", "def f():\n    from .shares import g", "a circle"),
+        ("integrations/huggingface/model.py", "from ..deepspeed import setup", "imports integrations"),
+        ("integrations/megatron/mlp.py", "from ..huggingface.model import Model", "imports integrations.huggingface"),
+        ("integrations/huggingface/model.py", "from fapool_plugin.tools.demo import main", "imports tools.demo"),
         ("novelty.py", "", "novelty has no room"),
-        ("partition.py", "import torch", "partition imports torch"),
-        (
-            "metrics.py",
-            "def f():\n    from torch.nn import functional",
-            "metrics imports torch.nn.functional",
-        ),
-        ("worker.py", "import transformers", "only integrations.huggingface may"),
-        ("integrations/accelerate.py", "from deepspeed import zero", "only integrations.deepspeed may"),
-        ("integrations/huggingface.py", "import megatron.core", "only integrations.megatron may"),
+        ("novelties/novelty.py", "", "novelties.novelty has no room"),
+        ("plan/line.py", "import torch", "plan.line imports torch"),
+        ("plan/line.py", "def f():\n    from torch.nn import functional", "plan.line imports torch.nn.functional"),
+        ("pool/worker.py", "import transformers", "only integrations.huggingface, integrations.tensor_parallel may"),
+        ("integrations/accelerate.py", "from deepspeed import zero", "only integrations.deepspeed"),
+        ("integrations/huggingface/model.py", "import megatron.core", "only integrations.megatron may"),
         ("run.py", "import accelerate", "only integrations.accelerate may"),
-        ("attention.py", "from flash_attn_interface import f", "only kernels may"),
-        ("transport.py", "from pickle import loads", "nothing here is pickled"),
-        ("worker.py", "import os\nx = os.environ.get('X')", "worker uses os.environ"),
-        ("cost.py", "from os import getenv as g", "cost uses os.getenv"),
-        ("utils.py", "", "no utils.py"),
+        ("base/attention.py", "from flash_attn_interface import f", "only kernels.forward may"),
+        ("wire/link.py", "from pickle import loads", "nothing here is pickled"),
+        ("pool/worker.py", "import os\nx = os.environ.get('X')", "pool.worker uses os.environ"),
+        ("plan/line.py", "from os import getenv as g", "plan.line uses os.getenv"),
+        ("base/utils.py", "", "no utils.py"),
         ("integrations/other/thing.py", "", "has no __init__.py"),
-        ("worker.py", "\n" * MAX_LINES, "more than 400"),
+        ("pool/worker.py", "\n" * MAX_LINES, "more than 400"),
         ("../tests/test_long.py", "\n" * MAX_LINES, "more than 400"),
         ("../examples/long.py", "\n" * MAX_LINES, "more than 400"),
     ],
@@ -335,7 +311,12 @@ def test_checker_refuses(tmp_path: Path, name: str, source: str, told: str) -> N
     assert any(told in problem for problem in problems), problems
 
 
+def test_checker_counts_the_top(tmp_path: Path) -> None:
+    few = {f"config{number}.py": "" for number in range(MOST_MODULES_AT_THE_TOP)}
+    assert any("modules at the top" in problem for problem in all_problems(write_package(tmp_path, {**RIGHT, **few})))
+
+
 def test_checker_misses_docstrings(tmp_path: Path) -> None:
     root = write_package(tmp_path, RIGHT)
-    (root / PACKAGE / "plan.py").write_text("import math\n")
-    assert all_problems(root) == ["plan has no docstring"]
+    (root / PACKAGE / "plan" / "line.py").write_text("import math\n")
+    assert all_problems(root) == ["plan.line has no docstring"]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from fapool_plugin.config import FAPoolConfig, section_of
-from fapool_plugin.placement import place
-from fapool_plugin.plan import Geometry, make_plan, speeds
+from fapool_plugin.plan.shares import Geometry, make_plan, speeds
+from fapool_plugin.ranks.placement import place
 from tests.launches import ROOT, by_runner, deepspeed, run
 from tests.models import save_model
 

@@ -19,18 +19,20 @@ from typing import Any
 import pytest
 import typer
 
-from fapool_plugin import bench, planning, timeline
-from fapool_plugin.cli import app
+from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.forecast import Choice, Thresholds
-from fapool_plugin.local_pool import LocalPool
-from fapool_plugin.messages import TILE_FIELDS, Header, Op, Status
-from fapool_plugin.metrics import PhaseCounters, RankCounters
-from fapool_plugin.partition import Tile
-from fapool_plugin.plan import Request
-from fapool_plugin.prometheus import serve
-from fapool_plugin.resource_manager import ResourceManager
-from tests.test_architecture import ROWS, modules, top
+from fapool_plugin.observe import timeline
+from fapool_plugin.observe.metrics import PhaseCounters, RankCounters
+from fapool_plugin.observe.prometheus import serve
+from fapool_plugin.plan.forecast import Choice, Thresholds
+from fapool_plugin.plan.line import Tile
+from fapool_plugin.plan.shares import Request
+from fapool_plugin.ranks.local import LocalPool
+from fapool_plugin.tools import planning
+from fapool_plugin.tools.bench import command as bench
+from fapool_plugin.tools.cli import app
+from fapool_plugin.wire.messages import TILE_FIELDS, Header, Op, Status
+from tests.test_architecture import ROOMS, modules
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
@@ -151,20 +153,20 @@ def test_every_reason_for_one_block_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
     asked = {"one_block_model", "one_block_reason", "hook_reason", "untried_reason", "beyond_trial"}
     asked |= {"collector_reason", "not_in_pieces", "_shown"}
-    files = [home / f"huggingface_{name}.py" for name in ("forward", "blocks", "pieces")]
+    files = [home / "huggingface" / f"{name}.py" for name in ("forward", "blocks", "pieces")]
     reasons = {text for file in files for text in returned(file, asked)}
     shown = names(table(read("docs/huggingface.md").split("## Blocks")[1], "reason"))
     # This one is given where the model is wrapped, in an expression.
     elsewhere = "it takes a cache of its own kind only"
-    assert f'"{elsewhere}"' in (home / "huggingface.py").read_text(encoding="utf-8")
+    assert f'"{elsewhere}"' in (home / "huggingface/model.py").read_text(encoding="utf-8")
     assert sorted(shown) == sorted(reasons | {elsewhere})
 
 
 def test_every_reason_for_a_local_forward_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
-    reasons = {*returned(home / "huggingface_forward.py", {"_local_reason", "_traced"})}
-    reasons |= {*returned(home / "huggingface_masks.py", {"not_causal"}), "... makes a mask of its own"}
-    assert "makes a mask of its own" in (home / "huggingface_attention.py").read_text(encoding="utf-8")
+    reasons = {*returned(home / "huggingface/forward.py", {"_local_reason", "_traced"})}
+    reasons |= {*returned(home / "huggingface/masks.py", {"not_causal"}), "... makes a mask of its own"}
+    assert "makes a mask of its own" in (home / "huggingface/attention.py").read_text(encoding="utf-8")
     shown = names(table(read("docs/huggingface.md").split("## Blocks")[0], "reason"))
     patterns = [re.escape(text).replace(re.escape("..."), ".*") for text in shown]
     found = [[text for text in reasons if re.fullmatch(pattern, text)] for pattern in patterns]
@@ -173,12 +175,19 @@ def test_every_reason_for_a_local_forward_is_explained() -> None:
 
 
 def test_the_rooms_are_the_codes() -> None:
-    rooms = table(read("docs/architecture.md"), "row")
-    assert [int(number) for number, *_ in rooms] == list(range(1, len(ROWS) + 1))
-    there = {top(module) for module in modules(ROOT)} - {"__init__"}
-    for (number, mentioned, _), row in zip(rooms, ROWS, strict=True):
-        shown, expected = set(re.findall(r"`(\w+)`", mentioned)), row & there
-        assert shown == expected, f"row {number}: {sorted(shown ^ expected)} stand only in one of both"
+    there: dict[str, set[str]] = {}
+    for module in modules(ROOT).keys() - {"__init__"}:
+        room, *inside = module.split(".")
+        if inside:
+            there.setdefault(room, set()).add(inside[0])
+        elif (ROOT / "fapool_plugin" / f"{room}.py").exists():
+            there.setdefault("the top", set()).add(room)
+    shown = {
+        room: set(re.findall(r"`(\w+)`", mentioned))
+        for room, mentioned, _ in table(read("docs/architecture.md"), "room")
+    }
+    assert shown == there
+    assert [room for room in shown if room != "the top"] == [room for room in ROOMS if room in there]
 
 
 def test_metrics_and_spans_are_explained() -> None:

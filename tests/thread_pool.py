@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.exchange import Arrived, Inbox, connect_at
-from fapool_plugin.meeting import open_store
-from fapool_plugin.resource_manager import ResourceManager
-from fapool_plugin.transport import Link
-from fapool_plugin.worker import Worker
+from fapool_plugin.pool.exchange import Arrived, Inbox, connect_at
+from fapool_plugin.pool.worker import Worker
+from fapool_plugin.wire.link import Link
+from fapool_plugin.wire.rendezvous import open_store
 
 HOST = "127.0.0.1"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fapool_plugin.gradients import Gradients
+from fapool_plugin.base.gradients import Gradients
 from tests.models import TOLERANCE, assert_close
 
 WITHOUT_DROPOUT: dict[str, dict[str, Any]] = {

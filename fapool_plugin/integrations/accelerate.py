@@ -13,9 +13,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.enlist import enlist
-from fapool_plugin.integrations.huggingface import FAPoolForCausalLM, PreTrainedModel
-from fapool_plugin.launch import JOINED
+from fapool_plugin.integrations.huggingface.model import FAPoolForCausalLM, PreTrainedModel
+from fapool_plugin.ranks.enlist import enlist
+from fapool_plugin.ranks.launch import JOINED
 
 
 class FAPoolPlugin:

@@ -19,11 +19,12 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from fapool_plugin.agreement import agree_over, neighbours
+from fapool_plugin.base.agreement import agree_over, neighbours
 from fapool_plugin.config import SECTION, FAPoolConfig, FAPoolConfigError, section_of
-from fapool_plugin.enlist import enlist, say_once
-from fapool_plugin.integrations.huggingface import FAPoolForCausalLM, attention_modules
-from fapool_plugin.launch import is_first
+from fapool_plugin.integrations.huggingface.model import FAPoolForCausalLM
+from fapool_plugin.integrations.huggingface.supported import attention_modules
+from fapool_plugin.ranks.enlist import enlist, say_once
+from fapool_plugin.ranks.launch import is_first
 
 _TAG = "FAPool"
 
@@ -173,7 +174,8 @@ def _without_tensor_parallel(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _split_by_megatron(model: Any, size: int) -> Any:
     """Divides a model among groups of ``size`` neighbouring base ranks; returns this rank's group."""
-    from fapool_plugin.integrations import huggingface_parallel, megatron_layers
+    from fapool_plugin.integrations.megatron import layers as megatron_layers
+    from fapool_plugin.integrations.tensor_parallel import parallel as huggingface_parallel
 
     try:
         huggingface_parallel.refuse_parallel(model, size)

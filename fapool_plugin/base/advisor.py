@@ -1,0 +1,221 @@
+"""Asks the forecast, with the profile there is and what is true now, and corrects it by what forwards really take.
+
+Knows seconds and lengths. It decides nothing: whoever asks does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from fapool_plugin.base.forward import Forward
+from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.observe.metrics import Counters, Phase
+from fapool_plugin.plan.clocks import Cores
+from fapool_plugin.plan.forecast import Choice, auto_threshold, choose_decode, choose_prefill
+from fapool_plugin.plan.profile import AttentionCost, Profile
+from fapool_plugin.plan.shares import MOST_BLOCKS, SHORTEST_BLOCK, Geometry
+
+MARGIN = 0.15
+"""A pooled forward may take this much longer than the base alone was to take before anybody is warned."""
+PARTS = 2
+"""Of a training batch in flight: each costs its own small matrices, and two are enough to overlap."""
+TRAINING_BLOCKS = 4
+"""Of one training row in flight, at most: every block sends the keys of all blocks before it, twice."""
+_STEPS = 16
+"""Decode steps are judged together: one is short, and may carry keys for many."""
+_WEIGHT = 0.5
+"""Of a new measurement against all earlier ones."""
+_FORGOTTEN = 0.95
+"""Power to which a correction of pooled forwards is raised by each forward that the plan keeps local."""
+
+
+class Profiler(Protocol):
+    """Measures the model at hand; the host's matter."""
+
+    def known(self) -> Profile | None:
+        """The profile kept for this machine and model, if it holds."""
+
+    def measure(self, rank: PoolRank, start_s: float, activation_s: float) -> Profile:
+        """A quick profile, with a leased rank; it is kept for later."""
+
+
+@dataclass
+class _Record:
+    """Forwards of one phase and kind since they were last judged."""
+
+    forwards: int = 0
+    tokens: int = 0
+    predicted_s: float = 0.0
+    alone_s: float = 0.0
+    measured_s: float = 0.0
+    factor: float = 1.0
+    """Measured over predicted seconds, lately."""
+
+
+@dataclass
+class Advisor:
+    """What is known of one model's costs."""
+
+    config: FAPoolConfig
+    counters: Counters
+    profile: Profile | None = None
+    _records: dict[tuple[Phase, bool], _Record] = field(default_factory=dict)
+    _steps: dict[tuple[object, ...], Choice] = field(default_factory=dict)
+
+    @property
+    def lends_cores(self) -> bool:
+        """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher."""
+        return self.config.pool == "local" and not torch.cuda.is_available()
+
+    def cores(self, threads: int) -> Cores:
+        """How threads move, if the base has ``threads`` of them without a lease."""
+        spare = max(0, len(os.sched_getaffinity(0)) - threads)
+        return Cores(threads, self.config.threads_per_rank if self.lends_cores else 0, spare)
+
+    def threads_left(self, threads: int, ranks: int) -> int:
+        """The base's own while it uses so many ranks."""
+        return self.cores(threads).base(ranks)
+
+    def threshold(self, cores: Cores, longest: int) -> int:
+        """``threshold: "auto"``, in tokens; beyond all lengths if attention does not dominate
+        up to ``longest``."""
+        assert self.profile is not None
+        found = auto_threshold(
+            self.profile, ranks=self.config.pool_ranks, cores=cores, longest=longest, max_blocks=MOST_BLOCKS
+        )
+        return sys.maxsize if found.auto is None else found.auto
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether plans wait for a profile that is not here yet."""
+        return self.profile is None and (self.config.activation == "cost" or self.config.profile is not None)
+
+    def choose(self, forward: Forward, ranks: Sequence[PoolRank], overlap: bool) -> Choice | None:
+        """The best pooled way for a forward beside the base alone; None without a profile. ``ranks`` are leased."""
+        if self.profile is None:
+            return None
+        assert forward.geometry is not None
+        assert forward.sequence is not None
+        if not any(row.q_stop > row.q_start for row in forward.geometry.rows):
+            return None  # all that is new is padding
+        cores = self.cores(torch.get_num_threads())
+        if forward.phase != "decode":
+            return self.prefill(forward.geometry, cores, overlap=overlap, most=self._most_blocks(forward))
+        rows = [index for index, row in enumerate(forward.geometry.rows) if row.keys]
+        held = [forward.sequence.residency.by_row(rank.key, rows) for rank in ranks]
+        return self.decode(forward.geometry, cores, held or [[0] * len(rows)] * self.config.pool_ranks)
+
+    def blocks(self, forward: Forward, one_block: str | None, choice: Choice | None) -> int:
+        """How many pieces of a forward to keep in flight: blocks of a prompt or of a training row, or parts of a
+        training batch."""
+        if forward.phase == "decode" or self.config.blocks == 1:
+            return 1
+        if one_block is not None:
+            self.counters.not_overlapped(one_block)
+            return 1
+        assert forward.geometry is not None
+        most = self._most_blocks(forward)
+        if forward.phase == "training" and len(forward.geometry.starts) > 1:
+            return PARTS
+        wanted = choice.blocks if choice is not None and not self.config.blocks else most
+        return max(1, min(wanted, (forward.geometry.columns - forward.geometry.q_column) // SHORTEST_BLOCK))
+
+    def _most_blocks(self, forward: Forward) -> int:
+        if forward.phase != "training":
+            return self.config.blocks or MOST_BLOCKS
+        rows = len(forward.geometry.starts) if forward.geometry is not None else 1
+        return PARTS if rows > 1 else self.config.blocks or TRAINING_BLOCKS
+
+    def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool, most: int) -> Choice:
+        """The best pooled way for a prompt in at most so many blocks, beside what the base alone would take."""
+        assert self.profile is not None
+        rows = [row for row in geometry.rows if row.keys]
+        return self._corrected(
+            "prefill",
+            choose_prefill(
+                self.profile,
+                [row.keys for row in rows],
+                past=[row.q_start for row in rows],
+                ranks=self.config.pool_ranks,
+                cores=cores,
+                max_blocks=most,
+                overlap=overlap,
+                base_share=self.config.base_share,
+                alone=False,
+            ),
+        )
+
+    def decode(self, geometry: Geometry, cores: Cores, held: Sequence[Sequence[int]]) -> Choice:
+        """The best pooled way for a step of one token, with what each rank holds of each row, summed over KV heads.
+        Asked anew whenever lengths or prefixes have grown by a block, or when anything else has changed."""
+        assert self.profile is not None
+        block = self.config.kv_block
+        lengths = [row.keys for row in geometry.rows if row.keys]
+        grown = tuple(length // block for length in lengths), tuple(tuple(n // block for n in rows) for rows in held)
+        key = self.profile, cores, *grown
+        if key not in self._steps:
+            if len(self._steps) > 64:
+                self._steps.clear()
+            self._steps[key] = choose_decode(
+                self.profile,
+                lengths,
+                resident=held,
+                ranks=len(held),
+                cores=cores,
+                steps=block,
+                block=block,
+                base_share=self.config.base_share,
+                alone=False,
+            )
+        return self._corrected("decode", self._steps[key])
+
+    def rank_cost(self) -> AttentionCost | None:
+        """What attention costs a pool rank."""
+        return self.profile.attention_for(self.config.threads_per_rank) if self.profile is not None else None
+
+    def learn(self, forward: Forward, measured_s: float) -> None:
+        """Compares a planned forward with what it took; warns where pooling lost, and plans accordingly from now.
+        What a forward takes that loses a rank is not the plan's."""
+        if forward.choice is None or any(rank.lost for rank in forward.ranks):
+            return
+        pooled = bool(forward.ranks)
+        if not pooled and (lost := self._records.get((forward.phase, True))) is not None:
+            # Only pooled forwards correct this factor: what disturbed one of them must not rule for ever.
+            lost.factor **= _FORGOTTEN
+        predicted_s = forward.choice.seconds if pooled else forward.choice.alone_s
+        counters = self.counters.phase(forward.phase)
+        counters.predicted_s += predicted_s
+        counters.measured_s += measured_s
+        record = self._records.setdefault((forward.phase, pooled), _Record())
+        record.forwards += 1
+        record.tokens = forward.geometry.longest if forward.geometry is not None else 0
+        record.predicted_s += predicted_s
+        record.alone_s += forward.choice.alone_s
+        record.measured_s += measured_s
+        if forward.phase == "prefill" or record.forwards == _STEPS:
+            self._judge(forward.phase, pooled, record)
+
+    def _judge(self, phase: Phase, pooled: bool, record: _Record) -> None:
+        # Predictions were corrected already: what is left over corrects the correction.
+        factor = record.factor * (record.measured_s / record.predicted_s) ** _WEIGHT
+        self._records[phase, pooled] = _Record(factor=factor)
+        if pooled and record.measured_s > record.alone_s * (1 + MARGIN):
+            text = (
+                f"{phase} at {record.tokens} tokens took {record.measured_s:.3g} s with the pool ({record.forwards} "
+                f"forward(s)); predicted were {record.predicted_s:.3g} s, and {record.alone_s:.3g} s without. "
+                f"The plan now expects {factor:.2f} times what the profile says; `fapool calibrate` measures anew"
+            )
+            self.counters.log("slow", text)
+            warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
+
+    def _corrected(self, phase: Phase, choice: Choice) -> Choice:
+        pooled, alone = (self._records.get((phase, kind), _Record()).factor for kind in (True, False))
+        return replace(choice, seconds=choice.seconds * pooled, alone_s=choice.alone_s * alone)

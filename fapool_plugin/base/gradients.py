@@ -1,0 +1,242 @@
+"""The base's half of one call's backward: who computed a tile computes its gradients, and the base sums them.
+
+The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
+(out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). What pool ranks did not keep since forward is sent
+again, and whatever they do not answer is computed here. Ranks may sum the gradients of keys that several of them have
+on the way. Knows no autograd and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fapool_plugin.base.joint import Asked, Part, arrange, gradients, part_ways, told
+from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.kernels.backward import attend_backward
+from fapool_plugin.observe.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
+from fapool_plugin.plan.line import Tile
+from fapool_plugin.plan.shares import Geometry, Request, in_batches
+from fapool_plugin.plan.trees import gradient_layout
+from fapool_plugin.wire.messages import Header, Message, Op, Status, dtype_code, elements, float_bits
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward; the outputs are final, with sinks folded in."""
+
+    q_BHSD: Tensor
+    k_BKTD: Tensor
+    v_BKTE: Tensor
+    out_BSHE: Tensor
+    lse_BHS: Tensor
+    sinks: bool = False
+    """Whether there were any: outputs are not what ranks answered then."""
+
+
+@dataclass
+class Shares:
+    """Who computed which tiles of one call in forward, and how."""
+
+    manager: ResourceManager
+    geometry: Geometry
+    keeper: object
+    """The lease lasts as long as this."""
+    sequence: SequenceState
+    layer: int
+    softmax_scale: float
+    softcap: float
+    base: list[Tile] = field(default_factory=list)
+    ranks: dict[int, list[Tile]] = field(default_factory=dict)
+    """By rank number: leases come and go between forward and backward."""
+    kept: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """For ranks that were to keep the call: (key of the rank in that lease, number of the call)."""
+
+    def take_kept(self, rank: PoolRank) -> int:
+        """The number of the call that the rank keeps, to be used once; 0 if it keeps none."""
+        key, call = self.kept.get(rank.number, (0, 0))
+        return call if key == rank.key and self.sequence.kept.take(key, call) else 0
+
+
+class Gradients:
+    """One call's backward: :meth:`post` asks and computes the base's part, :meth:`wait` completes it."""
+
+    def __init__(self, shares: Shares, saved: Saved, dout_BSHE: Tensor) -> None:
+        self.shares, self.saved, self.dout = shares, saved, dout_BSHE
+        q, k, v = saved.q_BHSD, saved.k_BKTD, saved.v_BKTE
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.dq_BHSD, self.dk_BKTD, self.dv_BKTE = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
+        self.group = q.shape[1] // k.shape[1]
+        self._asked: list[Asked] = []
+
+    def post(self) -> None:
+        """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
+        manager, mine = self.shares.manager, list(self.shares.base)
+        held = manager.borrow(self.shares.geometry.longest, self.shares.sequence.id) if self.shares.ranks else []
+        leased = {rank.number: rank for rank in held}
+        if held:
+            manager.lending.lend_in_backward(len(held))
+        manager.timeline.begin(manager.counters.backward)
+        manager.timeline.switch(SEND)
+        for number, tiles in self.shares.ranks.items():
+            if number in leased:
+                # All keys of a tile come with it.
+                requests = [Request(tile, tile.k_start, tile.k_stop) for tile in tiles]
+                self._asked.append(Asked(leased[number], requests, kept=self.shares.take_kept(leased[number])))
+            else:
+                mine += tiles
+        self._arrange()
+        for one in self._asked:
+            with manager.guard(one.rank):
+                one.call = one.rank.ask(*one.joined(*self._message(one.tiles, one.kept)))
+            if one.call is None and one.above is None:
+                mine += one.tiles
+        self._compute(mine)
+        manager.timeline.end()
+
+    def wait(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) in the dtypes of q, k and v."""
+        manager = self.shares.manager
+        manager.timeline.begin(manager.counters.backward)
+        answered = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
+        manager.timeline.end()
+        manager.counters.backward.pooled_calls += any(answered)
+        manager.counters.backward.local_calls += not any(answered)
+        saved = self.saved
+        return (
+            self.dq_BHSD.to(saved.q_BHSD.dtype),
+            self.dk_BKTD.to(saved.k_BKTD.dtype),
+            self.dv_BKTE.to(saved.v_BKTE.dtype),
+        )
+
+    def _arrange(self) -> None:
+        """Settles whose gradients are summed by whom, where ranks have keys in common."""
+        manager, exact = self.shares.manager, self.dk_BKTD.element_size()
+        key, value = (x.shape[3] * exact for x in (self.dk_BKTD, self.dv_BKTE))
+        weigh, profile = gradients(self.group * key, key + value), manager.advisor.profile
+        sizes, whole = weigh(self._asked)
+        if manager.config.reduction != "auto" or whole < sum(sizes):
+            link = profile.link if profile is not None else None
+            arrange(self._asked, manager.config, link, weigh, manager.guard)
+
+    def _message(self, tiles: Sequence[Tile], kept: int) -> tuple[Header, list[Tensor | list[Tensor]]]:
+        """Tiles with all that their gradients are made of, but what the rank keeps as call ``kept``."""
+        q, k, v, out, lse, sinks = self.saved
+        keep = 0 if not kept else 1 if sinks else 2
+        parts = [self._parts(tile) for tile in tiles]
+        sent, own = parts if not keep else [], parts if keep < 2 else []
+        qs = [q[row, heads, queries] for row, heads, _, queries, _ in sent]
+        ks, vs = ([x[row, lanes, keys] for row, _, lanes, _, keys in sent] for x in (k, v))
+        outs, lses = [out[at[0], at[3], at[1]] for at in own], [lse[at[0], at[1], at[3]] for at in own]
+        douts = [self.dout[row, queries, heads] for row, heads, _, queries, _ in parts]
+        header = Header(
+            op=Op.BACKWARD,
+            sequence=self.shares.sequence.id,
+            layer=self.shares.layer,
+            keep=keep,
+            extra=kept,
+            dtype=dtype_code(q.dtype),
+            tiles=len(tiles),
+            q_elements=elements(qs),
+            k_elements=elements(ks),
+            v_elements=elements(vs),
+            lse_elements=elements(douts) // v.shape[3],
+            head_dim=k.shape[3],
+            v_head_dim=v.shape[3],
+            group=self.group,
+            scale_bits=float_bits(self.shares.softmax_scale),
+            softcap_bits=float_bits(self.shares.softcap),
+        )
+        table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64)
+        return header, [table, qs, ks, vs, outs, lses, douts]
+
+    def _gather(self, asked: Asked) -> bool:
+        """Adds the gradients of one answer, and computes here what is not in it. Whether any came."""
+        manager, answer = self.shares.manager, None
+        manager.timeline.switch(WAIT)
+        with manager.guard(asked.rank):
+            answer = asked.rank.answer(asked.call or 0)
+        manager.timeline.switch(MERGE)
+        parts = told(answer, asked.rank.number)
+        self._add(answer, asked.tiles)
+        everyone = asked.all()
+        missing = [one for one in everyone if not self._note(one, parts.get(one.rank.number, Part()))]
+        self._compute(tile for one in missing for tile in one.tiles)
+        return len(missing) < len(everyone)
+
+    def _note(self, one: Asked, part: Part) -> bool:
+        """Draws conclusions from how one rank's part came; whether its gradients are there."""
+        manager, answer = self.shares.manager, None
+        with manager.guard(one.rank):
+            if part.status == Status.MISSING:
+                one.rank.check()
+            elif one.call is not None:
+                one.rank.answered(one.call)
+        if part.status == Status.MISSING:
+            part_ways(self._asked)
+        if part.status == Status.STALE and one.kept:
+            one.kept = 0
+            with manager.guard(one.rank):
+                answer = one.rank.answer(one.rank.ask(*self._message(one.tiles, 0)))
+            part = told(answer, one.rank.number).get(one.rank.number, Part())
+            self._add(answer, one.tiles)
+        if part.status != Status.OK:
+            return False
+        one.rank.counters.calls += 1
+        one.rank.counters.reused_calls += one.kept > 0
+        one.rank.counters.compute_s += part.took_ns / 1e9
+        began_ns = part.began_ns + one.rank.clock_offset
+        manager.timeline.rank(one.rank.number, began_ns, part.took_ns, layer=self.shares.layer)
+        return True
+
+    def _add(self, answer: Message | None, tiles: Sequence[Tile]) -> None:
+        """Adds what an answer has: of these tiles, or, if it is a merged one, of what its table says."""
+        if answer is None or not answer.tensors:
+            return
+        dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors[:3])
+        merged = answer.header.parts > 0
+        table = answer.tensors[3].tolist() if merged else [(*tile, tile.k_start, tile.k_stop) for tile in tiles]
+        head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
+        for tile, dq_at, dk_at, dv_at in gradient_layout(table, self.group, head_dim, v_head_dim):
+            row, heads, lanes, queries, keys = self._parts(tile)
+            dq_HSD, dk_KTD, dv_KTE = (
+                self.dq_BHSD[row, heads, queries], self.dk_BKTD[row, lanes, keys], self.dv_BKTE[row, lanes, keys]
+            )  # fmt: skip
+            dq_HSD += dq[dq_at].view(dq_HSD.shape)
+            dk_KTD += dk[dk_at].view(dk_KTD.shape)
+            dv_KTE += dv[dv_at].view(dv_KTE.shape)
+
+    def _compute(self, tiles: Iterable[Tile]) -> None:
+        self.shares.manager.timeline.switch(ATTENTION)
+        q, k, v, out, lse, _ = self.saved
+        for tile, rows in in_batches(tiles, self.shares.geometry):
+            row, heads, lanes, queries, keys = self._parts(tile)
+            batch = slice(row, row + rows)
+            dq, dk, dv = attend_backward(
+                self.dout[batch, queries, heads],
+                q[batch, heads, queries].transpose(1, 2),
+                k[batch, lanes, keys].transpose(1, 2),
+                v[batch, lanes, keys].transpose(1, 2),
+                out[batch, queries, heads],
+                lse[batch, heads, queries],
+                softmax_scale=self.shares.softmax_scale,
+                causal=True,
+                q_offset=tile.q_start - tile.k_start,
+                softcap=self.shares.softcap,
+            )
+            self.dq_BHSD[batch, heads, queries] += dq.transpose(1, 2)
+            self.dk_BKTD[batch, lanes, keys] += dk.transpose(1, 2)
+            self.dv_BKTE[batch, lanes, keys] += dv.transpose(1, 2)
+        self.shares.manager.timeline.switch(LINEAR)
+
+    def _parts(self, tile: Tile) -> tuple[int, slice, slice, slice, slice]:
+        """Row, query heads, KV heads, queries and keys of a tile in the call's tensors."""
+        geometry = self.shares.geometry
+        heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
+        lanes = slice(tile.head_start, tile.head_stop)
+        return tile.row, heads, lanes, geometry.q_slice(tile), geometry.k_slice(tile.row, tile.k_start, tile.k_stop)

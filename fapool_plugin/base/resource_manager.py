@@ -1,0 +1,400 @@
+"""Watches the length of every forward, borrows pool ranks above the threshold and gives them back below it.
+
+Decides pooled or local once per forward, keeps the lease and the event log. It is the one place that learns of lost
+ranks. It does not know models, nor where pool ranks come from: a pool is given to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+from fapool_plugin.base.advisor import Advisor, Profiler
+from fapool_plugin.base.forward import Forward, stay_local
+from fapool_plugin.base.lease import Pool, PoolRank, RanksStarting
+from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.base.threads import Lending
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.observe.metrics import Counters, Phase
+from fapool_plugin.observe.timeline import Timeline
+from fapool_plugin.plan.shares import Geometry
+from fapool_plugin.wire.link import first_line
+from fapool_plugin.wire.messages import LinkLost, Op
+
+_log = logging.getLogger("fapool_plugin")
+State = Literal["idle", "activating", "active", "draining", "closed"]
+
+
+_LOCAL, _ALONE, _POOLED = range(3)
+"""As the model does without the plugin; our attention on the base; pool ranks, too."""
+Agree = Callable[[tuple[int, int]], tuple[int, int]]
+"""Makes all base ranks of a job decide alike, as their collectives need it: called by each once in every forward above
+the threshold with (mode, blocks), returns the least of what they said, number by number."""
+
+
+def _unasked(decision: tuple[int, int]) -> tuple[int, int]:
+    """One base rank agrees with itself."""
+    return decision
+
+
+class ResourceManager:
+    """The plugin's handle on one model: ``model.fa_pool``. A context manager; closes itself at interpreter exit.
+
+    Copies and pickles carry the configuration only: a copy has its own pool, started when it needs one.
+    """
+
+    def __init__(
+        self,
+        config: FAPoolConfig,
+        make_pool: Callable[[FAPoolConfig], Pool],
+        agree: Agree | None = None,
+        base_ranks: int = 1,
+    ) -> None:
+        self.config, self._make_pool, self._agree = config, make_pool, agree or _unasked
+        self.base_ranks = base_ranks  # that share one model, and so use every pool rank at the same time
+        self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
+        """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
+        self.counters, self.timeline = Counters(), Timeline()
+        self.advisor = Advisor(config, self.counters)
+        self.closing = ExitStack()
+        """What ends with it: a trace, a server of metrics."""
+        self._measuring = False
+        self.lending = Lending(self.advisor.threads_left)
+        self.state: State = "idle"
+        self.ranks: list[PoolRank] = []
+        self._pool: Pool | None = None
+        self._busy = threading.Lock()
+        self._ended: list[int] = []
+        self._live: set[int] = set()
+        self._owner = os.getpid()
+        """The process whose pool it is: a forked child has its links, too, and must not touch them."""
+        self._current: int | None = None
+        self._failed_for: int | None = None
+        """The sequence for which no rank was to be had: it is not tried again at every step."""
+        self._finalizer: weakref.finalize[Any, ResourceManager] | None = None
+
+    def __reduce__(self) -> tuple[type[ResourceManager], tuple[Any, ...]]:
+        return ResourceManager, (self.config, self._make_pool, self._agree, self.base_ranks)
+
+    def __enter__(self) -> ResourceManager:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether close() was called."""
+        return self.state == "closed"
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._pool is not None and os.getpid() != self._owner
+
+    @property
+    def in_pooled_forward(self) -> bool:
+        """Whether a pooled forward has begun and not ended."""
+        return self._busy.locked() and not self._measuring
+
+    def agree(self, decision: tuple[int, int]) -> tuple[int, int]:
+        """The same two numbers on all base ranks that share the model: the least of theirs."""
+        return self._agree(decision)
+
+    def begin(
+        self,
+        phase: Phase,
+        columns: int,
+        look: Callable[[], Geometry | str],
+        sequence: SequenceState,
+        *,
+        must_be_local: str | None = None,
+        lasting: bool = True,
+        one_block: str | None = None,
+        profiler: Profiler | None = None,
+    ) -> Forward:
+        """Decides pooled or local for one forward; :meth:`end` must follow.
+
+        Args:
+            phase: for the counters.
+            columns: length after this forward (of the whole prompt, in prefill), padding included.
+            look: inspects the masks, only called above the threshold. Returns the geometry, or why this forward
+                must be local; raises ValueError for input that is refused.
+            sequence: the batch this forward continues.
+            must_be_local: a reason known beforehand, with its remedy. ValueError if the configuration is strict.
+            lasting: whether a cache keeps the sequence beyond this forward.
+            one_block: why this forward cannot be cut into blocks in flight; None if it can.
+            profiler: knows or measures what the model costs; None: every long forward is pooled.
+        """
+        self.lending.after_a_failed_backward()
+        local = Forward(self.config, self.counters, phase, began_s=time.perf_counter())
+        if not self.config.enabled or self.state == "closed" or self._is_forked or self._measuring:
+            return local
+        length, geometry = columns, None
+        if columns > self.threshold:
+            seen = must_be_local or look()
+            if isinstance(seen, str):
+                stay_local(local, seen, self.threshold, columns, look)
+            else:
+                geometry = seen
+                waiting = sequence.prompt_columns - geometry.columns
+                length = geometry.longest + max(0, waiting)
+        wanted = geometry is not None and length > self.threshold
+        if not wanted and not self.ranks:
+            return local
+        if not wanted and not self._busy.acquire(blocking=False):
+            return local
+        if wanted:
+            self._busy.acquire()
+        decided = local
+        try:
+            self._reap()
+            self._current = sequence.id
+            if wanted and geometry is not None and not self.is_closed:
+                asked = replace(local, geometry=geometry, sequence=sequence, lasting=lasting)
+                decided = self._decide(asked, length, one_block, profiler)
+            elif not self.is_closed and length < self.config.release_ratio * self.threshold:
+                below = self.config.release_ratio * self.threshold
+                self._release(f"a forward of {length} tokens, below {below:g}")
+        except BaseException:
+            self._busy.release()
+            raise
+        if not decided.pooled:
+            self._busy.release()
+            return replace(decided, began_s=time.perf_counter())
+        sequence.place(decided.geometry.starts if decided.geometry else ())
+        if decided.ranks:
+            self._live.add(sequence.id)
+            self.lending.lend(len(decided.ranks))
+        counters = self.counters.phase(phase)
+        self.timeline.begin(counters)
+        before = (counters.pooled_calls, sum(self.counters.local_reasons.values()))
+        return replace(decided, began_s=time.perf_counter(), before=before)
+
+    def _decide(self, forward: Forward, length: int, one_block: str | None, profiler: Profiler | None) -> Forward:
+        """Pooled, the base alone, or local: by length, or by what each is predicted to take."""
+        if self.advisor.needs_profile and profiler is not None:
+            self._profile(profiler, length, forward.sequence)
+        choice = self.advisor.choose(forward, self.ranks, one_block is None)
+        alone = choice is not None and self.config.activation == "cost" and choice.alone_s <= choice.seconds
+        mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
+        blocks = self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1
+        mode, blocks = self._agree((mode, blocks))
+        if mode == _POOLED:
+            self._activate(length, forward.sequence)
+            if not self.ranks:
+                self.counters.stay_local("no pool rank was to be had for this sequence")
+                if self._agree is _unasked:
+                    return forward
+        elif choice is not None:
+            self.counters.stay_local(f"the plan: {forward.phase} is predicted to be faster without pool ranks")
+            if self.ranks and not self._live:
+                self._release("borrowed to measure, and the plan does without")
+        if mode == _LOCAL:
+            return replace(forward, choice=choice)
+        ranks = self.ranks[: choice.ranks] if choice is not None else self.ranks
+        return replace(
+            forward,
+            pooled=True,
+            ranks=tuple(ranks) if mode == _POOLED else (),
+            blocks=blocks,
+            choice=choice,
+            base_share=choice.base_share if choice is not None else self._own_share(len(ranks)),
+            rank_cost=self.advisor.rank_cost(),
+        )
+
+    def _own_share(self, ranks: int) -> float | None:
+        """The base's part without a plan: as much as any other's, of whom several base ranks may ask at a time."""
+        if self.config.base_share is not None or self.base_ranks == 1:
+            return self.config.base_share
+        return self.base_ranks / (self.base_ranks + ranks)
+
+    def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
+        """Takes the profile there is, or measures a quick one with the first leased rank."""
+        self._measuring, began = True, time.perf_counter()
+        try:
+            self.advisor.profile = profiler.known()
+            if self.advisor.profile is not None:
+                return
+            self._activate(length, sequence)
+            start_s = time.perf_counter() - began
+            if not self.ranks:
+                return
+            rank = self.ranks[0]
+            with self.guard(rank):
+                rank.open()
+                activation_s = time.perf_counter() - began - start_s
+                self.advisor.profile = profiler.measure(rank, start_s, activation_s)
+                took = time.perf_counter() - began - start_s
+                self.counters.log("profile", f"a quick profile was measured in {took:.1f} s")
+        finally:
+            self._measuring = False
+
+    def end(self, forward: Forward, *, completed: bool = True) -> None:
+        """Ends what :meth:`begin` returned; one that was not ``completed`` says nothing of what it takes."""
+        counters = self.counters.phase(forward.phase)
+        pooled = bool(forward.ranks) and not forward.abandoned
+        counters.pooled_forwards += pooled
+        counters.local_forwards += not pooled
+        counters.overlapped_forwards += forward.blocks > 1 and not forward.abandoned
+        if forward.ranks and completed:
+            forward.count_notes()
+        took_s = forward.took_s or time.perf_counter() - forward.began_s - forward.apart_s
+        # Warnings may be errors; the next forward must not wait for this one then.
+        with ExitStack() as last:
+            if forward.pooled:
+                last.callback(self._end_pooled, forward)
+            if completed:
+                self.advisor.learn(forward, took_s)
+
+    def _end_pooled(self, forward: Forward) -> None:
+        self.timeline.end()
+        self.lending.take_back()
+        if forward.sequence is not None and not forward.lasting:
+            self._ended.append(forward.sequence.id)
+        self._busy.release()
+        self.reap()
+
+    @contextmanager
+    def guard(self, rank: PoolRank) -> Iterator[None]:
+        """The one place that catches link errors: a rank that fails in this block is given up, and work goes on."""
+        try:
+            yield
+        except LinkLost as error:
+            self.lose(rank, str(error))
+
+    def lose(self, rank: PoolRank, reason: str) -> None:
+        """Gives up ``rank``. The event log and one warning name it."""
+        if rank not in self.ranks:
+            return
+        self.ranks.remove(rank)
+        rank.lost = True
+        rank.counters.faults += 1
+        self.counters.faults += 1
+        who = self._pool.discard(rank.number, reason) if self._pool else ""
+        text = f"pool rank {rank.number}{who} lost: {reason}; its work is computed by the base"
+        self.counters.log("fault", text)
+        if self.counters.is_new(f"{rank.number} {reason}"):
+            warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
+        if not self.ranks and self.state == "active":
+            self._failed_for, self.state = self._current, "idle"
+            self.counters.log("idle", "every pool rank was lost; the next sequence may borrow again")
+
+    def borrow(self, length: int, sequence_id: int) -> list[PoolRank]:
+        """Ranks for a sequence's backward, outside any forward: the lease there is, or a new one."""
+        if not (self.ranks or self.is_closed or self._is_forked):
+            self._activate(length, None)
+        self._live.update([sequence_id] if self.ranks else [])
+        return list(self.ranks)
+
+    def watch(self, owner: object, sequence: SequenceState) -> None:
+        """The sequence ends when ``owner``, its cache, is gone."""
+        weakref.finalize(owner, self._sequence_ended, sequence.id).atexit = False
+
+    def reap(self) -> None:
+        """Frees sequences that have ended; gives the lease back when none is left. Waits for nobody."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self._reap()
+            finally:
+                self._busy.release()
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far: state, pooled and local calls of prefill and decode, activations, releases, faults,
+        ranks, bytes and the event log. A copy; see :mod:`fapool_plugin.observe.metrics` for what each number counts."""
+        held = [rank.number for rank in self.ranks]
+        return {"state": self.state, "threshold": self.threshold, "leased_ranks": held} | self.counters.as_dict()
+
+    def close(self) -> None:
+        """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
+        if self.is_closed or self._is_forked:
+            return
+        # A pooled forward under way in another thread ends first; one that was abandoned is not waited for long.
+        waited = self._busy.acquire(timeout=self.config.timeout_s)
+        try:
+            if self.ranks:
+                self._release("closed")
+            self.lending.take_back()
+            self.state = "closed"
+            if self._finalizer is not None and self._pool is not None:
+                self._finalizer.detach()
+                self._pool.close()
+            self._pool = None
+            self.closing.close()
+            self.counters.log("closed", "close() was called")
+        finally:
+            if waited:
+                self._busy.release()
+
+    def _sequence_ended(self, sequence_id: int) -> None:
+        # Called by the garbage collector at any moment, so the ranks are only told between two forwards.
+        if not self._is_forked:
+            self._ended.append(sequence_id)
+            self.reap()
+
+    def _reap(self) -> None:
+        while self._ended:
+            sequence_id = self._ended.pop()
+            if sequence_id in self._live:
+                self._live.discard(sequence_id)
+                for rank in list(self.ranks):
+                    with self.guard(rank):
+                        rank.tell(Op.FREE, sequence_id)
+                if not self._live and self.ranks:
+                    self._release("the last long sequence ended")
+
+    def _activate(self, length: int, sequence: SequenceState | None) -> None:
+        for rank in list(self.ranks):
+            if rank.link.lost:
+                self.lose(rank, rank.link.lost)
+                # It died between two forwards: reason enough to borrow again, not to give up.
+                self._failed_for = None
+        if self.ranks or (sequence is not None and self._failed_for == sequence.id):
+            return
+        self.state = "activating"
+        self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.threshold}")
+        began = time.perf_counter()
+        try:
+            if self._pool is None:
+                self._pool, self._owner = self._make_pool(self.config), os.getpid()
+                self._finalizer = weakref.finalize(self, self._pool.close)
+            links, token = self._pool.acquire(_log.info), self._pool.new_token()
+            self.ranks = [PoolRank(n, link, token, self.counters.rank(n)) for n, link in sorted(links.items())]
+            for rank in list(self.ranks):
+                with self.guard(rank):
+                    rank.open()
+        except (RuntimeError, OSError) as error:
+            self.counters.log("fault", f"no pool rank could be had: {error}")
+            if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
+                warnings.warn(f"fa_pool: no pool rank, computing locally: {cause}", RuntimeWarning, stacklevel=2)
+        except BaseException:
+            self.ranks, self.state = [], "idle"
+            raise
+        if not self.ranks:
+            self._failed_for = sequence.id if sequence is not None else None
+            self.state = "idle"
+            return
+        self._failed_for = None
+        self.counters.activations += 1
+        self.state = "active"
+        took_ms = (time.perf_counter() - began) * 1e3
+        self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took_ms:.0f} ms")
+
+    def _release(self, reason: str) -> None:
+        self.state = "draining"
+        self.counters.log("draining", reason)
+        for rank in list(self.ranks):
+            with self.guard(rank):
+                rank.tell(Op.RELEASE)
+        self.ranks, self._live = [], set()
+        self.counters.releases += 1
+        self.state = "idle"
+        self.counters.log("idle", "the lease was given back")

@@ -1,0 +1,347 @@
+"""Hugging Face: what a benchmark's contenders do in their turns, a prefill or a few decode steps of one model.
+
+Every maker loads its model, runs once untimed, and returns a function that does the work once and answers
+(seconds, logits, facts). What is compared with what is not known here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed import DistributedConfig
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
+from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.runs import _without_bars, demo_prompt, prepare
+from fapool_plugin.kernels.forward import attend
+from fapool_plugin.plan.shares import Geometry
+
+Turn = tuple[float, Tensor | None, dict[str, Any]]
+Make = Callable[[], Turn]
+Exchange = Callable[[Callable[..., Tensor], int], Callable[..., Tensor]]
+"""Local attention of (q_BSHD, k_BTKD, v_BTKD) and a number of KV heads -> the same for ranks that each hold a piece of
+the sequence."""
+
+_VOCABULARY = 4096
+_SEED_TOKENS = 1000
+"""A long cache is filled with copies of a prompt of so many tokens."""
+_WARM_STEPS = 2
+_SEQUENCE_PARALLEL = "fapool_bench_ulysses"
+
+
+def random_model(folder: Path) -> Path:
+    """Saves a small Llama with random weights, the same ones each time, whose sizes every peer can divide by two."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=1 << 20,
+        # Large enough that no two logits are alike by accident.
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    with _without_bars():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def prompt(model: Path, tokens: int, rows: int = 1, *, is_random: bool) -> list[int]:
+    """Token ids of real text, or random ones for the random model, which has no tokenizer. Several rows stand end to
+    end, each from a piece of the text.
+
+    Raises ValueError or FileNotFoundError as :func:`prepare` does, and where the text is too short.
+    """
+    if is_random:
+        return torch.randint(_VOCABULARY, (rows * tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = demo_prompt()
+    ids: list[int] = []
+    piece = len(text) // rows
+    for row in range(rows):
+        part = text[row * piece : (row + 1) * piece]
+        job = prepare(str(model), part, max_new_tokens=0, max_prompt_tokens=tokens, dtype="float32", threads=1)
+        if len(job.prompt_S) < tokens:
+            raise ValueError(
+                f"the text has only {len(job.prompt_S)} tokens for each of {rows} row(s); give --tokens of at most that"
+            )
+        ids += job.prompt_S
+    return ids
+
+
+def plain_prefill(model: str, ids: list[int], warm: int, time_attention: bool = False) -> Make:
+    """transformers' sdpa attention and its stock cache, without the plugin."""
+    return _prefill(_plain(model), ids, warm, _AttentionClock() if time_attention else None)
+
+
+def pooled_prefill(model: str, ids: list[int], warm: int, fa_pool: dict[str, Any]) -> Make:
+    """The plugin; its pool ranks run already when the first turn comes if ``warm`` is above the threshold."""
+    return _prefill(_pooled(model, fa_pool), ids, warm)
+
+
+def tensor_parallel_prefill(model: str, ids: list[int], warm: int) -> Make:
+    """transformers' own tensor parallelism over all ranks of the process group."""
+    config = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
+    return _prefill(_plain(model, distributed_config=config), ids, warm)
+
+
+def split_prefill(split: Callable[[Any], Any], model: str, ids: list[int], warm: int) -> Make:
+    """A model that ``split`` distributes over all ranks of the process group."""
+    return _prefill(split(_plain(model)), ids, warm)
+
+
+def sequence_parallel_prefill(exchange: Exchange, model: str, ids: list[int], warm: int) -> Make:
+    """Every rank has the whole model and one piece of the prompt; around attention pieces become heads.
+
+    The last rank answers with the logits. Raises ValueError if the pieces would not be of one length.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    piece, rest = divmod(len(ids), ranks)
+    if rest:
+        raise ValueError(f"{len(ids)} tokens cannot be divided by {ranks} ranks")
+    loaded = _plain(model)
+    heads = loaded.config.num_key_value_heads
+    scale = loaded.config.hidden_size // loaded.config.num_attention_heads
+    scale = getattr(loaded.config, "head_dim", None) or scale
+
+    def local(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
+        return attend(q_BSHD, k_BTKD, v_BTKD, softmax_scale=scale**-0.5, causal=True)[0].contiguous()
+
+    attention = exchange(local, heads)
+
+    def function(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    ) -> tuple[Tensor, None]:
+        return attention(*(x.transpose(1, 2).contiguous() for x in (query, key, value))), None
+
+    AttentionInterface.register(_SEQUENCE_PARALLEL, function)
+    AttentionMaskInterface.register(_SEQUENCE_PARALLEL, lambda *_, **__: None)
+    loaded.set_attn_implementation(_SEQUENCE_PARALLEL)
+    first = rank * piece
+    make = _prefill(loaded, ids[first : first + piece], min(warm, piece), first_position=first)
+
+    def turn() -> Turn:
+        seconds, logits, facts = make()
+        return seconds, logits if rank == ranks - 1 else None, facts
+
+    return turn
+
+
+def plain_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, time_attention: bool = False) -> Make:
+    """Decode steps in transformers' sdpa attention, on its stock cache."""
+    loaded = _plain(model)
+    clock = _AttentionClock() if time_attention else None
+    return _decode(loaded, DynamicCache(config=loaded.config), ids, tokens, batch, steps, clock)
+
+
+def pooled_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, fa_pool: dict[str, Any]) -> Make:
+    """Decode steps with the plugin, on its own cache; pool ranks have got their keys before the first turn."""
+    loaded = _pooled(model, fa_pool)
+    state = SequenceState(prompt_columns=tokens, capacity=tokens + steps + 1)
+    cache = PooledCache(loaded.config.get_text_config(decoder=True), loaded.fa_pool, state)
+    turn, least_s = _decode(loaded, cache, ids, tokens, batch, steps), _least_s(loaded.fa_pool, tokens, batch)
+
+    def bounded() -> Turn:
+        seconds, logits, facts = turn()
+        return seconds, logits, facts | ({"least_s": least_s} if least_s else {})
+
+    return bounded
+
+
+def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
+    """What no plan's step can be faster than, by the profile. The stock cache, copied in every step, says nothing of
+    ours."""
+    advisor, keys = manager.advisor, tokens + 1
+    if advisor.profile is None:
+        return None
+    cores = advisor.cores(torch.get_num_threads())
+    held = [[keys * advisor.profile.shape.kv_heads] * batch] * manager.config.pool_ranks
+    return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
+
+
+def plain_training(model: str, ids: list[int], batch: int, warm: int, time_attention: bool = False) -> Make:
+    """Forward and backward of one batch in transformers' sdpa attention."""
+    return _training(_plain(model), ids, batch, warm, _AttentionClock() if time_attention else None)
+
+
+def pooled_training(model: str, ids: list[int], batch: int, warm: int, fa_pool: dict[str, Any]) -> Make:
+    """The same with the plugin."""
+    return _training(_pooled(model, fa_pool), ids, batch, warm)
+
+
+def _training(model: Any, ids: list[int], batch: int, warm: int, clock: _AttentionClock | None = None) -> Make:
+    """A step of training without its optimizer: the rows are pieces of one text. Answers with some gradients."""
+    model.train()
+    ids_BS = torch.tensor(ids).view(batch, -1)
+    shown = [model.get_input_embeddings().weight, *(p for name, p in model.named_parameters() if "layers.0." in name)]
+
+    def step(ids_BS: Tensor) -> Tensor:
+        model.zero_grad()
+        model(ids_BS, labels=ids_BS, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten() for p in shown if p.grad is not None])
+
+    def turn() -> Turn:
+        before = _stats(model)
+        if clock:
+            clock.seconds = 0.0
+        began = time.perf_counter()
+        gradients = step(ids_BS)
+        seconds = time.perf_counter() - began
+        return seconds, gradients, _facts(model, before) | ({"attention_s": clock.seconds} if clock else {})
+
+    if warm:
+        step(ids_BS[:, :warm])
+    return turn
+
+
+class _AttentionClock:
+    """How much of a turn was attention: reads the clock around every call of transformers' sdpa function, and around
+    its backward."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        original: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+        def timed(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            query, key, value = _Reading.apply(self, 1, query, key, value)
+            out, weights = original(module, query, key, value, *args, **kwargs)
+            (out,) = _Reading.apply(self, -1, out)
+            self.seconds += time.perf_counter() - began
+            return out, weights
+
+        AttentionInterface.register("sdpa", timed)
+        AttentionMaskInterface.register("sdpa", sdpa_mask)
+
+
+class _Reading(torch.autograd.Function):
+    """Its inputs as they are. Where backward comes by, the clock is read: from the output's to the inputs' autograd
+    does nothing but attention, since nodes made later come first."""
+
+    @staticmethod
+    def forward(ctx: Any, clock: _AttentionClock, sign: int, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.clock, ctx.sign = clock, sign
+        return tuple(x.view_as(x) for x in given)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.clock.seconds += ctx.sign * time.perf_counter()
+        return None, None, *gradients
+
+
+def _plain(model: str, **kwargs: Any) -> Any:
+    kwargs |= {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs).eval()
+
+
+def _pooled(model: str, fa_pool: dict[str, Any]) -> Any:
+    arguments = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    return FAPoolForCausalLM.from_pretrained(model, fa_pool=fa_pool, **arguments).eval()
+
+
+def _prefill(
+    model: Any, ids: list[int], warm: int, clock: _AttentionClock | None = None, first_position: int = 0
+) -> Make:
+    ids_BS = torch.tensor([ids])
+    positions_BS = torch.arange(first_position, first_position + len(ids))[None]
+
+    @torch.no_grad()
+    def forward(length: int) -> Tensor:
+        places = {"position_ids": positions_BS[:, :length]} if first_position else {}
+        return model(ids_BS[:, :length], use_cache=True, logits_to_keep=1, **places).logits
+
+    def turn() -> Turn:
+        before = _stats(model)
+        if clock:
+            clock.seconds = 0.0
+        if dist.is_initialized():
+            dist.barrier()
+        began = time.perf_counter()
+        logits = forward(len(ids))
+        seconds = time.perf_counter() - began
+        return seconds, logits, _facts(model, before) | ({"attention_s": clock.seconds} if clock else {})
+
+    if warm:
+        forward(warm)
+    return turn
+
+
+def _decode(
+    model: Any, cache: Cache, ids: list[int], tokens: int, batch: int, steps: int, clock: _AttentionClock | None = None
+) -> Make:
+    """Every turn takes one untimed and ``steps`` timed steps from the same cache, and takes them back. The fed tokens
+    are given, so that nobody's choices change the work. Its seconds are the median of its steps."""
+    _fill(model, cache, ids, tokens, batch)
+    fed_S = torch.tensor([ids[step % len(ids)] for step in range(max(steps, _WARM_STEPS) + 1)])
+
+    @torch.no_grad()
+    def take(count: int) -> tuple[list[tuple[float, float]], Tensor]:
+        times, logits = [], fed_S
+        for step in range(count):
+            if clock:
+                clock.seconds = 0.0
+            token_BS = fed_S[step].expand(batch, 1)
+            position_BS = torch.full((batch, 1), tokens + step)
+            began = time.perf_counter()
+            logits = model(token_BS, past_key_values=cache, position_ids=position_BS, logits_to_keep=1).logits
+            times.append((time.perf_counter() - began, clock.seconds if clock else 0.0))
+        cache.crop(-count)
+        return times, logits
+
+    def turn() -> Turn:
+        before = _stats(model)
+        times, logits = take(steps + 1)
+        seconds = [whole for whole, _ in times[1:]]
+        facts = _facts(model, before) | {"step_seconds": seconds}
+        if clock:
+            facts["attention_s"] = statistics.median(attention for _, attention in times[1:])
+        return statistics.median(seconds), logits, facts
+
+    take(_WARM_STEPS)
+    return turn
+
+
+@torch.no_grad()
+def _fill(model: Any, cache: Cache, ids: list[int], tokens: int, batch: int) -> None:
+    """Gives every layer ``tokens`` keys and values: those of a short real prompt, over and over."""
+    seed = DynamicCache(config=model.config)
+    ids_BS = torch.tensor([ids[: min(_SEED_TOKENS, tokens)]])
+    model(ids_BS, past_key_values=seed, use_cache=True, logits_to_keep=1)
+    at_T = torch.arange(tokens) % ids_BS.shape[1]
+    for index, layer in enumerate(seed.layers):
+        k_1KTD, v_1KTD = (x[:, :, at_T].expand(batch, -1, -1, -1) for x in (layer.keys, layer.values))
+        cache.update(k_1KTD, v_1KTD, index)
+
+
+def _stats(model: Any) -> dict[str, Any]:
+    manager = getattr(model, "fa_pool", None)
+    return manager.stats() if manager is not None else {}
+
+
+def _facts(model: Any, before: dict[str, Any]) -> dict[str, Any]:
+    """What the plugin counted since ``before``."""
+    after = _stats(model)
+    facts: dict[str, Any] = {
+        key: after[key] - before[key] for key in ("bytes_sent", "bytes_received", "faults") if key in after
+    }
+    for key in ("pooled_calls", "local_calls") if after else ():
+        facts[key] = sum(
+            after[phase][key] - before[phase][key] for phase in ("prefill", "decode", "training", "backward")
+        )
+    return facts

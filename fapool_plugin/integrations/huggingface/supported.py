@@ -1,0 +1,71 @@
+"""Hugging Face: which models can be pooled, by their attention layers, and why others cannot.
+
+Knows classes and configurations; nothing of how a forward is pooled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+FULL_LAYERS = {"full_attention", "hybrid"}
+_LEFT_ALONE = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention", "dummy"}
+"""Layers that are computed as without the plugin. Any kind in neither set is refused."""
+
+
+def attention_modules(model: Any) -> Iterator[Any]:
+    """Every self-attention layer of the decoder; those of a vision tower are not its."""
+    text = model.config.get_text_config(decoder=True)
+    kind = type(getattr(text, "fapool_viewed", text))
+    for module in model.modules():
+        named = type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
+        # Without a configuration a layer cannot ask for an attention function by its name.
+        of_text = isinstance(getattr(module, "config", None), kind)
+        if named and of_text and not getattr(module, "is_cross_attention", False):
+            yield module
+
+
+def refuse_object(model: Any) -> None:
+    """Raises ValueError for what is not a transformers model by itself."""
+    name = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        raise ValueError(f"wrap() takes a loaded model, and {os.fspath(model)!r} is a path: use from_pretrained()")
+    if hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} holds the model that is to be pooled: wrap first, then PEFT (get_peft_model)")
+    inside = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    if isinstance(inside, nn.Module) and not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{name} holds the model that is to be pooled: wrap first, then {name}")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{name} is not a transformers model: give wrap() what AutoModelForCausalLM.from_pretrained() returns"
+        )
+
+
+def refuse_model(model: Any, attentions: list[Any]) -> None:
+    """Raises ValueError, before any weight is used, for a model that cannot be pooled exactly."""
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder model; fa_pool pools causal decoders")
+    if not model._can_set_attn_implementation() or not attentions:
+        raise ValueError(
+            f"{name} computes attention by itself, not through transformers' attention interface, so fa_pool cannot "
+            "take it over. Load it without fa_pool"
+        )
+    if not getattr(config, "is_causal", True) or not any(getattr(m, "is_causal", True) for m in attentions):
+        raise ValueError(f"{name} attends in both directions; fa_pool pools causal decoders. Load it without fa_pool")
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
+        raise ValueError(f"{name} shares keys between layers, which fa_pool does not pool. Load it without fa_pool")
+    kinds = sorted(set(get_layer_types_and_kwargs(config)[0]) - FULL_LAYERS - _LEFT_ALONE)
+    if getattr(config, "attention_chunk_size", None) and not kinds:
+        kinds = ["chunked_attention"]
+    if kinds:
+        raise ValueError(
+            f"{name} has layers of kind {', '.join(kinds)}, which fa_pool cannot compute exactly. "
+            "Load it without fa_pool"
+        )

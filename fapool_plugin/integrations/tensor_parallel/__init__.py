@@ -1,0 +1,1 @@
+"""A Hugging Face model of which each base rank holds a part."""

@@ -1,0 +1,1 @@
+"""Exact attention of rectangles of the attention matrix, forward and backward."""

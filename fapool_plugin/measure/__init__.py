@@ -1,0 +1,1 @@
+"""What kernels, links and calls cost on this machine."""

@@ -1,0 +1,1 @@
+"""What happened, and when: counters, a trace, an endpoint for Prometheus."""

@@ -1,0 +1,1 @@
+"""Who computes what, and what it takes: numbers only, no tensors."""

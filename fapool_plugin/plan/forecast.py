@@ -1,0 +1,303 @@
+"""The plan that knows seconds: how many ranks, which part for the base and how many blocks make a forward shortest.
+
+Pure functions of a profile, of lengths and of what is resident. The base alone is a candidate like the others. It
+does not know tensors, links, or which ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from typing import Literal
+
+from fapool_plugin.plan.clocks import Cores, Decode, Played, Prefill, Way
+from fapool_plugin.plan.ideal_line import GRANULE
+from fapool_plugin.plan.line import Row
+from fapool_plugin.plan.profile import Profile
+from fapool_plugin.plan.shares import Geometry, make_plan, speeds
+from fapool_plugin.plan.trees import Lanes, choose_distribution, choose_reduction, routes
+
+__all__ = ["Choice", "Cores", "Thresholds", "Together", "auto_threshold", "choose_decode", "choose_prefill", "together"]
+
+_STEPS = 100
+"""The base's share is tried in so many steps."""
+SLACK = 0.005
+"""More blocks that are predicted to cost no more than this part of the time are taken: while one is late, others are
+computed. The clocks know no lateness."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best way to compute one forward, and what it is predicted to take."""
+
+    ranks: int
+    """Pool ranks used; 0: the base alone."""
+    base_share: float
+    """Part of the attention work that the base keeps; 1 when it is alone."""
+    blocks: int
+    """Blocks of the prompt in flight; 1: not overlapped."""
+    seconds: float
+    """Predicted, the whole forward."""
+    alone_s: float
+    """Predicted, the base alone with all its threads."""
+    ceiling_s: float
+    """No number of ranks up to the given one can be faster: no communication, no waiting, no cost of a call."""
+    base_busy_s: float
+    pool_busy_s: float
+    """The busiest pool rank's."""
+    bytes_sent: int
+    """To all ranks, payloads of all layers."""
+    bytes_received: int
+
+
+def choose_prefill(
+    profile: Profile,
+    lengths: Sequence[int],
+    *,
+    ranks: int,
+    cores: Cores,
+    max_blocks: int,
+    past: Sequence[int] = (),
+    overlap: bool = True,
+    slowdown: Sequence[float] = (),
+    base_share: float | None = None,
+    alone: bool = True,
+) -> Choice:
+    """The shortest prefill forward.
+
+    Args:
+        profile: measured costs.
+        lengths: tokens of each sequence after the forward.
+        ranks: pool ranks that may be used, in this order.
+        cores: how threads move.
+        max_blocks: blocks that may be in flight; fewer where they would be shorter than 256 positions.
+        past: tokens of each sequence before the forward (default 0); their keys count as not yet sent.
+        overlap: False allows one block only.
+        slowdown: measured over predicted seconds of each rank (default 1); a slower rank gets a smaller share.
+        base_share: the base's part, in [0, 1); None tries all in hundredths.
+        alone: whether the base alone may be the answer; with ``ranks`` 0 it always is.
+
+    Raises:
+        ValueError: the arguments describe no forward.
+    """
+    before = tuple(past) or (0,) * len(lengths)
+    _check(lengths, before, ranks, slowdown, base_share)
+    if max_blocks < 1:
+        raise ValueError(f"max_blocks is {max_blocks}; give at least 1")
+    if all(old == new for old, new in zip(before, lengths, strict=True)):
+        raise ValueError(f"lengths {list(lengths)} leave nothing new after the past; a forward has new tokens")
+    rows = [Row(old, new, new) for old, new in zip(before, lengths, strict=True)]
+    prefill = Prefill(profile, rows, cores, slowdown)
+    counts = prefill.block_counts(max_blocks if overlap else 1)
+    return _best(prefill, ranks, counts, base_share, alone)
+
+
+def choose_decode(
+    profile: Profile,
+    lengths: Sequence[int],
+    *,
+    ranks: int,
+    cores: Cores,
+    resident: Sequence[Sequence[int]],
+    steps: int = 1,
+    block: int = 1,
+    slowdown: Sequence[float] = (),
+    base_share: float | None = None,
+    alone: bool = True,
+) -> Choice:
+    """The shortest decode step of one new token a sequence.
+
+    A rank works on keys it holds. What its share lacks is sent, once for ``steps`` steps, and only if that pays; the
+    rest, the newest keys among it, is the base's.
+
+    Args:
+        lengths: keys of each sequence, the new one included.
+        resident: for each rank and sequence, keys held, summed over the KV heads.
+        steps: steps for which the choice will be kept; ``seconds`` are one step's, with its part of what is sent.
+        block: keys of a lane that a rank takes or leaves as one: shares are tried in such steps.
+
+    The other arguments and errors are :func:`choose_prefill`'s.
+    """
+    _check(lengths, (0,) * len(lengths), ranks, slowdown, base_share)
+    if steps < 1 or block < 1:
+        raise ValueError(f"steps is {steps} and block {block}; give at least 1 of each")
+    if len(resident) < ranks or any(len(rows) != len(lengths) for rows in resident):
+        raise ValueError(
+            f"resident has {[len(rows) for rows in resident]} sequences of each rank; give {len(lengths)} for each "
+            f"of {ranks} ranks"
+        )
+    step = Decode(profile, lengths, cores, [sum(rows) for rows in resident], steps, slowdown)
+    finest = max(lengths) // block
+    return _best(step, ranks, [1], base_share, alone, min(_STEPS, finest) if finest else 1)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Lengths of one sequence, in tokens, from which pooling its prefill pays; None: never up to the longest."""
+
+    auto: int | None
+    """Attention_Time(t) > FFN_Time(t) + Overhead(t), the base's with all its threads; Overhead is what messages of
+    the best pooled way and one activation take."""
+    crossing: int | None
+    """The best pooled way is predicted to be faster than the base alone."""
+
+
+def auto_threshold(profile: Profile, *, ranks: int, cores: Cores, longest: int, max_blocks: int) -> Thresholds:
+    """Both thresholds, in multiples of 64 up to ``longest``.
+
+    Raises:
+        ValueError: there is no pool rank, or ``longest`` is below 64.
+    """
+    if ranks < 1 or longest < GRANULE:
+        raise ValueError(f"{ranks} pool ranks and lengths up to {longest}; give at least 1 and {GRANULE}")
+
+    def pooled(length: int) -> Choice:
+        return choose_prefill(profile, [length], ranks=ranks, cores=cores, max_blocks=max_blocks, alone=False)
+
+    def attention_rules(length: int) -> bool:
+        choice, link = pooled(length), profile.link
+        messages = profile.shape.layers * choice.blocks * choice.ranks
+        overhead = messages * (link.to_rank.a + link.to_base.a) + profile.activation_s
+        overhead += link.to_rank.b * choice.bytes_sent + link.to_base.b * choice.bytes_received
+        linear = profile.linear_for(cores.total).prefill.at(length)
+        return choice.alone_s - linear > linear + overhead
+
+    def pooling_wins(length: int) -> bool:
+        choice = pooled(length)
+        return choice.seconds < choice.alone_s
+
+    return Thresholds(_first(attention_rules, longest), _first(pooling_wins, longest))
+
+
+def _first(holds: Callable[[int], bool], longest: int) -> int | None:
+    """The smallest multiple of 64 from which ``holds``, by steps that grow and then by halving the last."""
+    last, below, above = longest // GRANULE, 0, 1
+    while not holds(above * GRANULE):
+        if above == last:
+            return None
+        below, above = above, min(last, above + max(1, above // 2))
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (below, middle) if holds(middle * GRANULE) else (middle, above)
+    return above * GRANULE
+
+
+def _best(
+    forward: Prefill | Decode,
+    ranks: int,
+    counts: Sequence[int],
+    base_share: float | None,
+    alone: bool,
+    steps: int = _STEPS,
+) -> Choice:
+    """The shortest way; of equally short ones that with fewest ranks, and of nearly as short ones most blocks."""
+    shares = [step / steps for step in range(steps)] if base_share is None else [base_share]
+    ways = [Way(p, c, x) for p in range(1, ranks + 1) for c in counts for x in shares]
+    best, played = Way(0, 1, 1.0), Played(forward.alone_s, forward.alone_s, 0.0)
+    if ways and not alone:
+        best, played = ways[0], forward.play(ways[0])
+    # The most promising first: what is bound to take longer than the best found need not be played.
+    for bound, way in sorted((forward.bound_s(way), way) for way in ways):
+        if bound > played.seconds:
+            break
+        trial = forward.play(way)
+        if (trial.seconds, way.ranks) < (played.seconds, best.ranks):
+            best, played = way, trial
+    limit = min(played.seconds * (1 + SLACK), forward.alone_s if alone else inf)
+    for way in ways:
+        if way.ranks == best.ranks and way.blocks > best.blocks and forward.bound_s(way) <= limit:
+            trial = forward.play(way)
+            if trial.seconds <= limit:
+                best, played = way, trial
+    sent, received = forward.real_bytes(best) if best.ranks else (0, 0)
+    return Choice(
+        ranks=best.ranks,
+        base_share=best.base_share,
+        blocks=best.blocks,
+        seconds=played.seconds,
+        alone_s=forward.alone_s,
+        ceiling_s=min(forward.ceiling_s(p) for p in range(ranks + 1)),
+        base_busy_s=played.base_busy_s,
+        pool_busy_s=played.pool_busy_s,
+        bytes_sent=sent,
+        bytes_received=received,
+    )
+
+
+def _check(
+    lengths: Sequence[int], past: Sequence[int], ranks: int, slowdown: Sequence[float], base_share: float | None
+) -> None:
+    """Refuses what describes no forward, with the numbers and the remedy."""
+    if not lengths or len(past) != len(lengths):
+        raise ValueError(f"{len(lengths)} lengths and {len(past)} of the past; give one of each for every sequence")
+    for length, old in zip(lengths, past, strict=True):
+        if not 0 <= old <= length or length < 1:
+            raise ValueError(f"a sequence has {length} tokens, {old} of them before; give 1 or more, and 0 to that")
+    if ranks < 0:
+        raise ValueError(f"ranks is {ranks}; give 0 or more")
+    if not all(isfinite(factor) and factor > 0 for factor in slowdown):
+        raise ValueError(f"slowdown is {list(slowdown)}; give each rank a finite factor above 0")
+    if base_share is not None and not 0 <= base_share < 1:
+        raise ValueError(f"base_share is {base_share}; give at least 0 and less than 1, or None")
+
+
+@dataclass(frozen=True)
+class Together:
+    """How pool ranks would work on one layer's call: what is chosen, and the seconds of every way."""
+
+    reduction: str
+    reduction_s: dict[str, float]
+    """A decode step: from the moment at which all ranks have their results until the base has merged them."""
+    distribution: str
+    distribution_s: dict[str, float]
+    """A prompt in one block: until all ranks have their queries and keys."""
+
+
+def together(
+    profile: Profile,
+    length: int,
+    *,
+    ranks: int,
+    mode: Literal["line", "query_blocks"] = "line",
+    fan_in: int = 2,
+    nodes: Sequence[int] = (),
+    blocks: int = 1,
+) -> Together:
+    """What trees and chains would cost for one sequence of ``length`` tokens, all ranks and the base alike.
+
+    Args:
+        mode: how calls are cut.
+        fan_in: results that a rank of a tree merges.
+        nodes: for each rank the node it is on (default: all on one).
+        blocks: blocks of the prompt in flight.
+    """
+    shape, link = profile.shape, profile.link
+    group, size = shape.heads // shape.kv_heads, shape.element_bytes
+    step = make_plan(Geometry((0,), (length + 1,), length, length + 1), shape.kv_heads, speeds(ranks, None), mode=mode)
+    answer = group * (shape.v_head_dim + 1) * max(4, size)
+    lanes = [{head for tile in share for head in range(tile.head_start, tile.head_stop)} for share in step.shares]
+    parts, whole = tuple(len(heads) * answer for heads in lanes), len(set().union(*lanes)) * answer
+    reduction, reduction_s = choose_reduction("auto", link, parts, whole, fan_in, tuple(nodes) or (0,) * ranks)
+
+    prompt = make_plan(Geometry((0,), (length,), 0, length), shape.kv_heads, speeds(ranks, None), mode=mode)
+    position = (shape.head_dim + shape.v_head_dim) * size
+    needs = [[Lanes(*tile[:3], 0, tile.k_stop) for tile in share] for share in prompt.shares]
+    queries = [
+        sum((tile.head_stop - tile.head_start) * (tile.q_stop - tile.q_start) for tile in share)
+        for share in prompt.shares
+    ]
+    distribution, distribution_s = choose_distribution(
+        "auto",
+        link,
+        [count * group * shape.head_dim * size for count in queries],
+        [position * sum(part.positions for part in lacking) for lacking in needs],
+        [(len(route.ranks), position * route.positions) for route in routes(needs)],
+        blocks,
+    )
+    return Together(
+        reduction,
+        {str(way): seconds for way, seconds in reduction_s.items()},
+        distribution,
+        {str(way): seconds for way, seconds in distribution_s.items()},
+    )

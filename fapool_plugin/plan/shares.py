@@ -1,0 +1,188 @@
+"""A plan: who computes which tiles of a call. Pure functions of lengths, speeds and what is resident.
+
+Knows neither tensors nor links. What a plan costs in seconds is not known here yet: shares follow given speeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from fapool_plugin.plan.line import Row, Share, Tile, partition
+
+_BLOCK = 64
+"""Cuts fall on multiples of this many positions: the row block of the flash kernels."""
+
+SHORTEST_BLOCK, MOST_BLOCKS = 64, 8
+"""Of a prompt in flight: shorter blocks waste the kernels, more of them only cost memory and messages."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the real tokens of a padded batch lie. Columns count padding, positions do not.
+
+    ``starts[b]`` and ``stops[b]`` bound row b's real keys in columns; the call's queries are the columns
+    [``q_column``, ``columns``).
+    """
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    q_column: int
+    columns: int
+
+    def block(self, start: int, stop: int) -> Geometry:
+        """The run of columns [start, stop) of this call as a call of its own."""
+        return Geometry(self.starts, tuple(min(end, stop) for end in self.stops), start, stop)
+
+    def row(self, index: int) -> Row:
+        """Row ``index`` in lane-relative positions."""
+        start, stop = self.starts[index], self.stops[index]
+        keys = max(0, stop - start)
+        first = min(max(self.q_column, start), max(stop, start)) - start
+        return Row(q_start=first, q_stop=keys, keys=keys)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [self.row(index) for index in range(len(self.starts))]
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest sequence after this call."""
+        return max((stop - start for start, stop in zip(self.starts, self.stops, strict=True)), default=0)
+
+    def q_slice(self, tile: Tile) -> slice:
+        """A tile's queries in the call's query tensor."""
+        shift = self.starts[tile.row] - self.q_column
+        return slice(tile.q_start + shift, tile.q_stop + shift)
+
+    def k_slice(self, row: int, start: int, stop: int) -> slice:
+        """Lane-relative key positions as columns."""
+        return slice(self.starts[row] + start, self.starts[row] + stop)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shares of a call, one per pool rank, and the base's."""
+
+    shares: tuple[Share, ...]
+    base: Share
+    axis: Literal["queries", "keys"]
+    ranks: tuple[Any, ...] = ()
+    """Whose the shares are, in their order; what names a rank is the caller's matter."""
+
+    def positions_held(self, rank: int, capacity: int, block: int) -> int:
+        """Positions of all lanes together that pool rank ``rank`` must have room for: in each lane ``capacity``, or
+        whole blocks for the keys of its tiles if those are more."""
+        return sum(
+            (tile.head_stop - tile.head_start) * max(capacity, -(-tile.k_stop // block) * block)
+            for tile in self.shares[rank]
+        )
+
+
+def speeds(ranks: int, base_share: float | None) -> list[float]:
+    """Parts of the line for ``ranks`` pool ranks and, last, the base, which takes ``base_share`` of the whole
+    (None: as much as any other)."""
+    if base_share is None or not ranks:
+        return [1.0 / (ranks + 1)] * (ranks + 1)
+    return [(1.0 - base_share) / ranks] * ranks + [base_share]
+
+
+def make_plan(
+    geometry: Geometry,
+    kv_heads: int,
+    relative_speeds: Sequence[float],
+    *,
+    mode: Literal["line", "query_blocks"] = "line",
+    few_queries: int = 256,
+    prompt: Sequence[Row] | None = None,
+) -> Plan:
+    """Cuts a causal call into shares, the base's last: on the line its keys then are those at a lane's end.
+
+    Up to ``few_queries`` new queries against a past are cut along the keys (decode), others along the queries.
+    ``prompt`` has the rows of the prompt that this call belongs to: its lengths decide who works on which lanes, so
+    that every block of it, and every step after it, finds the keys where they are.
+    """
+    rows = geometry.rows
+    queries = max((row.q_stop - row.q_start for row in rows), default=0)
+    by_keys = any(row.q_start for row in rows) and queries <= few_queries
+    extent = max((row.keys for row in rows), default=0) if by_keys else queries
+    block = _BLOCK if extent >= 4 * _BLOCK * len(relative_speeds) else 1
+    axis: Literal["queries", "keys"] = "keys" if by_keys else "queries"
+    whole = prompt if _fits(prompt, rows) else None
+    shares = partition(rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block, whole=whole)
+    return Plan(tuple(shares[:-1]), shares[-1], axis)
+
+
+def _fits(prompt: Sequence[Row] | None, rows: Sequence[Row]) -> bool:
+    """Whether these are rows of that prompt."""
+    if prompt is None or len(prompt) != len(rows):
+        return False
+    return all(before.q_stop > before.q_start for before, row in zip(prompt, rows, strict=True) if row.keys)
+
+
+def shortened(plan: Plan, part: float, block: int) -> Plan:
+    """A plan along the keys in which pool ranks keep the first ``part`` of each tile's keys, to a multiple of
+    ``block``; the base, which holds all keys, takes the rest."""
+    if part >= 1:
+        return plan
+    shares, base = [], list(plan.base)
+    for share in plan.shares:
+        kept = []
+        for tile in share:
+            stop = tile.k_start + int((tile.k_stop - tile.k_start) * part) // block * block
+            kept += [tile._replace(k_stop=stop)] if stop > tile.k_start else []
+            base.append(tile._replace(k_start=stop))
+        shares.append(tuple(kept))
+    return replace(plan, shares=tuple(shares), base=tuple(base))
+
+
+def in_batches(tiles: Iterable[Tile], geometry: Geometry) -> list[tuple[Tile, int]]:
+    """The same tiles, those of neighbouring rows together that one kernel call can compute: the first of them, and
+    how many rows. Padding must be alike, or positions would not be columns alike."""
+    batches: list[tuple[Tile, int]] = []
+    open_: dict[tuple[int, ...], int] = {}
+    for tile in tiles:
+        key = (*tile[1:], geometry.starts[tile.row])
+        at = open_.get(key)
+        if at is not None and batches[at][0].row + batches[at][1] == tile.row:
+            batches[at] = batches[at][0], batches[at][1] + 1
+        else:
+            open_[key] = len(batches)
+            batches.append((tile, 1))
+    return batches
+
+
+class Request(NamedTuple):
+    """A tile for a pool rank, and the new keys [key_start, key_stop) that go with it; key_start is the residency
+    it assumes."""
+
+    tile: Tile
+    key_start: int
+    key_stop: int
+
+
+def within_residency(
+    share: Share, held: Callable[[Tile], int], axis: Literal["queries", "keys"], block: int
+) -> tuple[list[Request], list[Tile]]:
+    """What a pool rank is asked to compute of its share, and what the base keeps.
+
+    Along the queries every missing key is sent. Along the keys a rank works on what it holds: missing keys are sent
+    only in whole blocks, so a decode step normally sends none, and what lies beyond is left to the base.
+    """
+    requests, left = [], []
+    for tile in share:
+        have = held(tile)
+        if axis == "queries":
+            requests.append(Request(tile, min(have, tile.k_stop), tile.k_stop))
+            continue
+        missing = max(0, tile.k_stop - have)
+        reach = have + missing // block * block if missing else have
+        stop = min(tile.k_stop, reach)
+        if stop > tile.k_start:
+            start = min(have, stop)
+            requests.append(Request(tile._replace(k_stop=stop), start, max(start, stop)))
+        if stop < tile.k_stop:
+            left.append(tile._replace(k_start=max(stop, tile.k_start)))
+    return requests, left

@@ -1,0 +1,1 @@
+"""The side that owns nothing: holds keys, computes shares, answers."""

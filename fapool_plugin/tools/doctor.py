@@ -1,0 +1,209 @@
+"""What is on this machine, what of it is usable, and if not, why.
+
+Everything is looked up or tried when asked. It imports no framework that is slow or has side effects, and
+knows nothing of any model.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
+
+_NEEDED = ("torch", "gloo", "transformers")
+_PATIENCE = timedelta(seconds=10)
+_HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    name: str
+    version: str
+    usable: bool
+    why: str
+
+
+def examine() -> list[Check]:
+    """Looks at everything; no check's failure stops another."""
+    return [
+        Check("Python", platform.python_version(), True, sys.executable),
+        _torch(),
+        _tried("gloo", "", "two members exchanged tensors on loopback", _exchange),
+        _nccl(),
+        _installed("flash-attn", "flash_attn", "flash", needs_cuda=True),
+        _installed("deepspeed", "deepspeed", "deepspeed"),
+        _installed("megatron-core", "megatron.core", "megatron"),
+        _transformers(),
+        _installed("accelerate", "accelerate", "hf"),
+        _installed("gguf", "gguf", "hf"),
+        _memory(),
+        _cores(),
+        _shared_memory(),
+    ]
+
+
+def is_healthy(checks: list[Check]) -> bool:
+    """Whether all that the plugin cannot do without is usable."""
+    return all(check.usable for check in checks if check.name in _NEEDED)
+
+
+def show(checks: list[Check], *, as_json: bool) -> None:
+    """Prints the checks to stdout, as a table or as JSON."""
+    if as_json:
+        print(json.dumps({"healthy": is_healthy(checks), "checks": [asdict(check) for check in checks]}, indent=1))
+        return
+    table = Table("", "version", "usable", "why")
+    for check in checks:
+        # Brackets, as in an extra's name, are markup to rich.
+        cells = (
+            check.name,
+            check.version or "-",
+            "yes" if check.usable else "no",
+            check.why.replace("[", "\\["),
+        )
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def _tried(name: str, version: str, success: str, attempt: Callable[[], object]) -> Check:
+    try:
+        attempt()
+    except Exception as error:  # whatever it is, it is the answer
+        text = str(error).strip().splitlines()
+        return Check(name, version, False, f"{type(error).__name__}: {text[0][:160] if text else 'no message'}")
+    return Check(name, version, True, success)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cuda_devices() -> int:
+    try:
+        import torch
+    except (ImportError, OSError):
+        return 0
+    return torch.cuda.device_count()
+
+
+def _torch() -> Check:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Check("torch", _version("torch"), False, f"cannot be imported: {error}")
+    devices = torch.cuda.device_count()
+    why = f"{torch.get_num_threads()} CPU threads, {devices} CUDA devices"
+    return Check("torch", torch.__version__, True, why)
+
+
+def _exchange() -> None:
+    """Builds a two-member gloo group in this process and sends one tensor there and back."""
+    import torch
+    import torch.distributed as dist
+
+    from fapool_plugin.wire.rendezvous import open_store
+
+    gloo: Any = dist.ProcessGroupGloo
+    keeper = open_store(_HOST, _PATIENCE)
+
+    def member(rank: int) -> float:
+        # A client that waits keeps its connection, so each member has one of its own.
+        store = dist.TCPStore(_HOST, keeper.port, None, False, _PATIENCE, False)
+        options = gloo._Options()
+        options._timeout, options._threads = _PATIENCE, 1
+        options._devices = [gloo.create_device(hostname=_HOST)]
+        group = gloo(dist.PrefixStore("doctor", store), rank, 2, options)
+        sent, got = torch.full((4,), float(rank + 1)), torch.zeros(4)
+        works = [group.send([sent], 1 - rank, 0), group.recv([got], 1 - rank, 0)]
+        for work in works:
+            work.wait()
+        return float(got.sum())
+
+    with ThreadPoolExecutor(2) as team:
+        sums = list(team.map(member, (0, 1)))
+    if sums != [8.0, 4.0]:
+        raise RuntimeError(f"members received sums {sums}, not [8.0, 4.0]")
+
+
+def _nccl() -> Check:
+    if not _cuda_devices():
+        return Check("NCCL", "", False, "needs CUDA; links use gloo")
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_nccl_available():
+        return Check("NCCL", "", False, "this torch is built without it; links use gloo")
+    version = ".".join(str(part) for part in torch.cuda.nccl.version())
+    return Check("NCCL", version, True, "available, not tried; links use gloo")
+
+
+def _installed(name: str, module: str, extra: str, *, needs_cuda: bool = False) -> Check:
+    """Only looks for the package: importing some of these is slow, or builds and starts things."""
+    version = _version(name)
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        found = False
+    if needs_cuda and not _cuda_devices():
+        return Check(name, version, False, "needs CUDA")
+    if not found:
+        return Check(name, version, False, f"not installed: pip install fapool-plugin[{extra}]")
+    return Check(name, version, True, "installed, not tried")
+
+
+def _transformers() -> Check:
+    version = _version("transformers")
+    if importlib.util.find_spec("transformers") is None:
+        return Check("transformers", version, False, "not installed: pip install fapool-plugin[hf]")
+
+    def load() -> None:
+        import fapool_plugin.integrations.huggingface  # noqa: F401
+
+    return _tried("transformers", version, "the integration loads", load)
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    text = f"{decimal(memory.available)} of {decimal(memory.total)} available"
+    try:
+        check_machine(FAPoolConfig(), memory.available)
+    except FAPoolConfigError as error:
+        return Check("memory", "", False, f"{text}; {error}")
+    return Check("memory", "", True, text)
+
+
+def _cores() -> Check:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    text = f"{allowed} usable by this process, {os.cpu_count()} in the machine"
+    if allowed < 2:
+        return Check("cores", "", False, f"{text}; a local pool rank would only take time from the base")
+    return Check("cores", "", True, text)
+
+
+def _shared_memory() -> Check:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Check("/dev/shm", "", False, "not on this system; only DeepSpeed's CPU kernels use it")
+    return Check("/dev/shm", "", True, f"{decimal(shutil.disk_usage(folder).free)} free")

@@ -1,0 +1,1 @@
+"""Bytes between ranks: messages, links, and how both ends of a link meet. What they mean is not known here."""

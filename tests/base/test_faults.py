@@ -1,0 +1,217 @@
+"""A pool rank that dies or falls silent, at any point of a message, changes no token and is named once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.ranks.local import LocalPool
+from fapool_plugin.wire.messages import Message, frame_bytes
+from tests.models import eager, load_pooled, random_ids, save_model
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+
+LAYERS, PROMPT, NEW = 2, 200, 10  # long enough for a body beside the frame, either way
+PREFILL_CALL, DECODE_CALL = 2, 8
+
+
+def pids(manager: ResourceManager) -> dict[int, int]:
+    pool = manager._pool
+    assert isinstance(pool, LocalPool)
+    return pool.pids()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Tensor:
+    """What the model says without the plugin."""
+    return generate(eager(folder))
+
+
+@pytest.fixture
+def model(folder: Path) -> Iterator[Any]:
+    model = load_pooled(folder, pool_ranks=2, timeout_s=1.0)
+    with model.fa_pool:
+        yield model
+
+
+def generate(model: Any) -> Tensor:
+    ids = random_ids(1, PROMPT)
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    assert tokens.shape[1] == PROMPT + NEW
+    return tokens
+
+
+def strike(monkeypatch: pytest.MonkeyPatch, method: str, at_call: int, victim: Callable[[PoolRank], None]) -> None:
+    """Calls ``victim`` with rank 0 just before its ``at_call``-th "ask" or "answer"."""
+    original = getattr(PoolRank, method)
+    seen = 0
+
+    def wrapped(self: PoolRank, *args: Any) -> Any:
+        nonlocal seen
+        if self.number == 0:
+            seen += 1
+            if seen == at_call:
+                victim(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(PoolRank, method, wrapped)
+
+
+def generate_with_one_fault(model: Any, expected: Tensor, pid: Callable[[], int]) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = generate(model)
+    assert torch.equal(got, expected)
+    stats = model.fa_pool.stats()
+    assert stats["faults"] == 1
+    named = [str(w.message) for w in caught if "pool rank" in str(w.message)]
+    assert len(named) == 1, named
+    assert f"pool rank 0 (pid {pid()}) lost" in named[0]
+    assert [e["reason"] for e in stats["events"] if e["kind"] == "fault"] == [named[0].removeprefix("fa_pool: ")]
+    assert not psutil.pid_exists(pid()), "a lost rank is ended, a stopped one too"
+    assert stats["ranks"][1]["calls"] == LAYERS * NEW, "the other rank works on"
+
+
+@pytest.mark.parametrize("call", [PREFILL_CALL, DECODE_CALL], ids=["prefill", "decode"])
+@pytest.mark.parametrize("moment", ["ask", "answer"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_rank_changes_no_token(
+    model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch, how: signal.Signals, moment: str, call: int
+) -> None:
+    struck: list[int] = []
+
+    def victim(rank: PoolRank) -> None:
+        struck.append(pids(model.fa_pool)[rank.number])
+        os.kill(struck[0], how)
+
+    strike(monkeypatch, moment, call, victim)
+    generate_with_one_fault(model, expected, lambda: struck[0])
+
+
+def test_a_rank_killed_in_the_middle_of_a_message_changes_no_token(
+    model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frame is out, and then the other end is gone before the body."""
+    struck: list[int] = []
+
+    class Dying:
+        """A group that loses its peer after one send."""
+
+        def __init__(self, group: Any, pid: int) -> None:
+            self.group, self.pid, self.sends = group, pid, 0
+
+        def send(self, tensors: Sequence[Tensor], *args: int) -> Any:
+            self.sends += 1
+            work = self.group.send(tensors, *args)
+            if self.sends == 1:
+                work.wait()
+                struck.append(self.pid)
+                os.kill(self.pid, signal.SIGKILL)
+            return work
+
+        def recv(self, *args: Any) -> Any:
+            return self.group.recv(*args)
+
+    def victim(rank: PoolRank) -> None:
+        rank.link._data = Dying(rank.link._data, pids(model.fa_pool)[rank.number])
+
+    strike(monkeypatch, "ask", PREFILL_CALL, victim)
+    generate_with_one_fault(model, expected, lambda: struck[0])
+
+
+def test_a_rank_killed_in_the_middle_of_its_reply_changes_no_token(
+    model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    struck: list[int] = []
+
+    class Halved:
+        """A group whose peer dies once the reply's frame has come."""
+
+        def __init__(self, group: Any, pid: int) -> None:
+            self.group, self.pid = group, pid
+
+        def send(self, *args: Any) -> Any:
+            return self.group.send(*args)
+
+        def recv(self, tensors: Sequence[Tensor], *args: int) -> Any:
+            if tensors[0].numel() == frame_bytes() or struck:
+                return self.group.recv(tensors, *args)
+            struck.append(self.pid)
+            os.kill(self.pid, signal.SIGKILL)
+            psutil.wait_procs([psutil.Process(self.pid)], 5) if psutil.pid_exists(self.pid) else None
+            raise RuntimeError("Connection closed by peer")
+
+    def victim(rank: PoolRank) -> None:
+        rank.link._data = Halved(rank.link._data, pids(model.fa_pool)[rank.number])
+
+    strike(monkeypatch, "ask", PREFILL_CALL, victim)
+    generate_with_one_fault(model, expected, lambda: struck[0])
+
+
+def test_all_ranks_lost_and_the_next_lease_has_new_ones(
+    model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[int, int] = {}
+
+    def victim(rank: PoolRank) -> None:
+        before.update(pids(model.fa_pool))
+        for pid in before.values():
+            os.kill(pid, signal.SIGKILL)
+        # Both are known to be lost before either is asked: in one and the same forward.
+        for lost in model.fa_pool.ranks:
+            lost.link.join(10.0)
+
+    strike(monkeypatch, "ask", DECODE_CALL, victim)
+    with pytest.warns(RuntimeWarning, match="lost"):
+        assert torch.equal(generate(model), expected)
+    assert model.fa_pool.stats()["faults"] == 2
+    assert torch.equal(generate(model), expected)
+    after = pids(model.fa_pool)
+    assert set(after) == {0, 1}
+    assert not set(after.values()) & set(before.values())
+    stats = model.fa_pool.stats()
+    assert (stats["faults"], stats["activations"]) == (2, 2)
+
+
+def test_a_rank_lost_while_idle_is_replaced_at_the_next_lease(model: Any, expected: Tensor) -> None:
+    assert torch.equal(generate(model), expected)
+    before = pids(model.fa_pool)
+    os.kill(before[1], signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(before[1])], 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert torch.equal(generate(model), expected)
+    after = pids(model.fa_pool)
+    assert after[0] == before[0]
+    stats = model.fa_pool.stats()
+    assert stats["prefill"]["local_calls"] == stats["decode"]["local_calls"] == 0
+
+
+def test_a_wrong_answer_would_be_noticed(model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above compare tokens: they must differ when a pool rank's part is wrong."""
+    original = PoolRank.answer
+
+    def lying(self: PoolRank, call: int) -> Message:
+        message = original(self, call)
+        for tensor in message.tensors:
+            tensor.neg_()
+        return message
+
+    monkeypatch.setattr(PoolRank, "answer", lying)
+    assert not torch.equal(generate(model), expected)

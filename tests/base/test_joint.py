@@ -1,0 +1,333 @@
+"""Ranks that merge each other's results and pass keys on: the same result as without, fewer bytes at the base, and
+exact whatever happens to one of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fapool_plugin.base.attention import FAPoolAttention
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.base.rounds import block_edges, run_rounds
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.plan.profile import AttentionCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape
+from fapool_plugin.plan.shares import Geometry
+from fapool_plugin.pool.exchange import Exchange
+from fapool_plugin.wire.messages import frame_bytes
+from tests.base.test_attention import D, E, H, K, Stream, check, dense
+from tests.models import Pair, assert_same_tokens, greedily, one_thread, padded_batch, save_model
+from tests.thread_pool import ThreadPool, closing_all
+
+TOGETHER = [("direct", "direct"), ("tree", "chain"), ("two_level", "chain"), ("tree", "direct")]
+MODES = ["line", "query_blocks"]
+Make = Callable[..., ResourceManager]
+
+
+class Nodes(ThreadPool):
+    """Ranks 0 and 1 are on one node, 2 to 4 on another."""
+
+    nodes = MappingProxyType({2: 1, 3: 1, 4: 1})
+
+
+@pytest.fixture
+def managers() -> Iterator[Make]:
+    with closing_all(manager_of) as make:
+        yield make
+
+
+def manager_of(**keys: Any) -> ResourceManager:
+    settings: dict[str, Any] = {"threshold": 0, "kv_block": 4, "memory_limit_mib": 64}
+    return ResourceManager(FAPoolConfig(**settings | keys), Nodes)
+
+
+def pool_of(manager: ResourceManager) -> ThreadPool:
+    assert isinstance(manager._pool, ThreadPool)
+    return manager._pool
+
+
+def went_well(manager: ResourceManager) -> None:
+    assert manager.counters.faults == 0
+    assert not any(rank.apart for rank in manager.ranks), "something was missing"
+    assert not any(rank.stale for rank in manager.counters.ranks.values())
+
+
+def links_between(pool: ThreadPool) -> list[Exchange]:
+    """What the pool's ranks know of each other, by number."""
+    found = [exchange for worker in pool.workers.values() for exchange in worker.inbox._exchanges.values()]
+    return sorted(found, key=lambda exchange: exchange.number)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_gives_the_same_result(mode: str, ranks: int) -> None:
+    """Prompt, decode steps, a draft of several tokens, a second chunk, and steps that move keys."""
+    results: list[list[Tensor]] = []
+    for reduction, distribution in TOGETHER:
+        torch.manual_seed(ranks)
+        keys = {"partition": mode, "reduction": reduction, "key_distribution": distribution}
+        with manager_of(pool_ranks=ranks, **keys) as manager:
+            stream, got = Stream(manager, (0, 4)), []
+            for new in (40, 1, 1, 9, 300, 1, *[1] * 8):
+                out, want = stream.call(new)
+                check(out, want, 2e-5)
+                got.append(out)
+            went_well(manager)
+            assert manager.counters.decode.pooled_calls >= 10
+            assert manager.counters.prefill.pooled_calls >= 1
+            assert all(manager.counters.rank(rank).calls for rank in range(ranks))
+            met = any(exchange._peers for exchange in links_between(pool_of(manager)))
+            assert met == (ranks > 1 and (reduction, distribution) != ("direct", "direct"))
+        results.append(got)
+    for got in results[1:]:
+        for one, first in zip(got, results[0], strict=True):
+            difference = (one - first).abs().max().item()
+            assert difference < 2e-5, f"largest difference {difference:.2e}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_any_history_of_calls_is_exact(managers: Make, ranks: int, mode: str) -> None:
+    manager = managers(pool_ranks=ranks, partition=mode, reduction="tree", key_distribution="chain")
+
+    @settings(deadline=None, max_examples=25)
+    @given(data=st.data())
+    def any_history(data: st.DataObject) -> None:
+        stream = Stream(manager, tuple(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))))
+        for call in range(data.draw(st.integers(1, 5))):
+            check(*stream.call(data.draw(st.integers(10 if not call else 1, 30))), 2e-5)
+            if data.draw(st.booleans()):
+                stream.crop(data.draw(st.integers(10, stream.k.shape[2])))
+        went_well(manager)
+
+    any_history()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 3e-2)])
+def test_other_dtypes_are_merged_as_exactly_as_at_the_base(
+    managers: Make, dtype: torch.dtype, tolerance: float
+) -> None:
+    stream = Stream(
+        managers(pool_ranks=4, partition="query_blocks", reduction="tree", key_distribution="chain"), (0,), dtype
+    )
+    for new in (40, 1, 1):
+        got, want = stream.call(new)
+        assert got.dtype == dtype
+        check(got, want, tolerance)
+
+
+def test_right_padding_softcap_and_sinks_are_exact(managers: Make) -> None:
+    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain")
+    for extra in ({"softcap": 0.7}, {"sinks": torch.randn(H)}, {"stops": (22, 30)}):
+        stream = Stream(manager, (0, 3))
+        check(*stream.call(30, **extra), 2e-5)
+        if "stops" not in extra:
+            check(*stream.call(1, **extra), 2e-5)
+    went_well(manager)
+
+
+def test_keys_that_serve_one_call_go_to_each_rank(managers: Make) -> None:
+    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain")
+    state = Stream(manager, (0,))
+    q, k, v = (torch.randn(1, heads, 30, dim) for heads, dim in ((H, D), (K, D), (K, E)))
+    geometry = Geometry((0,), (30,), 0, 30)
+    decided = manager.begin("prefill", 30, lambda: geometry, state.state, lasting=False)
+    got = state.layer(q, k, v, decided=decided, resident=True)
+    manager.end(decided)
+    check(got, dense(q, k, v, geometry, 1.0, 0.0, None), 2e-5)
+    assert not any(worker.prefixes.nbytes for worker in pool_of(manager).workers.values() if not manager.ranks)
+    went_well(manager)
+
+
+@pytest.mark.parametrize("fan_in", [2, 3])
+def test_a_tree_brings_the_base_one_result(managers: Make, fan_in: int) -> None:
+    manager = managers(pool_ranks=5, partition="query_blocks", reduction="tree", reduction_fan_in=fan_in)
+    stream = Stream(manager, (0,))
+    stream.call(400)
+    stream.call(1)
+    before = [rank.link.bytes_received for rank in manager.ranks]
+    check(*stream.call(1), 2e-5)
+    came = [rank.link.bytes_received - old for rank, old in zip(manager.ranks, before, strict=True)]
+    assert came == [frame_bytes(), 0, 0, 0, 0]
+    known = [len(exchange._peers) for exchange in links_between(pool_of(manager))]
+    assert known == ([2, 3, 1, 1, 1] if fan_in == 2 else [3, 2, 1, 1, 1])
+
+
+def test_two_levels_bring_the_base_one_result_of_each_node(managers: Make) -> None:
+    manager = managers(pool_ranks=5, partition="query_blocks", reduction="two_level")
+    stream = Stream(manager, (0,))
+    stream.call(400)
+    before = [rank.link.bytes_received for rank in manager.ranks]
+    check(*stream.call(1), 2e-5)
+    came = [rank.link.bytes_received - old for rank, old in zip(manager.ranks, before, strict=True)]
+    assert came == [frame_bytes(), 0, frame_bytes(), 0, 0]
+
+
+def test_a_chain_costs_the_base_one_ranks_keys(managers: Make) -> None:
+    """And what the base remembers is what the ranks hold."""
+    manager = managers(pool_ranks=4, partition="query_blocks", key_distribution="chain")
+    Stream(manager, (0,)).call(20)  # takes the lease
+    stream, length = Stream(manager, (0,)), 0
+    for new in (400, 300):
+        length += new
+        before = [rank.link.bytes_sent for rank in manager.ranks]
+        check(*stream.call(new), 2e-5)
+        sent = [rank.link.bytes_sent - old for rank, old in zip(manager.ranks, before, strict=True)]
+        held = stream.state.residency.held(manager.ranks[0].key, 0, 0, 0, K)
+        # Everyone holds what the last of them needs, up to where the base's queries begin.
+        assert [stream.state.residency.held(rank.key, 0, 0, 0, K) for rank in manager.ranks] == [held] * 4
+        for worker in pool_of(manager).workers.values():
+            assert worker.prefixes.length(stream.state.id, 0, 0, 0, K) == held
+        queries = [4 * H * D * new] + [0] * 3
+        assert sum(sent) < 4 * K * (D + E) * (held - length + new + 150) + sum(queries) + 5 * (frame_bytes() + 1000)
+        assert max(sent[1:]) < 4 * H * D * new, "keys went to more than the first rank"
+    before_all = sum(rank.link.bytes_sent for rank in manager.ranks)
+    stream.call(1)
+    step = sum(rank.link.bytes_sent for rank in manager.ranks) - before_all
+    assert step == 4 * frame_bytes(), f"a decode step sent {step} bytes: keys, too?"
+    went_well(manager)
+
+
+def test_a_rank_with_little_memory_takes_no_part_in_a_chain() -> None:
+    """What it needs itself would fit; what others on the way need would not."""
+    with manager_of(pool_ranks=4, partition="query_blocks", key_distribution="chain") as manager:
+        check(*Stream(manager, (0,)).call(1), 2e-5)  # takes the lease
+        manager.ranks[0].memory_limit = 4 * K * (D + E) * 200
+        stream = Stream(manager, (0,))
+        check(*stream.call(400), 2e-5)
+        first, *others = [stream.state.residency.held(rank.key, 0, 0, 0, K) for rank in manager.ranks]
+        assert 0 < first <= 200
+        assert others[0] > 300
+        assert len(set(others)) == 1, "the others form a chain without it"
+        check(*stream.call(1), 2e-5)
+        went_well(manager)
+
+
+def test_a_decode_step_without_help_is_one_message_each_way(managers: Make) -> None:
+    manager = managers(pool_ranks=3)
+    stream = Stream(manager, (0,))
+    stream.call(400)
+    before = [(rank.link.bytes_sent, rank.link.bytes_received) for rank in manager.ranks]
+    stream.call(1)
+    after = [(rank.link.bytes_sent, rank.link.bytes_received) for rank in manager.ranks]
+    assert {(b - a, d - c) for (a, c), (b, d) in zip(before, after, strict=True)} == {(frame_bytes(), frame_bytes())}
+    assert not links_between(pool_of(manager)), "ranks were introduced that need not know each other"
+
+
+def in_blocks(manager: ResourceManager, stream: Stream, columns: int = 512, layers: int = 3) -> None:
+    """Checks a prompt of eight blocks in flight."""
+    batch = len(stream.starts)
+    modules = [FAPoolAttention(manager, layer, layers, stands_for="sdpa") for layer in range(layers)]
+    q, k, v = (torch.randn(layers, batch, heads, columns, dim) for heads, dim in ((H, D), (K, D), (K, E)))
+    geometry = Geometry(stream.starts, (columns,) * batch, 0, columns)
+    decided = manager.begin("prefill", columns, lambda: geometry, stream.state)
+    assert decided.pooled
+
+    def block(start: int, stop: int) -> Callable[[Callable[[], None]], list[Tensor]]:
+        def run(hand_over: Callable[[], None]) -> list[Tensor]:
+            part = decided.block(start, stop, hand_over)
+            return [
+                module(q[i][:, :, start:stop], k[i][:, :, :stop], v[i][:, :, :stop], decided=part, resident=True)
+                for i, module in enumerate(modules)
+            ]
+
+        return run
+
+    blocks = run_rounds([block(*edges) for edges in block_edges(0, columns, 8, 64)])
+    manager.end(decided)
+    for layer, parts in enumerate(zip(*blocks, strict=True)):
+        check(torch.cat(parts, 1), dense(q[layer], k[layer], v[layer], geometry, 1.0, 0.0, None), 2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_in_flight_pass_keys_on(managers: Make, mode: str) -> None:
+    manager = managers(pool_ranks=3, partition=mode, key_distribution="chain")
+    in_blocks(manager, Stream(manager, (0, 5)))
+    went_well(manager)
+    assert any(exchange._peers for exchange in links_between(pool_of(manager)))
+
+
+def test_a_lease_that_was_given_back_leaves_no_links(managers: Make) -> None:
+    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain")
+    for _ in range(3):
+        stream = Stream(manager, (0,))
+        for new in (40, 1):
+            check(*stream.call(new), 2e-5)
+        pool = pool_of(manager)
+        between = [peer._link for exchange in links_between(pool) for peer in exchange._peers.values()]
+        assert len(between) == 6, "0-1 and 0-2 of the tree, 0-1 and 1-2 of the chain, two ends each"
+        went_well(manager)
+        manager._release("test")
+        for end in between:
+            assert end is not None
+            end.join(5)
+            assert not any(thread.is_alive() for thread in end._threads)
+        deadline = time.monotonic() + 5
+        while links_between(pool):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_two_sequences_take_turns(managers: Make) -> None:
+    manager = managers(pool_ranks=4, partition="query_blocks", reduction="tree", key_distribution="chain")
+    one, two = Stream(manager, (0,)), Stream(manager, (0, 3))
+    for new in (40, 1, 25, 1):
+        check(*one.call(new), 2e-5)
+        check(*two.call(new), 2e-5)
+    went_well(manager)
+
+
+def test_by_itself_the_cheapest_way_is_taken() -> None:
+    """Without costs each rank works alone; dear messages make hops worth their while."""
+    with manager_of(pool_ranks=5, partition="query_blocks", activation="length") as manager:
+        stream = Stream(manager, (0,))
+        for new in (40, 1):
+            check(*stream.call(new), 2e-5)
+        assert not links_between(pool_of(manager))
+        manager.advisor.profile = profile(LinkCost(to_rank=Fit(b=1e-9), to_base=Fit(a=1e-6)))
+        in_blocks(manager, Stream(manager, (0,)))
+        met = [sorted(exchange._peers) for exchange in links_between(pool_of(manager))]
+        assert met == [[1], [0, 2], [1, 3], [2, 4], [3]], "a chain"
+        check(*stream.call(1), 2e-5)
+        met = [sorted(exchange._peers) for exchange in links_between(pool_of(manager))]
+        assert met == [[1], [0, 2], [1, 3, 4], [2, 4], [2, 3]], "and two levels"
+        went_well(manager)
+
+
+def profile(link: LinkCost) -> Profile:
+    nothing, much = Fit(), Fit(c=1e3)
+    return Profile(
+        date="",
+        quick=False,
+        machine=Machine(processor="", cores=64, torch="", fapool=""),
+        shape=Shape(hidden=1, layers=1, heads=H, kv_heads=K, head_dim=D, v_head_dim=E, dtype="float32", parameters=1),
+        attention=(AttentionCost(kernel="", dtype="float32", threads=1, prefill=much, decode=much),),
+        linear=(LinearCost(threads=1, prefill=nothing, decode=nothing),),
+        link=link,
+        activation_s=0.0,
+    )
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_model_generates_the_same_with_a_tree_and_a_chain(strategy: dict[str, Any], tmp_path: Path) -> None:
+    """Four blocks in flight, then decode steps, over real processes."""
+    settings = {"pool_ranks": 3, "partition": "query_blocks", "reduction": "tree", "key_distribution": "chain"}
+    with one_thread(), Pair.of(save_model("llama", tmp_path), **settings, blocks=4) as pair:
+        ids, mask = padded_batch([256, 230])
+        tokens, expected = pair.generate(ids, prefill=4, decode=7, **greedily(8, mask) | strategy)
+        assert_same_tokens(tokens, expected)
+        manager = pair.model.fa_pool
+        assert manager.stats()["prefill"]["overlapped_forwards"] == 1
+        ranks = [manager.counters.rank(rank) for rank in range(3)]
+        assert ranks[0].bytes_sent > 2 * ranks[1].bytes_sent, "keys did not go by way of the first rank"
+        assert ranks[0].bytes_received > ranks[1].bytes_received, "results did not come by way of the first rank"

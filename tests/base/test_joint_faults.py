@@ -1,0 +1,288 @@
+"""Ranks that work together, and what happens when one of them fails: nobody hangs, and the result stays exact."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fapool_plugin.base.attention import _Call
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.ranks.local import LocalPool
+from fapool_plugin.wire.messages import LinkLost, Message
+from tests.base.test_attention import Stream, check
+from tests.base.test_joint import links_between, manager_of, pool_of, went_well
+from tests.thread_pool import ThreadPool
+
+
+class TwoBases(ThreadPool):
+    """Each rank has links to two base ranks."""
+
+    bases = 2
+
+
+@pytest.fixture(autouse=True)
+def _no_waste() -> Iterator[None]:
+    """A closed link takes a while to go, and whoever collects it waits: nobody may, where seconds count."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+def test_a_rank_that_evicted_the_keys_holds_up_nobody(victim: int) -> None:
+    with manager_of(pool_ranks=4, partition="query_blocks", reduction="tree", key_distribution="direct") as manager:
+        stream = Stream(manager, (0,))
+        check(*stream.call(40), 2e-5)
+        pool_of(manager).workers[victim].prefixes.clear()
+        check(*stream.call(1), 2e-5)
+        told = [(rank.stale, rank.calls) for _, rank in sorted(manager.counters.ranks.items())]
+        assert told == [(1, 1) if rank == victim else (0, 2) for rank in range(4)]
+        assert not any(rank.apart for rank in manager.ranks), "the others' results came"
+        check(*stream.call(1), 2e-5)
+        check(*stream.call(20), 2e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_on_the_way_of_keys_that_evicted_the_earlier_ones(victim: int) -> None:
+    with manager_of(pool_ranks=3, partition="query_blocks", key_distribution="chain") as manager:
+        stream = Stream(manager, (0,))
+        check(*stream.call(40), 2e-5)
+        pool_of(manager).workers[victim].prefixes.clear()
+        check(*stream.call(20), 2e-5)
+        assert [manager.counters.rank(rank).stale for rank in range(3)] == [int(rank == victim) for rank in range(3)]
+        assert not stream.state.full
+        for new in (20, 1, 20):
+            check(*stream.call(new), 2e-5)
+        assert sum(rank.stale for rank in manager.counters.ranks.values()) == 1
+        assert manager.counters.faults == 0
+
+
+def dies(pool: ThreadPool, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its next request; all its links end, as those of a killed process do."""
+    worker = pool.workers[victim]
+
+    def die(message: Message) -> None:
+        for link in list(worker.inbox._exchanges):
+            worker.inbox.leave(link)
+        raise LinkLost("died")
+
+    monkeypatch.setattr(worker, "attend", die)
+
+
+def sends_nothing(pool: ThreadPool, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To other pool ranks; its links stand."""
+    for exchange in links_between(pool):
+        monkeypatch.setattr(exchange, "_patience_s", 0.5)
+        if exchange.number == victim:
+            monkeypatch.setattr(exchange, "send", lambda *args: None)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fault", [dies, sends_nothing])
+@pytest.mark.parametrize("ways", [("tree", "direct"), ("two_level", "direct"), ("direct", "chain")])
+@pytest.mark.parametrize("victim", [0, 1, 2, 3, 4])
+def test_a_rank_that_fails_at_any_place_costs_time_only(
+    victim: int,
+    ways: tuple[str, str],
+    fault: Callable[[ThreadPool, int, pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reduction, distribution = ways
+    keys = {"reduction": reduction, "key_distribution": distribution, "partition": "query_blocks"}
+    with manager_of(pool_ranks=5, **keys) as manager, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        stream = Stream(manager, (0,))
+        for new in (40, 1, 30):
+            check(*stream.call(new), 2e-5)
+        assert not any(rank.apart for rank in manager.ranks)
+        fault(pool_of(manager), victim, monkeypatch)
+        began = time.monotonic()
+        for new in (30, 1, 30, 1) if distribution == "chain" else (1, 30, 1, 30, 1):
+            check(*stream.call(new), 2e-5)
+        took = time.monotonic() - began
+        assert took < 3.0, f"it took {took:.1f} s"
+        # The base waits for the root itself; who passes nothing on anyway is not missed.
+        heard = {"tree": {0}, "two_level": {0, 2}, "direct": {4}}[reduction]
+        assert [rank.apart for rank in manager.ranks] == [fault is dies or victim not in heard] * len(manager.ranks)
+        assert not any(rank.stale for rank in manager.counters.ranks.values()), "the base believed keys to be there"
+        if fault is dies:
+            assert manager.counters.faults == 1
+            assert [rank.number for rank in manager.ranks] == [rank for rank in range(5) if rank != victim]
+        else:
+            assert manager.counters.faults == 0
+        manager._release("test")
+        monkeypatch.undo()
+        stream = Stream(manager, (0,))
+        for new in (40, 1, 30):
+            check(*stream.call(new), 2e-5)
+        assert len(manager.ranks) == 5
+        assert not any(rank.apart for rank in manager.ranks), "a new lease is a new beginning"
+
+
+@pytest.mark.parametrize("what", ["_ask", "_give", "_gather"])
+def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    with manager_of(
+        pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain", timeout_s=1.0
+    ) as (manager):
+        stream = Stream(manager, (0,))
+        for new in (40, 1):
+            check(*stream.call(new), 2e-5)
+        for new, at in itertools.product((1, 30), range(2)):
+            with monkeypatch.context() as patched:
+                interrupt_at(patched, what, at)
+                try:
+                    stream.call(new)
+                except KeyboardInterrupt:
+                    # What the cache has now was not computed by anybody.
+                    stream.crop(stream.k.shape[2] - new)
+            for again in (1, 20, 1):
+                check(*stream.call(again), 2e-5)
+        assert manager.counters.faults == 0
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+def test_a_chain_closes_around_a_rank_that_was_lost_before(victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with manager_of(pool_ranks=4, partition="query_blocks", key_distribution="chain") as manager:
+        stream = Stream(manager, (0,))
+        check(*stream.call(40), 2e-5)
+        dies(pool_of(manager), victim, monkeypatch)
+        with pytest.warns(RuntimeWarning, match=f"pool rank {victim} lost"):
+            check(*stream.call(1), 2e-5)
+        for new in (30, 1, 30):
+            check(*stream.call(new), 2e-5)
+        assert manager.counters.faults == 1
+        assert len(manager.ranks) == 3
+        assert not any(rank.apart for rank in manager.ranks)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("step", ["meet", "give", "ask"])
+@pytest.mark.parametrize("ways", [("tree", "direct"), ("direct", "chain")])
+def test_a_rank_that_is_found_lost_while_all_are_asked(
+    ways: tuple[str, str], step: str, victim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"reduction": ways[0], "key_distribution": ways[1], "partition": "query_blocks"}
+    with manager_of(pool_ranks=4, timeout_s=2.0, **keys) as manager, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        check(*Stream(manager, (0,)).call(1), 2e-5)  # takes the lease
+        stream = Stream(manager, (0,))
+
+        def fail(*args: object) -> None:
+            raise LinkLost("found lost")
+
+        monkeypatch.setattr(manager.ranks[victim], step, fail)
+        began = time.monotonic()
+        for new in (40, 1, 1, 20, 1):
+            check(*stream.call(new), 2e-5)
+        took = time.monotonic() - began
+        assert took < 6.0, f"it took {took:.1f} s"
+        # The base gives keys to the first rank of a chain alone.
+        lost = step != "give" or (victim == 0 and "chain" in ways)
+        assert manager.counters.faults == lost
+        if "chain" in ways and step != "ask":
+            assert [rank.apart for rank in manager.ranks] == [lost] * (4 - lost)
+        assert not any(rank.stale for rank in manager.counters.ranks.values()), "the base believed keys to be there"
+
+
+def interrupt_at(patched: pytest.MonkeyPatch, what: str, at: int) -> None:
+    """The ``at``-th such step of a call is interrupted."""
+    original, count = getattr(_Call, what), itertools.count()
+
+    def interrupted(self: Any, *args: Any) -> Any:
+        if next(count) == at:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    patched.setattr(_Call, what, interrupted)
+
+
+def test_two_bases_may_use_the_same_ranks_at_once() -> None:
+    """They send in different orders; nobody waits for what waits for it."""
+    pool = TwoBases(FAPoolConfig(pool_ranks=4, memory_limit_mib=64, timeout_s=5.0))
+    try:
+        links = [pool.acquire(print), *pool.more]
+
+        class Shared:
+            def __init__(self, mine: dict[int, Any]) -> None:
+                self.mine = mine
+
+            def new_token(self) -> int:
+                return 7  # one job: both base ranks name the same lease
+
+            def acquire(self, announce: object) -> dict[int, Any]:
+                return dict(self.mine)
+
+            def discard(self, rank: int, reason: str) -> str:
+                return ""
+
+            def close(self) -> None: ...
+
+        problems: list[BaseException] = []
+
+        def base(number: int) -> None:
+            config = FAPoolConfig(
+                pool_ranks=4, threshold=0, kv_block=4, partition="query_blocks", reduction="tree",
+                key_distribution="chain",
+            )  # fmt: skip
+            manager = ResourceManager(config, lambda _: Shared(links[number]))
+            try:
+                stream = Stream(manager, (0,))
+                for new in (40, *[1, 1, 1, 7] * 10):
+                    check(*stream.call(new), 2e-5)
+                went_well(manager)
+            except BaseException as error:
+                problems.append(error)
+            finally:
+                manager.close()
+
+        threads = [threading.Thread(target=base, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not problems, problems
+    finally:
+        pool.close()
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_stopped_and_killed_processes_at_any_place_cost_time_only() -> None:
+    config = FAPoolConfig(
+        pool_ranks=3, threshold=0, kv_block=4, memory_limit_mib=64, timeout_s=1.5, partition="query_blocks",
+        reduction="tree", key_distribution="chain",
+    )  # fmt: skip
+    with ResourceManager(config, LocalPool) as manager, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        stream = Stream(manager, (0,))
+        for new in (200, 1, 100, 1):
+            check(*stream.call(new), 2e-5)
+        went_well(manager)
+        for victim, how, new in ((1, signal.SIGSTOP, 1), (1, signal.SIGSTOP, 100), (2, signal.SIGKILL, 1)):
+            if not manager.ranks or len(manager.ranks) < 3:
+                manager._release("test")
+                stream = Stream(manager, (0,))
+                for first in (200, 1):
+                    check(*stream.call(first), 2e-5)
+            assert isinstance(manager._pool, LocalPool)
+            os.kill(manager._pool.pids()[victim], how)
+            faults, began = manager.counters.faults, time.monotonic()
+            for later in (new, 1, 50, 1):
+                check(*stream.call(later), 2e-5)
+            took = time.monotonic() - began
+            assert took < 10, f"it took {took:.1f} s"
+            assert manager.counters.faults == faults + 1
+            assert len(manager.ranks) == 2

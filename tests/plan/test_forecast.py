@@ -1,0 +1,382 @@
+"""Predictions against a slow clock that walks through real tiles, and what must hold for every profile."""
+
+from __future__ import annotations
+
+import functools
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fapool_plugin.plan.clocks import Decode, Prefill, Way
+from fapool_plugin.plan.forecast import SLACK, Choice, Cores, auto_threshold, choose_decode, choose_prefill
+from fapool_plugin.plan.line import Row, Tile, partition
+from fapool_plugin.plan.profile import (
+    AttentionCost,
+    CallCost,
+    Fit,
+    LinearCost,
+    LinkCost,
+    Machine,
+    Profile,
+    Shape,
+    share_s,
+)
+
+KV_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, LAYERS = 3, 2, 16, 8, 4
+FREE = LinkCost(to_rank=Fit(), to_base=Fit())
+SLOW = LinkCost(to_rank=Fit(b=1e3), to_base=Fit(b=1e3))
+DEVICES = Cores(total=1, per_rank=0)
+
+
+def profile(
+    attention: Fit,
+    linear: Fit,
+    link: LinkCost,
+    *,
+    decode: tuple[Fit, Fit] = (Fit(b=1e-7), Fit(b=1e-3)),
+    cores: int = 64,
+) -> Profile:
+    """Costs with one thread; with two everything takes half as long."""
+
+    def scaled(fit: Fit, threads: int) -> Fit:
+        return Fit(a=fit.a, b=fit.b / threads, c=fit.c / threads)
+
+    return Profile(
+        date="2026-01-01",
+        quick=False,
+        machine=Machine(processor="any", cores=cores, torch="2", fapool="0"),
+        shape=Shape(
+            hidden=64,
+            layers=LAYERS,
+            heads=KV_HEADS * GROUP,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            v_head_dim=V_HEAD_DIM,
+            dtype="bfloat16",
+            parameters=1,
+        ),
+        attention=tuple(
+            AttentionCost(
+                kernel="torch", dtype="bfloat16", threads=t, prefill=scaled(attention, t), decode=scaled(decode[0], t)
+            )
+            for t in (1, 2)
+        ),
+        linear=tuple(LinearCost(threads=t, prefill=scaled(linear, t), decode=scaled(decode[1], t)) for t in (1, 2)),
+        link=link,
+        activation_s=0.001,
+    )
+
+
+ATTENTION, LINEAR = Fit(a=1e-5, b=1e-7, c=4e-9), Fit(a=1e-3, b=2e-5)
+LINK = LinkCost(
+    to_rank=Fit(a=2e-5, b=2e-10), to_base=Fit(a=3e-5, b=3e-10), send=Fit(a=1e-5, b=1e-10), take=Fit(a=1.5e-5, b=1.2e-10)
+)
+CALL = CallCost(ask_s=1.1e-5, merge_s=1.3e-5, own_s=7e-6, rank_s=9e-6, away_s=5e-6)
+TYPICAL = profile(ATTENTION, LINEAR, LINK).model_copy(update={"call": CALL, "beside": 1.05})
+
+
+def fits(high_a: float, high_b: float, high_c: float) -> st.SearchStrategy[Fit]:
+    return st.builds(Fit, a=st.floats(0, high_a), b=st.floats(1e-9, high_b), c=st.floats(1e-12, high_c))
+
+
+PROFILES = st.builds(
+    profile,
+    fits(1e-4, 1e-6, 1e-8),
+    fits(1e-2, 1e-4, 0 + 1e-9),
+    st.builds(LinkCost, to_rank=fits(1e-3, 1e-8, 1e-12), to_base=fits(1e-3, 1e-8, 1e-12)),
+    cores=st.integers(1, 8),
+)
+LENGTHS = st.lists(st.integers(1, 6000), min_size=1, max_size=3)
+CORES = st.builds(Cores, total=st.integers(1, 4), per_rank=st.integers(0, 2))
+
+
+def blocks_of(rows: list[Row], blocks: int) -> list[list[Row]]:
+    """Written anew: edges at 64s of the longest row, the others' ends aligned with it."""
+    columns = max(row.q_stop - row.q_start for row in rows)
+    units = (columns + 63) // 64
+    edges = [64 * (i * units // blocks) for i in range(blocks)] + [columns]
+    parts = []
+    for start, stop in pairwise(edges):
+        part = []
+        for row in rows:
+            shift = row.q_stop - columns
+            first, last = max(row.q_start, shift + start), max(row.q_start, shift + stop)
+            part.append(Row(first, last, last))
+        parts.append(part)
+    return parts
+
+
+def tiles_of(rows: list[Row], ranks: int, blocks: int, share: float) -> list[list[tuple[Tile, ...]]]:
+    """For each block the shares of all ranks and, last, the base."""
+    speeds = [(1 - share) / ranks] * ranks + [share]
+    return [partition(part, KV_HEADS, speeds, block=1, whole=rows) for part in blocks_of(rows, blocks)]
+
+
+def bytes_of(shares: list[list[tuple[Tile, ...]]], rank: int) -> tuple[int, int]:
+    """Bytes of one layer to and from a rank, position by position: a key is sent when it is first needed."""
+    sent = received = 0
+    known: set[tuple[int, int, int]] = set()
+    for block in shares:
+        for tile in block[rank]:
+            for head in range(tile.head_start, tile.head_stop):
+                sent += (tile.q_stop - tile.q_start) * GROUP * HEAD_DIM * 2
+                received += (tile.q_stop - tile.q_start) * GROUP * (V_HEAD_DIM * 2 + 4)
+                needed = {(tile.row, head, key) for key in range(tile.k_stop)} - known
+                sent += len(needed) * (HEAD_DIM + V_HEAD_DIM) * 2
+                known |= needed
+    return sent, received
+
+
+def walked_s(told: Profile, rows: list[Row], ranks: int, blocks: int, share: float, cores: Cores) -> float:
+    """Seconds of a forward by following every event back to what it waits for, with every rank's real tiles."""
+    shares, cuts = tiles_of(rows, ranks, blocks, share), blocks_of(rows, blocks)
+    threads = cores.base(ranks)
+    base_cost, rank_cost = told.attention_for(threads), told.attention_for(cores.per_rank or threads)
+    linear, tokens = told.linear_for(threads).prefill, sum(row.q_stop - row.q_start for row in rows)
+    link, call = told.link, told.call
+    out, back = zip(*(bytes_of(shares, rank) for rank in range(ranks)), strict=True)
+    ask = [call.ask_s + link.send.at(nbytes / blocks) for nbytes in out]
+    merge = [call.merge_s + link.take.at(nbytes / blocks) for nbytes in back]
+    slower = told.beside if cores.per_rank else 1.0
+
+    @functools.cache
+    def posted(step: int) -> float:
+        layer, block = divmod(step, blocks)
+        new = sum(row.q_stop - row.q_start for row in cuts[block])
+        work = slower * (linear.a + (linear.at(tokens) - linear.a) * new / tokens) / LAYERS
+        ready = left(step - 1) if step else 0.0
+        if not layer:
+            return ready + work
+        return max(ready, *(replied(step - blocks, rank) for rank in range(ranks))) + sum(merge) + work
+
+    @functools.cache
+    def left(step: int) -> float:
+        own = shares[step % blocks][ranks]
+        return posted(step) + sum(ask) + (call.own_s if share else 0.0) + share_s(base_cost, KV_HEADS, own)
+
+    @functools.cache
+    def computed(step: int, rank: int) -> float:
+        free = computed(step - 1, rank) + link.send.at(back[rank] / blocks) if step else 0.0
+        start = max(free, posted(step) + sum(ask[:rank]) + link.to_rank.at(out[rank] / blocks))
+        work = call.rank_s + share_s(rank_cost, KV_HEADS, shares[step % blocks][rank])
+        return start + link.take.at(out[rank] / blocks) + work
+
+    def replied(step: int, rank: int) -> float:
+        return computed(step, rank) + link.to_base.at(back[rank] / blocks)
+
+    last = LAYERS * blocks - 1
+    base = left(last)
+    for step in range(last - blocks + 1, last + 1):
+        base = max(base, *(replied(step, rank) for rank in range(ranks))) + sum(merge)
+    return max(base, *(computed(last, rank) + link.send.at(back[rank] / blocks) for rank in range(ranks)))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("blocks", [1, 2, 5, 8])
+@pytest.mark.parametrize("share", [0.0, 0.13, 0.5])
+@pytest.mark.parametrize("lengths", [(8192,), (6000, 4001)])
+def test_the_two_clocks_agree_with_a_walk_through_real_tiles(ranks, blocks, share, lengths) -> None:
+    rows = [Row(0, n, n) for n in lengths]
+    predicted = Prefill(TYPICAL, rows, DEVICES).play(Way(ranks, blocks, share)).seconds
+    expected = walked_s(TYPICAL, rows, ranks, blocks, share, DEVICES)
+    off = abs(predicted / expected - 1)
+    assert off < 0.005, f"predicted {predicted}, walked {expected}, {off:.2%} off"
+
+
+def test_no_way_of_a_grid_is_better() -> None:
+    cores = Cores(total=4, per_rank=1)
+    for length in (1500, 4096):
+        found = choose_prefill(TYPICAL, [length], ranks=3, cores=cores, max_blocks=6)
+        rows = [Row(0, length, length)]
+        ways = [(p, c, x / 20) for p in (1, 2, 3) for c in range(1, min(6, length // 256) + 1) for x in range(20)]
+        least, way = min((walked_s(TYPICAL, rows, *way, cores), way) for way in ways)
+        least = min(least, found.alone_s)
+        assert found.seconds <= least * 1.01, f"predicted {found}, but {way} takes {least}"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "share", "seconds"), [(1, 0.0, 52.7), (2, 0.0, 36.0), (2, 0.12, 32.9), (8, 0.13, 28.2), (8, 0.15, 27.1)]
+)
+def test_runs_of_a_known_machine_come_out_near(blocks: int, share: float, seconds: float) -> None:
+    """Thirty layers, 8192 tokens: 23 s linear and 30 s attention on one thread, as once measured with these blocks."""
+    machine = profile(Fit(c=30 / 30 / 8192**2), Fit(b=23 / 8192), LINK, cores=2)
+    machine = machine.model_copy(update={"shape": machine.shape.model_copy(update={"layers": 30})})
+    cores = Cores(total=2, per_rank=1)
+    found = choose_prefill(machine, [8192], ranks=1, cores=cores, max_blocks=blocks, base_share=share, alone=False)
+    free = choose_prefill(machine, [8192], ranks=1, cores=cores, max_blocks=8, alone=False)
+    assert abs(found.seconds / seconds - 1) < 0.06, f"predicted {found.seconds:.1f} s, measured {seconds} s"
+    assert 0.10 <= free.base_share <= 0.16, f"chose {free}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROFILES, LENGTHS, st.integers(0, 4), CORES, st.integers(1, 8), st.booleans())
+def test_never_below_the_ceiling_and_never_worse_with_more_ranks(told, lengths, ranks, cores, blocks, alone) -> None:
+    fewer, more = (
+        choose_prefill(told, lengths, ranks=p, cores=cores, max_blocks=blocks, alone=alone or p == 0)
+        for p in (ranks, ranks + 1)
+    )
+    assert fewer.seconds >= fewer.ceiling_s * (1 - 1e-9), f"{fewer}"
+    if alone or ranks:
+        assert more.seconds <= fewer.seconds * (1 + SLACK), f"{ranks} ranks {fewer}, one more {more}"
+    if alone:
+        assert fewer.seconds <= fewer.alone_s
+    assert max(fewer.base_busy_s, fewer.pool_busy_s) <= fewer.seconds * (1 + 1e-9), f"{fewer}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROFILES, LENGTHS, st.data())
+def test_decode_keeps_the_same_promises(told, lengths, data) -> None:
+    cores, ranks = data.draw(CORES), data.draw(st.integers(0, 3))
+    held = [[data.draw(st.integers(0, KV_HEADS * n)) for n in lengths] for _ in range(ranks + 1)]
+    fewer, more = (choose_decode(told, lengths, ranks=p, cores=cores, resident=held) for p in (ranks, ranks + 1))
+    assert fewer.ceiling_s * (1 - 1e-9) <= fewer.seconds <= fewer.alone_s, f"{fewer}"
+    assert more.seconds <= fewer.seconds, f"{ranks} ranks {fewer}, one more {more}"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 1500), min_size=1, max_size=3), st.integers(1, 4), st.integers(1, 5), st.floats(0, 0.9))
+def test_bytes_are_those_of_the_tiles(lengths, ranks, blocks, share) -> None:
+    rows = [Row(0, n, n) for n in lengths]
+    found = Prefill(TYPICAL, rows, DEVICES).real_bytes(Way(ranks, blocks, share))
+    speeds = [(1 - share) / ranks] * ranks + [share]
+    shares = []
+    for part in blocks_of(rows, blocks):
+        coarse = max(row.q_stop - row.q_start for row in part) >= 256 * (ranks + 1)
+        shares.append(partition(part, KV_HEADS, speeds, block=64 if coarse else 1, whole=rows))
+    counts = [bytes_of(shares, rank) for rank in range(ranks)]
+    expected = tuple(LAYERS * sum(side) for side in zip(*counts, strict=True))
+    assert found == expected, f"{found}, tiles say {expected}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROFILES, LENGTHS, CORES, st.integers(1, 3), st.integers(1, 4), st.floats(0, 0.99), st.data())
+def test_bounds_are_below_what_is_played(told, lengths, cores, ranks, blocks, share, data) -> None:
+    held = [data.draw(st.integers(0, 9000)) for _ in range(ranks)]
+    prefill = Prefill(told, [Row(0, n, n) for n in lengths], cores)
+    for forward, way in (
+        (prefill, Way(ranks, blocks, share)),
+        (Decode(told, lengths, cores, held), Way(ranks, 1, share)),
+    ):
+        played, bound, ceiling = forward.play(way), forward.bound_s(way), forward.ceiling_s(ranks)
+        assert ceiling <= bound * (1 + 1e-9), f"{way}: bound {bound} s below the ceiling {ceiling} s"
+        assert bound <= played.seconds * (1 + 1e-9), f"{way}: bound {bound} s, played {played}"
+
+
+def test_the_ceiling_is_the_best_balance() -> None:
+    told = TYPICAL.model_copy(update={"link": FREE})
+    attention, linear = LAYERS * told.attention_for(1).prefill.c, told.linear_for(1).prefill
+    for length, ranks in ((1024, 1), (65536, 1), (65536, 4), (131072, 2)):
+        work = (attention * length + LAYERS * ATTENTION.b) * length
+        expected = min(
+            max(linear.at(length) + x * work, (1 - x) * work / ranks) for x in (i / 4096 for i in range(4096))
+        )
+        found = Prefill(told, [Row(0, length, length)], DEVICES).ceiling_s(ranks)
+        assert found == pytest.approx(expected, rel=1e-3), f"{ranks} ranks, {length} tokens"
+
+
+def test_blocks_that_cost_nearly_nothing_are_taken() -> None:
+    found = choose_prefill(TYPICAL, [32768], ranks=2, cores=DEVICES, max_blocks=8)
+    by_blocks = {
+        blocks: min(Prefill(TYPICAL, [Row(0, 32768, 32768)], DEVICES).play(Way(2, blocks, x / 100)) for x in range(100))
+        for blocks in range(1, 9)
+    }
+    least = min(played.seconds for played in by_blocks.values())
+    near = [blocks for blocks, played in by_blocks.items() if played.seconds <= least * (1 + SLACK)]
+    assert found.blocks == max(near), f"{found}, {by_blocks}"
+    assert found.seconds <= least * (1 + SLACK)
+
+
+def test_links_decide() -> None:
+    kwargs: dict[str, Any] = {"ranks": 4, "cores": DEVICES}
+    slow, free = (TYPICAL.model_copy(update={"link": link}) for link in (SLOW, FREE))
+    held = [[KV_HEADS * 8192 // 4]] * 4
+    assert choose_prefill(slow, [8192], max_blocks=8, **kwargs).ranks == 0
+    assert choose_prefill(free, [8192], max_blocks=8, **kwargs).ranks == 4
+    assert choose_decode(slow, [8192], resident=held, **kwargs).ranks == 0
+    assert choose_decode(free, [8192], resident=held, **kwargs).ranks == 4
+
+
+def test_slow_ranks_get_less_and_the_base_more() -> None:
+    kwargs: dict[str, Any] = {"ranks": 2, "cores": DEVICES, "max_blocks": 8, "alone": False}
+    even, slow = (choose_prefill(TYPICAL, [8192], slowdown=factors, **kwargs) for factors in ((), (3.0, 3.0)))
+    assert slow.base_share > even.base_share, f"{slow}, without slowdown {even}"
+    assert slow.seconds > even.seconds
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-6, 1e-4), st.floats(1e-10, 1e-8), st.floats(1e-6, 1e-3), st.floats(1e-11, 1e-9))
+def test_ranks_grow_with_length(linear_b: float, attention_c: float, link_a: float, link_b: float) -> None:
+    link = LinkCost(to_rank=Fit(a=link_a, b=link_b), to_base=Fit(a=link_a, b=link_b))
+    told = profile(Fit(a=1e-5, c=attention_c), Fit(a=1e-3, b=linear_b), link)
+    # With blocks in flight it need not: fewer ranks are enough once they work beside the base, not after it.
+    chosen = [choose_prefill(told, [n], ranks=5, cores=DEVICES, max_blocks=1) for n in (512, 2048, 8192, 32768, 131072)]
+    assert [c.ranks for c in chosen] == sorted(c.ranks for c in chosen), f"{chosen}"
+
+
+def test_thresholds_are_the_first_lengths_that_hold() -> None:
+    cores = Cores(total=2, per_rank=0)
+    found = auto_threshold(TYPICAL, ranks=1, cores=cores, longest=32768, max_blocks=8)
+
+    def choice(n: int) -> Choice:
+        return choose_prefill(TYPICAL, [n], ranks=1, cores=cores, max_blocks=8, alone=False)
+
+    def excess_s(n: int) -> float:
+        """Attention_Time - FFN_Time - Overhead."""
+        way, attention, linear = choice(n), TYPICAL.attention_for(2).prefill, TYPICAL.linear_for(2).prefill
+        calls = LAYERS * way.blocks * way.ranks
+        sent = calls * LINK.to_rank.a + LINK.to_rank.b * way.bytes_sent
+        back = calls * LINK.to_base.a + LINK.to_base.b * way.bytes_received
+        return LAYERS * attention.at(n) - linear.at(n) - sent - back - TYPICAL.activation_s
+
+    lengths = range(64, 32769, 64)
+    assert found.auto == next(n for n in lengths if excess_s(n) > 0)
+    assert found.crossing == next(n for n in lengths if choice(n).seconds < choice(n).alone_s)
+    never = auto_threshold(TYPICAL.model_copy(update={"link": SLOW}), ranks=1, cores=cores, longest=4096, max_blocks=8)
+    assert (never.auto, never.crossing) == (None, None)
+
+
+def test_cores_move_and_crowd() -> None:
+    cores = Cores(total=4, per_rank=1)
+    assert [cores.base(p) for p in range(6)] == [4, 3, 2, 1, 1, 1]
+    assert [cores.crowding(p, 4) for p in (0, 3, 4, 7)] == [1.0, 1.0, 1.25, 2.0]
+    assert [cores.turns(p, 4) for p in (0, 3, 4, 7)] == [1, 1, 2, 2], "whole ones"
+    assert Cores(total=4, per_rank=0).base(9) == 4
+    told = profile(ATTENTION, LINEAR, FREE, cores=2)
+    crowded = choose_prefill(told, [8192], ranks=4, cores=Cores(2, 1), max_blocks=8, alone=False)
+    assert crowded.seconds >= 0.999 * crowded.alone_s, f"{crowded}: two cores do no more work than two cores can"
+    assert [cores.crowded_s(p, 4, 10.0, 4.0) for p in (3, 4)] == [0.0, 1.0], "while both compute"
+    assert cores.crowded_s(8, 4, 4.0, 10.0) == pytest.approx(1.25 * 4 + 1.0 * 6), "then the ranks among themselves"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"lengths": []}, "0 lengths"),
+        ({"lengths": [0]}, "0 tokens"),
+        ({"lengths": [5], "past": [6]}, "5 tokens, 6 of them before"),
+        ({"lengths": [5], "past": [5]}, "nothing new"),
+        ({"lengths": [5], "past": [1, 1]}, "1 lengths and 2"),
+        ({"ranks": -1}, "ranks is -1"),
+        ({"max_blocks": 0}, "max_blocks is 0"),
+        ({"slowdown": [0.0]}, r"slowdown is \[0.0\]"),
+        ({"base_share": 1.0}, "base_share is 1.0"),
+    ],
+)
+def test_what_describes_no_forward_is_refused(wrong: dict, told: str) -> None:
+    given = {"lengths": [512], "ranks": 1, "cores": DEVICES, "max_blocks": 8, **wrong}
+    with pytest.raises(ValueError, match=told):
+        choose_prefill(TYPICAL, given.pop("lengths"), **given)
+
+
+def test_wrong_decodes_cores_and_thresholds_are_refused() -> None:
+    with pytest.raises(ValueError, match="resident has"):
+        choose_decode(TYPICAL, [512, 512], ranks=1, cores=DEVICES, resident=[[1]])
+    with pytest.raises(ValueError, match="steps is 0"):
+        choose_decode(TYPICAL, [512], ranks=0, cores=DEVICES, resident=[], steps=0)
+    with pytest.raises(ValueError, match="0 threads"):
+        Cores(total=0)
+    with pytest.raises(ValueError, match="0 pool ranks"):
+        auto_threshold(TYPICAL, ranks=0, cores=DEVICES, longest=4096, max_blocks=8)
