@@ -112,14 +112,12 @@ class FAPoolConfig(BaseModel):
     )
     reduction: Literal["auto", "direct", "tree", "two_level"] = Field(
         "auto",
-        description="How partial results of one query, and in training gradients of one key, return: each to the base, "
-        "merged on the way by a tree of pool ranks, or first within each node; auto: the cheapest by the profile.",
+        description="How partial results of one query return: each to the base, merged on the way by a tree of pool "
+        "ranks, or first within each node; auto: the cheapest by the profile.",
     )
     reduction_fan_in: int = Field(2, ge=2, description="Partial results that a rank of a tree merges with its own.")
-    key_distribution: Literal["auto", "direct", "chain"] = Field(
-        "auto",
-        description="How keys that several ranks need reach them: from the base to each, or from rank to rank; auto: "
-        "the cheaper by the profile.",
+    key_distribution: Literal["auto", "direct"] = Field(
+        "auto", description="How keys that several ranks need reach them: from the base to each, either way."
     )
     timeout_s: float = Field(5.0, gt=0, description="Seconds; a pool rank silent for this long is lost.")
     start_timeout_s: float = Field(

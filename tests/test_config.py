@@ -53,7 +53,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "blocks": ([1, 8, None], [0, -1, 1.5, "2", True]),
     "reduction": (["auto", "direct", "tree", "two_level"], ["ring", None, 1]),
     "reduction_fan_in": ([2, 8], [1, 0, "2", None]),
-    "key_distribution": (["auto", "direct", "chain"], ["tree", None, 1]),
+    "key_distribution": (["auto", "direct"], ["chain", "tree", None, 1]),
     "trace": (["trace.json", None], [1, True]),
     "metrics_port": ([0, 9100, 65535, None], [-1, 65536, "9100", True]),
     "release_ratio": ([1e-9, 0.5, 1.0, 1], [0, 0.0, 1.0001, -0.5, "0.5", True, None, float("nan")]),

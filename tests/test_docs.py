@@ -26,7 +26,7 @@ from fapool_plugin.observe.metrics import PhaseCounters, RankCounters
 from fapool_plugin.observe.prometheus import serve
 from fapool_plugin.plan.forecast import Choice, Thresholds
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.shares import Request
+from fapool_plugin.plan.shares import TileWithKeys
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.tools import planning
 from fapool_plugin.tools.bench import command as bench
@@ -118,7 +118,7 @@ def test_the_protocols_tables_are_the_codes() -> None:
     assert names(table(text, "field")) == list(Header._fields)
     assert [(row[0], int(row[1])) for row in table(text, "op")] == [(op.name, op.value) for op in Op]
     assert [(row[0], int(row[1])) for row in table(text, "status")] == [(one.name, one.value) for one in Status]
-    columns = [*Tile._fields, *(name for name in Request._fields if name != "tile")]
+    columns = [*Tile._fields, *(name for name in TileWithKeys._fields if name != "tile")]
     assert names(table(text, "column")) == columns
     assert len(columns) == TILE_FIELDS
 
@@ -213,7 +213,7 @@ def test_metrics_and_spans_are_explained() -> None:
 def test_columns_and_benchmarks_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     text = read("docs/planning.md")
     choice = Choice(1, 0.5, 1, 1.0, 2.0, 0.5, 1.0, 1.0, 10**9, 10**9)
-    planning.show_plan([planning.Outlook(1, {4096: choice}, Thresholds(None, None), {})])
+    planning.show_plan([planning.Outlook(1, {4096: choice}, Thresholds(None, None))])
     header = r"\s+".join(map(re.escape, names(table(text, "column"))))
     shown = capsys.readouterr().out
     assert re.search(rf"^\s*{header}\s*$", shown, re.MULTILINE), f"no header with these columns in {shown}"

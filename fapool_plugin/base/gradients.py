@@ -2,8 +2,7 @@
 
 The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
 (out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). What pool ranks did not keep since forward is sent
-again, and whatever they do not answer is computed here. Ranks may sum the gradients of keys that several of them have
-on the way. Knows no autograd and no model.
+again, and whatever they do not answer is computed here. Knows no autograd and no model.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fapool_plugin.base.joint import Asked, Part, arrange, gradients, part_ways, told
 from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.requests import Part, Payload, Request, Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.kernels.backward import attend_backward
-from fapool_plugin.observe.timeline import ATTENTION, LINEAR, MERGE, SEND, WAIT
+from fapool_plugin.observe.timeline import ATTENTION, LINEAR, SEND
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.shares import Geometry, Request, in_batches
-from fapool_plugin.plan.trees import gradient_layout
+from fapool_plugin.plan.shares import Geometry, TileWithKeys, gradient_layout, in_batches
 from fapool_plugin.wire.messages import Header, Message, Op, Status, dtype_code, elements, float_bits
 
 
@@ -72,11 +70,11 @@ class Gradients:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.dq_BHSD, self.dk_BKTD, self.dv_BKTE = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
         self.group = q.shape[1] // k.shape[1]
-        self._asked: list[Asked] = []
+        self.requests = Requests(self, shares.manager, self._compute)
 
     def post(self) -> None:
         """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
-        manager, mine = self.shares.manager, list(self.shares.base)
+        manager, mine, requests = self.shares.manager, list(self.shares.base), []
         held = manager.borrow(self.shares.geometry.longest, self.shares.sequence.id) if self.shares.ranks else []
         leased = {rank.number: rank for rank in held}
         if held:
@@ -86,27 +84,21 @@ class Gradients:
         for number, tiles in self.shares.ranks.items():
             if number in leased:
                 # All keys of a tile come with it.
-                requests = [Request(tile, tile.k_start, tile.k_stop) for tile in tiles]
-                self._asked.append(Asked(leased[number], requests, kept=self.shares.take_kept(leased[number])))
+                work = [TileWithKeys(tile, tile.k_start, tile.k_stop) for tile in tiles]
+                requests.append(Request(leased[number], work, kept=self.shares.take_kept(leased[number])))
             else:
                 mine += tiles
-        self._arrange()
-        for one in self._asked:
-            with manager.guard(one.rank):
-                one.call = one.rank.ask(*one.joined(*self._message(one.tiles, one.kept)))
-            if one.call is None and one.above is None:
-                mine += one.tiles
-        self._compute(mine)
+        self._compute(mine + self.requests.post(requests))
         manager.timeline.end()
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in the dtypes of q, k and v."""
         manager = self.shares.manager
         manager.timeline.begin(manager.counters.backward)
-        answered = [self._gather(one) for one in self._asked if one.above is None and one.call is not None]
+        pooled = self.requests.wait()
         manager.timeline.end()
-        manager.counters.backward.pooled_calls += any(answered)
-        manager.counters.backward.local_calls += not any(answered)
+        manager.counters.backward.pooled_calls += pooled
+        manager.counters.backward.local_calls += not pooled
         saved = self.saved
         return (
             self.dq_BHSD.to(saved.q_BHSD.dtype),
@@ -114,19 +106,10 @@ class Gradients:
             self.dv_BKTE.to(saved.v_BKTE.dtype),
         )
 
-    def _arrange(self) -> None:
-        """Settles whose gradients are summed by whom, where ranks have keys in common."""
-        manager, exact = self.shares.manager, self.dk_BKTD.element_size()
-        key, value = (x.shape[3] * exact for x in (self.dk_BKTD, self.dv_BKTE))
-        weigh, profile = gradients(self.group * key, key + value), manager.advisor.profile
-        sizes, whole = weigh(self._asked)
-        if manager.config.reduction != "auto" or whole < sum(sizes):
-            link = profile.link if profile is not None else None
-            arrange(self._asked, manager.config, link, weigh, manager.guard)
-
-    def _message(self, tiles: Sequence[Tile], kept: int) -> tuple[Header, list[Tensor | list[Tensor]]]:
-        """Tiles with all that their gradients are made of, but what the rank keeps as call ``kept``."""
+    def message(self, request: Request) -> tuple[Header, Payload]:
+        """Tiles with all that their gradients are made of, but what the rank keeps of the call."""
         q, k, v, out, lse, sinks = self.saved
+        tiles, kept = request.tiles, request.kept
         keep = 0 if not kept else 1 if sinks else 2
         parts = [self._parts(tile) for tile in tiles]
         sent, own = parts if not keep else [], parts if keep < 2 else []
@@ -155,52 +138,13 @@ class Gradients:
         table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64)
         return header, [table, qs, ks, vs, outs, lses, douts]
 
-    def _gather(self, asked: Asked) -> bool:
-        """Adds the gradients of one answer, and computes here what is not in it. Whether any came."""
-        manager, answer = self.shares.manager, None
-        manager.timeline.switch(WAIT)
-        with manager.guard(asked.rank):
-            answer = asked.rank.answer(asked.call or 0)
-        manager.timeline.switch(MERGE)
-        parts = told(answer, asked.rank.number)
-        self._add(answer, asked.tiles)
-        everyone = asked.all()
-        missing = [one for one in everyone if not self._note(one, parts.get(one.rank.number, Part()))]
-        self._compute(tile for one in missing for tile in one.tiles)
-        return len(missing) < len(everyone)
+    def sent(self, request: Request) -> None:
+        """Nothing stays on a rank."""
 
-    def _note(self, one: Asked, part: Part) -> bool:
-        """Draws conclusions from how one rank's part came; whether its gradients are there."""
-        manager, answer = self.shares.manager, None
-        with manager.guard(one.rank):
-            if part.status == Status.MISSING:
-                one.rank.check()
-            elif one.call is not None:
-                one.rank.answered(one.call)
-        if part.status == Status.MISSING:
-            part_ways(self._asked)
-        if part.status == Status.STALE and one.kept:
-            one.kept = 0
-            with manager.guard(one.rank):
-                answer = one.rank.answer(one.rank.ask(*self._message(one.tiles, 0)))
-            part = told(answer, one.rank.number).get(one.rank.number, Part())
-            self._add(answer, one.tiles)
-        if part.status != Status.OK:
-            return False
-        one.rank.counters.calls += 1
-        one.rank.counters.reused_calls += one.kept > 0
-        one.rank.counters.compute_s += part.took_ns / 1e9
-        began_ns = part.began_ns + one.rank.clock_offset
-        manager.timeline.rank(one.rank.number, began_ns, part.took_ns, layer=self.shares.layer)
-        return True
-
-    def _add(self, answer: Message | None, tiles: Sequence[Tile]) -> None:
-        """Adds what an answer has: of these tiles, or, if it is a merged one, of what its table says."""
-        if answer is None or not answer.tensors:
-            return
-        dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors[:3])
-        merged = answer.header.parts > 0
-        table = answer.tensors[3].tolist() if merged else [(*tile, tile.k_start, tile.k_stop) for tile in tiles]
+    def merge(self, answer: Message, tiles: Sequence[Tile]) -> None:
+        """Adds the gradients of these tiles."""
+        dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors)
+        table = [(*tile, tile.k_start, tile.k_stop) for tile in tiles]
         head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
         for tile, dq_at, dk_at, dv_at in gradient_layout(table, self.group, head_dim, v_head_dim):
             row, heads, lanes, queries, keys = self._parts(tile)
@@ -210,6 +154,20 @@ class Gradients:
             dq_HSD += dq[dq_at].view(dq_HSD.shape)
             dk_KTD += dk[dk_at].view(dk_KTD.shape)
             dv_KTE += dv[dv_at].view(dv_KTE.shape)
+
+    def arrived(self, request: Request, part: Part) -> None:
+        """Counts what the rank did."""
+        counters = request.rank.counters
+        counters.calls += 1
+        counters.reused_calls += request.kept > 0
+        counters.compute_s += part.took_ns / 1e9
+        began_ns = part.began_ns + request.rank.clock_offset
+        self.shares.manager.timeline.rank(request.rank.number, began_ns, part.took_ns, layer=self.shares.layer)
+
+    def lacks(self, request: Request, part: Part) -> bool:
+        """A rank that does not keep the call any more is sent all of it."""
+        was, request.kept = request.kept, 0
+        return was > 0 and part.status == Status.STALE
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self.shares.manager.timeline.switch(ATTENTION)

@@ -1,18 +1,20 @@
-"""The base's record of training calls that pool ranks keep whole, and how it knows that a call is the same as before.
+"""Training calls that pool ranks keep whole: the base's record of them, and one step of a call that asks for it.
 
 A kept call has the number that its request had on the link. Gradients use it up; gradient checkpointing asks for it
-once more before, by the same bits. Knows tensors and tiles; not who keeps anything, nor how.
+once more before, by the same bits. Knows tensors and tiles; not how calls are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.wire.messages import Header
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -50,6 +52,58 @@ class KeptCalls:
             return call, 0
         self.take(rank, call)
         return 0, call
+
+
+class Asked(Protocol):
+    """A request to a rank."""
+
+    call: int | None
+    kept: int
+
+    @property
+    def rank(self) -> Any:
+        """Whose key names it in this lease."""
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """What it is to compute."""
+
+
+class KeepingStep:
+    """What one call of layer ``layer`` has to do so that pool ranks keep it.
+
+    Args:
+        bits: of what the call is made, if it may be made once more; else empty.
+    """
+
+    def __init__(self, calls: KeptCalls, layer: int, bits: bytes) -> None:
+        self._calls, self._layer, self._bits = calls, layer, bits
+
+    def marked(
+        self, request: Asked, header: Header, tensors: list[Tensor | list[Tensor]]
+    ) -> tuple[Header, list[Tensor | list[Tensor]]]:
+        """A request that the rank is to keep; only the number, if it keeps the same already."""
+        request.kept, replaced = self._calls.again(request.rank.key, self._layer, request.tiles, self._bits)
+        header = header._replace(keep=2, extra=request.kept or replaced)
+        if not request.kept:
+            return header, tensors
+        return header._replace(tiles=0, q_elements=0, k_elements=0, v_elements=0), [[], [], [], []]
+
+    def arrived(self, request: Asked, kept: bool) -> None:
+        """Records whether the rank keeps this call."""
+        counters = request.rank.counters
+        counters.reused_calls += request.kept > 0
+        if not request.kept and kept and request.call is not None:
+            request.kept = request.call
+            self._calls.add(request.rank.key, request.call, self._layer, request.tiles, self._bits)
+            counters.kept_calls += 1
+        counters.unkept_calls += not request.kept
+
+    def lost(self, request: Asked) -> bool:
+        """The rank does not keep it any more; whether it was to."""
+        was, request.kept = request.kept, 0
+        self._calls.take(request.rank.key, was)
+        return was > 0
 
 
 def fingerprint(*tensors: Tensor) -> bytes:

@@ -40,7 +40,7 @@ class PoolRank:
         self.joint = 0
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
-        """Works together with no other rank any more: a part or keys did not arrive in this lease."""
+        """Works together with no other rank any more: a part did not arrive in this lease."""
         self._met: set[int] = set()
         self._call = 0
         self._sent: deque[tuple[int, int]] = deque()
@@ -96,10 +96,6 @@ class PoolRank:
         if other.key not in self._met:
             self.link.send(Header(op=Op.PEER, token=self.token, number=self.number, peer=other.number, extra=name))
             self._met.add(other.key)
-
-    def give(self, header: Header, tensors: Sequence[Tensor | Sequence[Tensor]]) -> None:
-        """Sends keys for a request that follows; they are kept until that is answered."""
-        self.link.send(header._replace(op=Op.KEYS, token=self.token), tensors)
 
     def check(self) -> None:
         """Raises LinkLost if the rank is known to be gone."""

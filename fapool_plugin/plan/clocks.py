@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil
 from typing import NamedTuple
 
 from fapool_plugin.plan.ideal_line import (
@@ -52,21 +51,10 @@ class Cores:
         return max(1, self.total - max(0, ranks * self.per_rank - self.spare))
 
     def crowding(self, ranks: int, machine: int) -> float:
-        """How much longer work takes while all threads compute and are more than the ``machine`` has cores."""
+        """How much longer work takes where running threads are more than the ``machine`` has cores."""
         if ranks == 0 or self.per_rank == 0:
             return 1.0
         return max(1.0, (self.base(ranks) + ranks * self.per_rank) / max(machine, self.total))
-
-    def turns(self, ranks: int, machine: int) -> int:
-        """How many threads a core computes for, one after the other, where each has less to do than the scheduler's
-        time slice: whole turns, so three threads take two on two cores."""
-        return ceil(self.crowding(ranks, machine))
-
-    def crowded_s(self, ranks: int, machine: int, base_s: float, pool_s: float) -> float:
-        """Seconds lost to taking turns, if the base computes for ``base_s`` and meanwhile each rank for ``pool_s``."""
-        ranks_alone = max(1.0, ranks * self.per_rank / max(machine, self.total))
-        together_s = (self.crowding(ranks, machine) - 1) * min(base_s, pool_s)
-        return together_s + (ranks_alone - 1) * max(0.0, pool_s - base_s)
 
 
 class Way(NamedTuple):
@@ -148,20 +136,14 @@ class Prefill:
         side, layers = self._sides(ranks), self.profile.shape.layers
         both = layers * (side.base_s + side.ranks_s)
         balanced = max(0.0, layers * side.ranks_s - side.linear_s) / both if both else 0.0
-        # Lost turns grow with what both do at a time: where they are many, doing it all on one side is the least.
-        return min(
-            max(base_s, pool_s) + self._crowded_s(ranks, base_s, pool_s)
-            for share in (0.0, balanced, 1.0)
-            for base_s, pool_s in ((side.linear_s + share * layers * side.base_s, (1 - share) * layers * side.ranks_s),)
-        )
+        return side.linear_s + balanced * layers * side.base_s
 
     def bound_s(self, way: Way) -> float:
         """Seconds that this way takes at least; quickly known."""
         side, layers = self._sides(way.ranks), self.profile.shape.layers
         linear = side.linear_s + (way.blocks - 1) * side.block_s
         mine, theirs = layers * way.base_share * side.base_s, layers * (1 - way.base_share) * side.ranks_s
-        bound_s = linear + max(mine, theirs) if way.blocks == 1 else max(linear + mine, theirs)
-        return bound_s + self._crowded_s(way.ranks, linear + mine, theirs)
+        return linear + max(mine, theirs) if way.blocks == 1 else max(linear + mine, theirs)
 
     def play(self, way: Way) -> Played:
         """Both clocks through the forward.
@@ -214,8 +196,7 @@ class Prefill:
         sending = [message.sending * way.blocks for message in messages]
         busiest = max(sum(block) + last for *block, last in zip(*pools, sending, strict=True))
         busy = layers * (sum(linears) + sum(owns) + way.blocks * merging)
-        crowded_s = self._crowded_s(way.ranks, busy, layers * busiest)
-        return Played(max(base, *free) + crowded_s, busy, layers * busiest)
+        return Played(max(base, *free), busy, layers * busiest)
 
     def real_bytes(self, way: Way) -> tuple[int, int]:
         """Bytes of all layers to and from all ranks, of the tiles that :func:`partition` gives. Keys of the past
@@ -237,19 +218,17 @@ class Prefill:
         if ranks not in self._known:
             base, rank = _attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).prefill
-            beside = self.profile.beside if ranks and self.cores.per_rank else 1.0
+            crowding = self.cores.crowding(ranks, self.profile.machine.cores)
+            beside = crowding * (self.profile.beside if ranks and self.cores.per_rank else 1.0)
             self._known[ranks] = _Sides(
                 linear.at(self.tokens) * beside,
                 linear.a * beside,
-                self._attention_s(base),
-                self._attention_s(rank) / sum(_speeds(ranks, self.slowdown)),
-                base.prefill.a,
-                rank.prefill.a,
+                self._attention_s(base) * crowding,
+                self._attention_s(rank) * crowding / sum(_speeds(ranks, self.slowdown)),
+                base.prefill.a * crowding,
+                rank.prefill.a * crowding,
             )
         return self._known[ranks]
-
-    def _crowded_s(self, ranks: int, base_s: float, pool_s: float) -> float:
-        return self.cores.crowded_s(ranks, self.profile.machine.cores, base_s, pool_s)
 
     def _attention_s(self, cost: AttentionCost) -> float:
         """One layer's attention without the cost of a call, as :func:`cost.share_s` counts it."""
@@ -342,16 +321,17 @@ class Decode:
 
     def _sides(self, ranks: int) -> _Sides:
         if ranks not in self._known:
-            turns = self.cores.turns(ranks, self.profile.machine.cores)
+            # Ranks sleep while the base computes what is linear.
+            crowding = self.cores.crowding(ranks, self.profile.machine.cores)
             base, rank = _attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).decode
             self._known[ranks] = _Sides(
                 linear.at(len(self.lengths)),
                 0.0,
-                self._attention_s(base) * turns,
-                self._attention_s(rank) * turns / sum(_speeds(ranks, self.slowdown)),
-                base.decode.a * turns,
-                rank.decode.a * turns,
+                self._attention_s(base) * crowding,
+                self._attention_s(rank) * crowding / sum(_speeds(ranks, self.slowdown)),
+                base.decode.a * crowding,
+                rank.decode.a * crowding,
             )
         return self._known[ranks]
 

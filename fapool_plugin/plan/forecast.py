@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import Literal
 
 from fapool_plugin.plan.clocks import Cores, Decode, Played, Prefill, Way
 from fapool_plugin.plan.ideal_line import GRANULE
 from fapool_plugin.plan.line import Row
 from fapool_plugin.plan.profile import Profile
-from fapool_plugin.plan.shares import Geometry, make_plan, speeds
-from fapool_plugin.plan.trees import Lanes, choose_distribution, choose_reduction, routes
 
-__all__ = ["Choice", "Cores", "Thresholds", "Together", "auto_threshold", "choose_decode", "choose_prefill", "together"]
+__all__ = ["Choice", "Cores", "Thresholds", "auto_threshold", "choose_decode", "choose_prefill"]
 
 _STEPS = 100
 """The base's share is tried in so many steps."""
@@ -240,64 +237,3 @@ def _check(
         raise ValueError(f"slowdown is {list(slowdown)}; give each rank a finite factor above 0")
     if base_share is not None and not 0 <= base_share < 1:
         raise ValueError(f"base_share is {base_share}; give at least 0 and less than 1, or None")
-
-
-@dataclass(frozen=True)
-class Together:
-    """How pool ranks would work on one layer's call: what is chosen, and the seconds of every way."""
-
-    reduction: str
-    reduction_s: dict[str, float]
-    """A decode step: from the moment at which all ranks have their results until the base has merged them."""
-    distribution: str
-    distribution_s: dict[str, float]
-    """A prompt in one block: until all ranks have their queries and keys."""
-
-
-def together(
-    profile: Profile,
-    length: int,
-    *,
-    ranks: int,
-    mode: Literal["line", "query_blocks"] = "line",
-    fan_in: int = 2,
-    nodes: Sequence[int] = (),
-    blocks: int = 1,
-) -> Together:
-    """What trees and chains would cost for one sequence of ``length`` tokens, all ranks and the base alike.
-
-    Args:
-        mode: how calls are cut.
-        fan_in: results that a rank of a tree merges.
-        nodes: for each rank the node it is on (default: all on one).
-        blocks: blocks of the prompt in flight.
-    """
-    shape, link = profile.shape, profile.link
-    group, size = shape.heads // shape.kv_heads, shape.element_bytes
-    step = make_plan(Geometry((0,), (length + 1,), length, length + 1), shape.kv_heads, speeds(ranks, None), mode=mode)
-    answer = group * (shape.v_head_dim + 1) * max(4, size)
-    lanes = [{head for tile in share for head in range(tile.head_start, tile.head_stop)} for share in step.shares]
-    parts, whole = tuple(len(heads) * answer for heads in lanes), len(set().union(*lanes)) * answer
-    reduction, reduction_s = choose_reduction("auto", link, parts, whole, fan_in, tuple(nodes) or (0,) * ranks)
-
-    prompt = make_plan(Geometry((0,), (length,), 0, length), shape.kv_heads, speeds(ranks, None), mode=mode)
-    position = (shape.head_dim + shape.v_head_dim) * size
-    needs = [[Lanes(*tile[:3], 0, tile.k_stop) for tile in share] for share in prompt.shares]
-    queries = [
-        sum((tile.head_stop - tile.head_start) * (tile.q_stop - tile.q_start) for tile in share)
-        for share in prompt.shares
-    ]
-    distribution, distribution_s = choose_distribution(
-        "auto",
-        link,
-        [count * group * shape.head_dim * size for count in queries],
-        [position * sum(part.positions for part in lacking) for lacking in needs],
-        [(len(route.ranks), position * route.positions) for route in routes(needs)],
-        blocks,
-    )
-    return Together(
-        reduction,
-        {str(way): seconds for way, seconds in reduction_s.items()},
-        distribution,
-        {str(way): seconds for way, seconds in distribution_s.items()},
-    )

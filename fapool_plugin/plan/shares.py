@@ -1,11 +1,11 @@
 """A plan: who computes which tiles of a call. Pure functions of lengths, speeds and what is resident.
 
-Knows neither tensors nor links. What a plan costs in seconds is not known here yet: shares follow given speeds.
+Knows neither tensors nor links, nor what a plan takes: shares follow given speeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -154,7 +154,7 @@ def in_batches(tiles: Iterable[Tile], geometry: Geometry) -> list[tuple[Tile, in
     return batches
 
 
-class Request(NamedTuple):
+class TileWithKeys(NamedTuple):
     """A tile for a pool rank, and the new keys [key_start, key_stop) that go with it; key_start is the residency
     it assumes."""
 
@@ -165,7 +165,7 @@ class Request(NamedTuple):
 
 def within_residency(
     share: Share, held: Callable[[Tile], int], axis: Literal["queries", "keys"], block: int
-) -> tuple[list[Request], list[Tile]]:
+) -> tuple[list[TileWithKeys], list[Tile]]:
     """What a pool rank is asked to compute of its share, and what the base keeps.
 
     Along the queries every missing key is sent. Along the keys a rank works on what it holds: missing keys are sent
@@ -175,14 +175,52 @@ def within_residency(
     for tile in share:
         have = held(tile)
         if axis == "queries":
-            requests.append(Request(tile, min(have, tile.k_stop), tile.k_stop))
+            requests.append(TileWithKeys(tile, min(have, tile.k_stop), tile.k_stop))
             continue
         missing = max(0, tile.k_stop - have)
         reach = have + missing // block * block if missing else have
         stop = min(tile.k_stop, reach)
         if stop > tile.k_start:
             start = min(have, stop)
-            requests.append(Request(tile._replace(k_stop=stop), start, max(start, stop)))
+            requests.append(TileWithKeys(tile._replace(k_stop=stop), start, max(start, stop)))
         if stop < tile.k_stop:
             left.append(tile._replace(k_start=max(stop, tile.k_start)))
     return requests, left
+
+
+def layout(tiles: Iterable[Tile], group: int, head_dim: int) -> Iterator[tuple[Tile, slice, slice]]:
+    """Where each tile's out (queries, heads, E) and lse (heads, queries) lie in flat results, tile behind tile.
+
+    Args:
+        tiles: in the order in which their results were written.
+        group: query heads per KV head.
+        head_dim: E, of outputs.
+    """
+    out_at = lse_at = 0
+    for tile in tiles:
+        size = (tile.q_stop - tile.q_start) * (tile.head_stop - tile.head_start) * group
+        yield tile, slice(out_at, out_at + size * head_dim), slice(lse_at, lse_at + size)
+        out_at, lse_at = out_at + size * head_dim, lse_at + size
+
+
+def gradient_layout(
+    entries: Iterable[Sequence[int]], group: int, head_dim: int, v_head_dim: int
+) -> Iterator[tuple[Tile, slice, slice, slice]]:
+    """Where each entry's dq (query heads, queries, D), dk (heads, keys, D) and dv (heads, keys, E) lie in flat
+    gradients, entry behind entry. The tile's keys are those that there are dk and dv of.
+
+    Args:
+        entries: rows of a tile table: dq of the queries, dk and dv of the positions from ``key_start`` to
+            ``key_stop``; either may be empty.
+        group: query heads per KV head.
+        head_dim: D, of queries and keys.
+        v_head_dim: E, of values.
+    """
+    q_at = k_at = v_at = 0
+    for row, head_start, head_stop, q_start, q_stop, _, _, key_start, key_stop in entries:
+        heads, keys = head_stop - head_start, key_stop - key_start
+        q_stop_at = q_at + heads * group * (q_stop - q_start) * head_dim
+        k_stop_at, v_stop_at = k_at + heads * keys * head_dim, v_at + heads * keys * v_head_dim
+        tile = Tile(row, head_start, head_stop, q_start, q_stop, key_start, key_stop)
+        yield tile, slice(q_at, q_stop_at), slice(k_at, k_stop_at), slice(v_at, v_stop_at)
+        q_at, k_at, v_at = q_stop_at, k_stop_at, v_stop_at

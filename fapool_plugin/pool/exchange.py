@@ -1,9 +1,7 @@
-"""A pool rank's links to other pool ranks: keys are passed on from rank to rank, results are merged on their way to
-the base.
+"""A pool rank's links to other pool ranks: results are merged on their way to the base.
 
-Keys go on as they arrive, in the thread that received them, so that no rank waits for another's computation. Whatever
-does not come in time is reported as missing: the base can compute everything itself. Knows links, keys and parts;
-not who asked for what, nor why.
+What does not come in time is reported as missing: the base can compute everything itself. Knows links and parts; not
+who asked for what, nor why.
 """
 
 from __future__ import annotations
@@ -19,11 +17,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from fapool_plugin.pool.totals import GradientTotal, Payload, ResultTotal, Total
+from fapool_plugin.plan.line import Tile
+from fapool_plugin.pool.partial_results import PartialResults
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import TILE_FIELDS, Header, LinkLost, Message, Op, Status, dtype_code, elements
 
 Arrived = tuple[Link, Message | LinkLost]
+Payload = Sequence[torch.Tensor | Sequence[torch.Tensor]]
 Connect = Callable[[str, Literal["base", "pool"], Callable[[Arrived], object]], Link]
 """Opens one end of a link with that name, which receives into the function given. Raises RuntimeError if the other
 end does not come."""
@@ -45,7 +45,7 @@ def connect_at(host: str, port: int, patience_s: float, bind: str | None = None)
 
 
 class Inbox:
-    """What a worker's links to base ranks receive into. Keys are handed on at once; all else waits for the worker.
+    """What a worker's links to base ranks receive into. Introductions are heeded at once, all else waits.
 
     Args:
         connect: opens links to other pool ranks.
@@ -65,10 +65,6 @@ class Inbox:
                 self._exchanges[link].stop()
         elif item.header.op == Op.PEER:
             self._introduce(link, item.header)
-            return
-        elif item.header.op == Op.KEYS:
-            if (exchange := self._exchanges.get(link)) is not None and exchange.token == item.header.token:
-                exchange.take(item)
             return
         self._waiting.put(arrived)
 
@@ -112,64 +108,28 @@ class Exchange:
         self._connect, self._patience_s = connect, patience_s
         self._peers: dict[int, _Peer] = {}
         self._changed = threading.Condition()
-        self._keys: dict[int, list[Message]] = {}
         self._parts: dict[tuple[int, int], Message] = {}
         self._over = 0
         """The last joint call that waits for nothing any more; what comes for it or earlier ones comes too late."""
-        self._broken = False
-        """Keys did not arrive once, or whoever passed them on is gone: none are waited for, until there is a new
-        link."""
 
     def meet(self, number: int, name: str) -> None:
         """Opens a link to another rank, without waiting for it."""
         peer = self._peer(number)
-        with self._changed:
-            self._broken = False
         side: Literal["base", "pool"] = "base" if self.number < number else "pool"
         threading.Thread(target=peer.open, args=(self._connect, name, side), name=f"fapool {name}", daemon=True).start()
 
-    def take(self, keys: Message) -> None:
-        """Passes keys on to the next rank on their route, if there is one, and keeps them for the call they are for."""
-        if keys.header.peers:
-            *payload, onward = keys.tensors
-            header = keys.header._replace(peers=keys.header.peers - 1)
-            self.send(int(onward[0]), header, [*payload, onward[1:]] if header.peers else payload)
-        with self._changed:
-            if keys.header.joint > self._over:
-                self._keys.setdefault(keys.header.joint, []).append(keys)
-                self._changed.notify_all()
-
     def came(self, peer: _Peer, item: Message | LinkLost) -> None:
         """Something arrived from another rank, or nothing will any more."""
-        if isinstance(item, Message) and item.header.op == Op.KEYS:
-            self.take(item)
-            return
         with self._changed:
             if isinstance(item, LinkLost):
                 peer.lost = True
-                # Keys go from lower to higher numbers.
-                self._broken = self._broken or peer.number < self.number
             elif item.header.joint > self._over:
                 self._parts[item.header.joint, peer.number] = item
             self._changed.notify_all()
 
     def send(self, number: int, header: Header, tensors: Payload) -> None:
         """Sends to another rank, as soon as its link stands; what cannot be sent is missed at the other end."""
-        # Keys may come from a rank before the base's word that there is one to pass them on to.
         self._peer(number).send(header, tensors)
-
-    def keys(self, joint: int, count: int) -> list[Message] | None:
-        """The ``count`` messages of keys for a call; None if they do not all come."""
-
-        def complete() -> bool:
-            return len(self._keys.get(joint, ())) >= count
-
-        with self._changed:
-            self._changed.wait_for(lambda: complete() or self._broken, self._patience_s)
-            self._broken = self._broken or not complete()
-            found = self._keys.get(joint, []) if complete() else None
-            self._end(joint)
-        return found
 
     def merged(self, request: Message, own: Header, tensors: Payload) -> tuple[Header, Payload]:
         """The answer that this rank computed, merged with those that the request says are to come.
@@ -178,33 +138,31 @@ class Exchange:
         the clock when it began. A rank without a row is missing.
         """
         asked, rows = request.header, [[self.number, own.status, own.extra, own.clock]]
-        gradients = asked.op == Op.BACKWARD
-        total: Total = ResultTotal(asked.group, asked.v_head_dim)
-        if gradients:
-            total = GradientTotal(asked.group, asked.head_dim, asked.v_head_dim)
+        results = PartialResults(asked.group, asked.v_head_dim)
         if own.status == Status.OK:
-            total.add_own(request.tensors[0].tolist(), tensors)
+            for row, out, lse in zip(request.tensors[0].tolist(), *tensors, strict=True):
+                results.add(Tile(*row[:7]), out, lse)
         below = request.tensors[-1].tolist() if asked.peers else []
         # Others have as much to compute, and may have begun when this rank ended.
         for part in self._await(asked.joint, below, self._patience_s + own.extra / 1e9):
-            *flat, table_of_part, reported = part.tensors
-            total.add_part(table_of_part.tolist(), flat)
+            out, lse, table_of_part, reported = part.tensors
+            results.add_flat(table_of_part.tolist(), out, lse)
             rows += reported.tolist()
-        table, results = total.result()
-        sizes = [elements(some) for some in results]
-        header = own._replace(status=Status.OK, tiles=len(table), parts=len(rows), q_elements=sizes[0])
-        if gradients:
-            header = header._replace(k_elements=sizes[1], v_elements=sizes[2])
-        else:
-            dtype = dtype_code(results[0][0].dtype) if table else own.dtype
-            header = header._replace(dtype=dtype, lse_elements=sizes[1])
+        table, (outs, lses) = results.result()
+        header = own._replace(
+            status=Status.OK,
+            tiles=len(table),
+            parts=len(rows),
+            q_elements=elements(outs),
+            lse_elements=elements(lses),
+            dtype=dtype_code(outs[0].dtype) if table else own.dtype,
+        )
         told = torch.tensor(table, dtype=torch.int64).view(len(table), TILE_FIELDS)
-        return header, (*results, told, torch.tensor(rows))
+        return header, (outs, lses, told, torch.tensor(rows))
 
     def stop(self) -> None:
         """Waits for nobody any more."""
         with self._changed:
-            self._broken = True
             for peer in list(self._peers.values()):
                 peer.lost = True
             self._changed.notify_all()
@@ -236,7 +194,6 @@ class Exchange:
 
     def _end(self, joint: int) -> None:
         self._over = joint
-        self._keys = {call: kept for call, kept in self._keys.items() if call > joint}
         self._parts = {call: kept for call, kept in self._parts.items() if call[0] > joint}
 
 

@@ -95,30 +95,11 @@ class Worker:
             link.send(*compute(message))
             return
         exchange = self.inbox.exchange(link)
-        if header.awaits:
-            keys = exchange.keys(header.joint, header.awaits)
-            if keys is None:
-                link.send(header._replace(status=Status.MISSING))
-            elif all(self._store(one) for one in keys):
-                link.send(*self.attend(message))
-            else:
-                link.send(header._replace(status=Status.STALE))
-            return
         merged = exchange.merged(message, *compute(message))
         if header.peer:
             exchange.send(header.peer - 1, *merged)
         else:
             link.send(*merged)
-
-    def _store(self, message: Message) -> bool:
-        """Keeps keys that are not a request's own; False if what comes before them is not here, or memory is full."""
-        keys, header = _Request(message, self.device), message.header
-        for row, head_start, head_stop, _, _, _, _, start, stop in message.tensors[0].tolist():
-            new_k, new_v = keys.keys(head_stop - head_start, stop - start)
-            lanes = header.sequence, header.layer, row, head_start
-            if not self.prefixes.put(*lanes, new_k, new_v, start, header.capacity):
-                return False
-        return True
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:

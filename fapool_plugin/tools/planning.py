@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fapool_plugin.plan.forecast import Choice, Cores, Thresholds, Together, auto_threshold, choose_prefill, together
-from fapool_plugin.plan.line import Mode
+from fapool_plugin.plan.forecast import Choice, Cores, Thresholds, auto_threshold, choose_prefill
 from fapool_plugin.plan.profile import Fit, Profile
 from fapool_plugin.tools.demo import Screen
 
@@ -54,8 +53,6 @@ class Outlook:
     pool_ranks: int
     choices: dict[int, Choice]
     thresholds: Thresholds
-    together: dict[str, Together]
-    """By partition, for the longest length: trees and chains of all these ranks."""
 
 
 def pays(choice: Choice) -> bool:
@@ -175,8 +172,7 @@ def outlooks(profile: Profile, lengths: Sequence[int], setting: Setting) -> list
                 choices[length] = choose_prefill(profile, [length], ranks=ranks, alone=False, **known)
                 done += 1
             thresholds = auto_threshold(profile, ranks=ranks, longest=max(64, *lengths), **known)
-            ways = {mode: together(profile, max(lengths), ranks=ranks, mode=mode) for mode in get_args(Mode)}
-            found.append(Outlook(ranks, choices, thresholds, ways))
+            found.append(Outlook(ranks, choices, thresholds))
         screen("predicting", done, total)
     return found
 
@@ -207,29 +203,6 @@ def show_plan(found: Sequence[Outlook]) -> None:
             )
         table.caption = _caption(outlook)
         Console().print(table)
-        if outlook.pool_ranks > 1:
-            Console().print(_together(outlook))
-
-
-def _together(outlook: Outlook) -> Table:
-    """How these ranks would work together: the chosen way first, then what the others would cost."""
-    table = Table(
-        "partition",
-        "results return",
-        "keys reach ranks",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=f"{outlook.pool_ranks} pool ranks together, {max(outlook.choices)} tokens: ms of one layer, predicted",
-    )
-    for mode, ways in outlook.together.items():
-        table.add_row(mode, _costs(ways.reduction, ways.reduction_s), _costs(ways.distribution, ways.distribution_s))
-    table.caption = "the chosen way first"
-    return table
-
-
-def _costs(chosen: str, seconds: dict[str, float]) -> str:
-    names = sorted(seconds, key=lambda name: (name != chosen, seconds[name]))
-    return ", ".join(f"{name} {seconds[name] * 1e3:.2f}" for name in names)
 
 
 def _caption(outlook: Outlook) -> str:
@@ -256,7 +229,6 @@ def plan_values(profile: Profile, found: Sequence[Outlook], setting: Setting) ->
             {
                 "pool_ranks": outlook.pool_ranks,
                 "thresholds": asdict(outlook.thresholds),
-                "together": {mode: asdict(ways) for mode, ways in outlook.together.items()},
                 "lengths": [
                     {"tokens": length, "pays": pays(choice), **asdict(choice)}
                     for length, choice in outlook.choices.items()

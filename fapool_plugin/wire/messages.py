@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 TILE_FIELDS, PART_FIELDS = 9, 4
 INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
@@ -30,8 +30,7 @@ class Op(IntEnum):
     RELEASE = 4
     BYE = 5
     PEER = 6
-    KEYS = 7
-    BACKWARD = 8
+    BACKWARD = 7
 
 
 class Status(IntEnum):
@@ -90,11 +89,13 @@ class Header(NamedTuple):
     peer: int = 0
     """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank."""
     peers: int = 0
-    """Ranks listed: those whose answers are merged into ATTEND's, or those that KEYS are passed on to."""
-    awaits: int = 0
-    """KEYS messages that ATTEND waits for."""
+    """Ranks listed: those whose answers are merged into ATTEND's."""
     parts: int = 0
     """Merged answers: how many ranks' parts they report on."""
+
+
+_HEADER_BYTES = -(-8 * len(Header()) // 64) * 64
+"""Of a frame: the header, and as much as makes the payload behind it begin at a multiple of 64."""
 
 
 def float_bits(value: float) -> int:
@@ -116,7 +117,7 @@ def dtype_code(dtype: torch.dtype) -> int:
 
 def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
-    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.KEYS, Op.BACKWARD):
+    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.BACKWARD):
         return []
     sizes = [header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements]
     sizes += [header.peers, header.parts]
@@ -142,7 +143,7 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
 
 def frame_bytes() -> int:
     """Bytes of every message's first transfer: the header, and room for a small payload."""
-    return 8 * len(Header()) + INLINE_BYTES
+    return _HEADER_BYTES + INLINE_BYTES
 
 
 class Message(NamedTuple):
@@ -162,7 +163,7 @@ class Wire:
         for shape, dtype in parts:
             starts.append(stop)
             stop += -(-math.prod(shape) * dtype.itemsize // 64) * 64
-        inline = frame[8 * len(header) :]
+        inline = frame[_HEADER_BYTES:]
         self.body = torch.empty(stop, dtype=torch.uint8) if stop > INLINE_BYTES else None
         place = inline if self.body is None else self.body
         self.tensors = [

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fapool_plugin.base import attention
 from fapool_plugin.base.attention import FAPoolAttention
+from fapool_plugin.base.requests import Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
@@ -218,7 +218,7 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
         def interrupt(*args: object) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(attention._Call, "_gather", interrupt)
+        patched.setattr(Requests, "_gather", interrupt)
         with pytest.raises(KeyboardInterrupt):
             stream.call(1)
     for _ in range(3):
@@ -229,18 +229,18 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
 def test_replies_that_an_earlier_lease_gave_up_are_not_taken_for_later_ones() -> None:
     """The link outlives the lease, and so do answers that nobody waited for."""
     with ResourceManager(FAPoolConfig(pool_ranks=1, threshold=0, memory_limit_mib=64), ThreadPool) as manager:
-        original = attention._Call._gather
+        original = Requests._gather
 
         def fail(*args: object) -> bool:
             raise MemoryError
 
         for _ in range(2):
-            attention._Call._gather = fail  # type: ignore[assignment]
+            Requests._gather = fail  # type: ignore[assignment]
             try:
                 with pytest.raises(MemoryError):
                     Stream(manager, (0,)).call(40)
             finally:
-                attention._Call._gather = original  # type: ignore[method-assign]
+                Requests._gather = original  # type: ignore[method-assign]
             manager._release("test")
         check(*Stream(manager, (0,)).call(40), 2e-5)
         assert manager.ranks[0].memory_limit == 64 * 2**20

@@ -46,12 +46,12 @@ def test_a_decode_step_is_the_longer_of_two_clocks() -> None:
     assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
 
 
-def test_on_crowded_cores_attention_takes_turns_and_the_rest_does_not() -> None:
-    """Three threads on two cores, one head for each: every tile takes twice as long, what is linear no longer."""
+def test_on_crowded_cores_attention_takes_longer_and_the_rest_does_not() -> None:
+    """Three threads on two cores, one head for each: every tile takes half as long again, what is linear no longer."""
     told, keys = profile(ATTENTION, LINEAR, FREE, decode=(Fit(a=1e-4, b=3e-7), Fit(a=1e-3, b=1e-3)), cores=2), 3000
     predicted = Decode(told, [keys], Cores(2), held=[keys, keys]).play(Way(2, 1, 1 / 3)).seconds
     head = 1e-4 + 3e-7 * keys / KV_HEADS
-    expected = told.linear_for(1).decode.at(1) + LAYERS * 2 * head
+    expected = told.linear_for(1).decode.at(1) + LAYERS * 1.5 * head
     assert predicted == pytest.approx(expected), f"predicted {predicted}, by hand {expected}"
 
 

@@ -13,16 +13,12 @@ from hypothesis import strategies as st
 
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import Fit, LinkCost
+from fapool_plugin.plan.shares import layout
 from fapool_plugin.plan.trees import (
-    Lanes,
     Parents,
     arrangements,
-    choose_distribution,
     choose_reduction,
-    distribution_s,
-    layout,
     reduction_s,
-    routes,
 )
 
 nodes_of = st.lists(st.integers(0, 3), max_size=40)
@@ -124,70 +120,6 @@ def test_direct_results_cost_the_base_and_trees_cost_hops() -> None:
 def test_without_costs_or_when_told_nothing_is_compared() -> None:
     assert choose_reduction("auto", None, (8,) * 7, 8, 2, (0,) * 7) == ("direct", {})
     assert choose_reduction("tree", link(0.0, 1.0), (8,) * 4, 32, 2, (0,) * 4)[0] == "tree"
-    assert choose_distribution("auto", None, [1], [1], [(2, 1)], 1) == ("direct", {})
-    assert choose_distribution("chain", None, [1], [1], [(2, 1)], 1) == ("chain", {})
-    assert choose_distribution("chain", None, [1], [1], [(1, 1), (1, 1)], 1)[0] == "direct", "nobody shares a key"
-
-
-lanes_of = st.lists(
-    st.builds(
-        lambda row, head, heads, start, length: Lanes(row, head, head + heads, start, start + length),
-        st.integers(0, 2),
-        st.integers(0, 4),
-        st.integers(1, 3),
-        st.integers(0, 6),
-        st.integers(1, 6),
-    ),
-    max_size=4,
-)
-
-
-@given(st.lists(lanes_of, max_size=5))
-def test_every_lacking_key_arrives_and_none_leaves_the_base_twice(needs: list[list[Lanes]]) -> None:
-    left: Counter[tuple[int, int, int]] = Counter()
-    arrived: Counter[tuple[int, int, int, int]] = Counter()
-    lacking = {
-        (rank, lanes.row, head, position)
-        for rank, lacks in enumerate(needs)
-        for lanes in lacks
-        for head in range(lanes.head_start, lanes.head_stop)
-        for position in range(lanes.start, lanes.stop)
-    }
-    for route in routes(needs):
-        assert list(route.ranks) == sorted(set(route.ranks)), "keys would meet on their way"
-        size = 0
-        for lanes in route.lanes:
-            for head in range(lanes.head_start, lanes.head_stop):
-                assert {rank for rank, row, at, _ in lacking if (row, at) == (lanes.row, head)} == set(route.ranks)
-                for position in range(lanes.start, lanes.stop):
-                    left[lanes.row, head, position] += 1
-                    size += 1
-                    arrived.update((rank, lanes.row, head, position) for rank in route.ranks)
-        assert size == route.positions
-    assert max(left.values(), default=1) == max(arrived.values(), default=1) == 1
-    assert lacking <= set(arrived)
-
-
-def test_neighbouring_lanes_alike_travel_as_one() -> None:
-    both, first = Lanes(0, 0, 4, 0, 9), Lanes(0, 0, 2, 0, 9)
-    (shared, alone) = routes([[first], [both]])
-    assert (shared.ranks, shared.lanes) == ((0, 1), (first,))
-    assert (alone.ranks, alone.lanes) == ((1,), (Lanes(0, 2, 4, 0, 9),))
-
-
-def test_a_chain_costs_the_base_one_ranks_keys_and_the_last_rank_its_hops() -> None:
-    # Four ranks that need the same 100 bytes of keys, with 10 bytes of queries each.
-    def seconds(blocks: int) -> dict[str, float]:
-        costs = distribution_s(link(1.0, 1.0), [10] * 4, [100] * 4, [(4, 100)], blocks)
-        return {str(way): cost for way, cost in costs.items()}
-
-    assert seconds(1) == {"direct": 4 * 111, "chain": 4 * 101}
-    busy = 101 + 4 * 11
-    assert seconds(8) == {"direct": 4 * 111, "chain": busy + (4 * 101 - busy) / 8}
-    assert choose_distribution("auto", link(1.0, 1.0), [10] * 4, [100] * 4, [(4, 100)], 8)[0] == "chain"
-    # Little to share and dear messages.
-    ways = [(1, 90), (2, 10), (1, 90)]
-    assert choose_distribution("auto", link(100.0, 1.0), [10] * 2, [100] * 2, ways, 1)[0] == "direct"
 
 
 def test_flat_results_lie_tile_behind_tile() -> None:

@@ -1,5 +1,5 @@
-"""A pool rank among pool ranks: what arrives in time is merged or passed on, what does not is missing, and nobody
-waits for who is gone."""
+"""A pool rank among pool ranks: what arrives in time is merged, what does not is missing, and no rank waits for one
+that is gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from fapool_plugin.kernels.forward import merge_
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Exchange, Inbox, connect_at
-from fapool_plugin.pool.totals import ResultTotal
+from fapool_plugin.pool.partial_results import PartialResults
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import TILE_FIELDS, Header, LinkLost, Message, Op, Status
 from tests.thread_pool import HOST, link_pair, make_store
@@ -47,16 +47,6 @@ def meet() -> Iterator[Callable[[int], list[Exchange]]]:
             link.join(5)
 
 
-def keys(joint: int, onward: list[int]) -> Message:
-    """Two positions of one lane, for a call and then for these ranks."""
-    header = Header(
-        op=Op.KEYS, token=TOKEN, joint=joint, tiles=1, k_elements=4, v_elements=2, head_dim=2, v_head_dim=1
-    )._replace(peers=len(onward))
-    table = torch.tensor([[0, 0, 1, 0, 0, 0, 0, 0, 2]])
-    route = [torch.tensor(onward)] if onward else []
-    return Message(header, [table, NOTHING, torch.arange(4.0), torch.arange(2.0), *route])
-
-
 def request(joint: int, below: list[int]) -> Message:
     """One query of one KV head."""
     header = Header(op=Op.ATTEND, token=TOKEN, joint=joint, tiles=1, group=GROUP, v_head_dim=E, peers=len(below))
@@ -67,36 +57,6 @@ def request(joint: int, below: list[int]) -> Message:
 def computed(message: Message) -> tuple[Header, tuple[list[Tensor], list[Tensor]]]:
     header = message.header._replace(status=Status.OK, q_elements=GROUP * E, lse_elements=GROUP, extra=5, clock=6)
     return header, ([torch.randn(1, 1, GROUP, E)], [torch.randn(1, GROUP, 1)])
-
-
-def test_keys_go_on_from_rank_to_rank_and_are_the_same_everywhere(meet: Callable[[int], list[Exchange]]) -> None:
-    ranks = meet(4)
-    sent = keys(1, [1, 2, 3])
-    ranks[0].take(sent)
-    for number, rank in enumerate(ranks):
-        got = rank.keys(1, 1)
-        assert got is not None, f"rank {number} misses them"
-        assert got[0].header.peers == 3 - number
-        for one, other in zip(got[0].tensors[:4], sent.tensors[:4], strict=True):
-            assert torch.equal(one, other)
-
-
-def test_keys_are_passed_on_whatever_the_rank_is_busy_with(meet: Callable[[int], list[Exchange]]) -> None:
-    """Rank 1 never asks for its own."""
-    ranks = meet(3)
-    ranks[0].take(keys(1, [1, 2]))
-    assert ranks[2].keys(1, 1) is not None
-
-
-def test_keys_may_come_before_the_rank_they_go_on_to_is_known(meet: Callable[[int], list[Exchange]]) -> None:
-    ranks = meet(2)
-    late = Exchange(2, TOKEN, ranks[0]._connect, PATIENCE_S)
-    ranks.append(late)
-    ranks[0].take(keys(1, [1, 2]))
-    assert ranks[1].keys(1, 1) is not None
-    for one, other in ((1, 2), (2, 1)):
-        ranks[one].meet(other, "peer1")
-    assert late.keys(1, 1) is not None
 
 
 def test_parts_are_merged_on_their_way_and_every_rank_is_reported(meet: Callable[[int], list[Exchange]]) -> None:
@@ -134,19 +94,14 @@ def test_what_does_not_come_is_missed_after_a_while(meet: Callable[[int], list[E
     began = time.monotonic()
     header, _ = ranks[0].merged(request(1, [1]), *computed(request(1, [])))
     assert header.parts == 1
-    assert ranks[0].keys(2, 1) is None
     took = time.monotonic() - began
-    assert 2 * PATIENCE_S <= took < 4 * PATIENCE_S, f"it took {took:.2f} s"
-    began = time.monotonic()
-    assert ranks[0].keys(3, 1) is None
-    took = time.monotonic() - began
-    assert took < PATIENCE_S / 2, f"after keys were missing once, {took:.2f} s were waited for others"
+    assert PATIENCE_S <= took < 2 * PATIENCE_S, f"it took {took:.2f} s"
 
 
 def test_nobody_waits_for_a_rank_that_is_gone_or_unknown(meet: Callable[[int], list[Exchange]]) -> None:
     ranks = meet(2)
-    ranks[0].take(keys(1, [1]))
-    assert ranks[1].keys(1, 1) is not None  # their link stands
+    ranks[1].send(0, *ranks[1].merged(request(1, []), *computed(request(1, []))))
+    assert ranks[0].merged(request(1, [1]), *computed(request(1, [])))[0].parts == 2  # their link stands
     ranks[1].close()
     deadline = time.monotonic() + 5
     while not ranks[0]._peers[1].lost:
@@ -158,20 +113,6 @@ def test_nobody_waits_for_a_rank_that_is_gone_or_unknown(meet: Callable[[int], l
         assert header.parts == 1
     took = time.monotonic() - began
     assert took < PATIENCE_S / 2, f"{took:.2f} s were waited"
-
-
-def test_keys_are_not_waited_for_when_who_passed_them_on_is_gone(meet: Callable[[int], list[Exchange]]) -> None:
-    ranks = meet(2)
-    ranks[0].take(keys(1, [1]))
-    assert ranks[1].keys(1, 1) is not None  # their link stands
-    ranks[0].close()
-    began = time.monotonic()
-    assert ranks[1].keys(2, 1) is None
-    took = time.monotonic() - began
-    assert took < PATIENCE_S / 2, f"{took:.2f} s were waited"
-    ranks[1].meet(7, "peer7")
-    threading.Timer(0.2, ranks[1].take, [keys(3, [])]).start()
-    assert ranks[1].keys(3, 1) is not None, "there was a new link to wait for"
 
 
 def test_a_rank_that_never_comes_is_given_up() -> None:
@@ -187,26 +128,22 @@ def test_a_rank_that_never_comes_is_given_up() -> None:
 
 def test_what_comes_too_late_is_not_kept(meet: Callable[[int], list[Exchange]]) -> None:
     ranks = meet(2)
-    assert ranks[0].keys(5, 0) == []
-    ranks[0].take(keys(5, []))
-    ranks[0].take(keys(4, []))
-    ranks[1].send(0, *ranks[1].merged(request(3, []), *computed(request(3, []))))
-    ranks[1].send(0, *ranks[1].merged(request(6, []), *computed(request(6, []))))
-    ranks[0].take(keys(6, []))
+    ranks[0].merged(request(5, []), *computed(request(5, [])))
+    for joint in (3, 6):
+        ranks[1].send(0, *ranks[1].merged(request(joint, []), *computed(request(joint, []))))
     deadline = time.monotonic() + 5
     while not ranks[0]._parts:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert (list(ranks[0]._keys), list(ranks[0]._parts)) == ([6], [(6, 1)])
-    ranks[0].keys(7, 0)
-    assert not ranks[0]._keys
+    assert list(ranks[0]._parts) == [(6, 1)]
+    ranks[0].merged(request(7, []), *computed(request(7, [])))
     assert not ranks[0]._parts
 
 
 @given(st.data())
 def test_results_are_merged_lane_by_lane(data: st.DataObject) -> None:
     """Tiles of any runs of heads, against one accumulator for each lane."""
-    total = ResultTotal(GROUP, E)
+    total = PartialResults(GROUP, E)
     lanes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for _ in range(data.draw(st.integers(1, 8))):
         row, start = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 4))
@@ -241,7 +178,7 @@ def test_each_base_rank_has_its_own_ranks_and_leases_do_not_mix() -> None:
     store = make_store()
     inbox = Inbox(connect_at(HOST, store.port, PATIENCE_S), PATIENCE_S)
     pairs = [link_pair(store, f"l{i}", into=inbox.put) for i in range(2)]
-    (one, one_end), (two, two_end) = pairs
+    (one, one_end), (_, two_end) = pairs
     with pytest.raises(LinkLost, match="did not introduce"):
         inbox.exchange(one_end)
     one.send(Header(op=Op.PEER, token=1, number=3, peer=4, extra=1))
@@ -251,13 +188,6 @@ def test_each_base_rank_has_its_own_ranks_and_leases_do_not_mix() -> None:
     assert (first.number, first.token, list(first._peers)) == (3, 1, [4])
     with pytest.raises(LinkLost):
         inbox.exchange(two_end)
-    one.send(keys(1, []).header._replace(token=1), keys(1, []).tensors)
-    one.send(keys(1, []).header._replace(token=2), keys(1, []).tensors)
-    two.send(keys(1, []).header._replace(token=1), keys(1, []).tensors)
-    for base in (one, two):
-        base.send(Header(op=Op.HELLO))
-        _next(inbox)
-    assert len(first._keys[1]) == 1, "keys of another lease, or of another base rank, were taken"
     one.send(Header(op=Op.PEER, token=2, number=3, peer=5, extra=2))
     one.send(Header(op=Op.HELLO))
     _next(inbox)

@@ -133,15 +133,6 @@ def test_a_request_to_work_with_unknown_ranks_ends_the_link(bases: tuple[list[Li
     assert ask(two, 1, held=0, keys=5)[0].header.status == Status.OK
 
 
-def test_keys_that_do_not_come_are_told_to_be_missing(bases: tuple[list[Link], Worker]) -> None:
-    (link, _), worker = bases
-    hello(link, 1)
-    link.send(Header(op=Op.PEER, token=1, number=0, peer=1, extra=5))
-    assert ask(link, 1, held=5, keys=5, joint=1, awaits=1)[0].header.status == Status.MISSING
-    assert ask(link, 1, held=0, keys=5)[0].header.status == Status.OK, "it works on alone"
-    assert 5 in worker.prefixes
-
-
 def again(link: Link, sequence: int, call: int = 9) -> Message:
     """Asks for the results of a kept call once more."""
     link.send(Header(op=Op.ATTEND, token=1, sequence=sequence, keep=2, extra=call), ([], [], [], []))

@@ -202,17 +202,3 @@ def test_a_picture_needs_its_library(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"fapool-plugin\[plot\]"):
         options.check_picture(tmp_path / "plan.png")
-
-
-def test_ways_to_work_together_are_shown_with_their_costs(profile, tmp_path) -> None:
-    saved, out = tmp_path / "profile.json", tmp_path / "plan.json"
-    profile.save(saved)
-    done = invoke("plan", "--profile", saved, "--lengths", 4096, "--pool-ranks", 4, "--json", out)
-    assert done.exit_code == 0, done.output
-    ways = json.loads(out.read_text())["plans"][0]["together"]
-    assert set(ways) == {"line", "query_blocks"}
-    for told in ways.values():
-        for name in ("reduction", "distribution"):
-            costs = told[f"{name}_s"]
-            assert costs[told[name]] == min(costs.values()), told
-            assert all(way in done.stdout for way in costs)

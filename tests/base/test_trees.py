@@ -1,5 +1,4 @@
-"""Ranks that merge each other's results and pass keys on: the same result as without, fewer bytes at the base, and
-exact whatever happens to one of them."""
+"""Ranks that merge each other's results: the same result as without, and fewer bytes at the base."""
 
 from __future__ import annotations
 
@@ -15,9 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fapool_plugin.base.attention import FAPoolAttention
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.base.rounds import block_edges, run_rounds
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.plan.profile import AttentionCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape
 from fapool_plugin.plan.shares import Geometry
@@ -27,7 +24,7 @@ from tests.base.test_attention import D, E, H, K, Stream, check, dense
 from tests.models import Pair, assert_same_tokens, greedily, one_thread, padded_batch, save_model
 from tests.thread_pool import ThreadPool, closing_all
 
-TOGETHER = [("direct", "direct"), ("tree", "chain"), ("two_level", "chain"), ("tree", "direct")]
+REDUCTIONS = ["direct", "tree", "two_level"]
 MODES = ["line", "query_blocks"]
 Make = Callable[..., ResourceManager]
 
@@ -71,10 +68,9 @@ def links_between(pool: ThreadPool) -> list[Exchange]:
 def test_every_way_gives_the_same_result(mode: str, ranks: int) -> None:
     """Prompt, decode steps, a draft of several tokens, a second chunk, and steps that move keys."""
     results: list[list[Tensor]] = []
-    for reduction, distribution in TOGETHER:
+    for reduction in REDUCTIONS:
         torch.manual_seed(ranks)
-        keys = {"partition": mode, "reduction": reduction, "key_distribution": distribution}
-        with manager_of(pool_ranks=ranks, **keys) as manager:
+        with manager_of(pool_ranks=ranks, partition=mode, reduction=reduction) as manager:
             stream, got = Stream(manager, (0, 4)), []
             for new in (40, 1, 1, 9, 300, 1, *[1] * 8):
                 out, want = stream.call(new)
@@ -85,7 +81,7 @@ def test_every_way_gives_the_same_result(mode: str, ranks: int) -> None:
             assert manager.counters.prefill.pooled_calls >= 1
             assert all(manager.counters.rank(rank).calls for rank in range(ranks))
             met = any(exchange._peers for exchange in links_between(pool_of(manager)))
-            assert met == (ranks > 1 and (reduction, distribution) != ("direct", "direct"))
+            assert met == (ranks > 1 and reduction != "direct")
         results.append(got)
     for got in results[1:]:
         for one, first in zip(got, results[0], strict=True):
@@ -96,7 +92,7 @@ def test_every_way_gives_the_same_result(mode: str, ranks: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ranks", [2, 5])
 def test_any_history_of_calls_is_exact(managers: Make, ranks: int, mode: str) -> None:
-    manager = managers(pool_ranks=ranks, partition=mode, reduction="tree", key_distribution="chain")
+    manager = managers(pool_ranks=ranks, partition=mode, reduction="tree")
 
     @settings(deadline=None, max_examples=25)
     @given(data=st.data())
@@ -115,9 +111,7 @@ def test_any_history_of_calls_is_exact(managers: Make, ranks: int, mode: str) ->
 def test_other_dtypes_are_merged_as_exactly_as_at_the_base(
     managers: Make, dtype: torch.dtype, tolerance: float
 ) -> None:
-    stream = Stream(
-        managers(pool_ranks=4, partition="query_blocks", reduction="tree", key_distribution="chain"), (0,), dtype
-    )
+    stream = Stream(managers(pool_ranks=4, partition="query_blocks", reduction="tree"), (0,), dtype)
     for new in (40, 1, 1):
         got, want = stream.call(new)
         assert got.dtype == dtype
@@ -125,7 +119,7 @@ def test_other_dtypes_are_merged_as_exactly_as_at_the_base(
 
 
 def test_right_padding_softcap_and_sinks_are_exact(managers: Make) -> None:
-    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain")
+    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree")
     for extra in ({"softcap": 0.7}, {"sinks": torch.randn(H)}, {"stops": (22, 30)}):
         stream = Stream(manager, (0, 3))
         check(*stream.call(30, **extra), 2e-5)
@@ -134,8 +128,8 @@ def test_right_padding_softcap_and_sinks_are_exact(managers: Make) -> None:
     went_well(manager)
 
 
-def test_keys_that_serve_one_call_go_to_each_rank(managers: Make) -> None:
-    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain")
+def test_keys_that_serve_one_call_are_not_kept(managers: Make) -> None:
+    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree")
     state = Stream(manager, (0,))
     q, k, v = (torch.randn(1, heads, 30, dim) for heads, dim in ((H, D), (K, D), (K, E)))
     geometry = Geometry((0,), (30,), 0, 30)
@@ -171,46 +165,6 @@ def test_two_levels_bring_the_base_one_result_of_each_node(managers: Make) -> No
     assert came == [frame_bytes(), 0, frame_bytes(), 0, 0]
 
 
-def test_a_chain_costs_the_base_one_ranks_keys(managers: Make) -> None:
-    """And what the base remembers is what the ranks hold."""
-    manager = managers(pool_ranks=4, partition="query_blocks", key_distribution="chain")
-    Stream(manager, (0,)).call(20)  # takes the lease
-    stream, length = Stream(manager, (0,)), 0
-    for new in (400, 300):
-        length += new
-        before = [rank.link.bytes_sent for rank in manager.ranks]
-        check(*stream.call(new), 2e-5)
-        sent = [rank.link.bytes_sent - old for rank, old in zip(manager.ranks, before, strict=True)]
-        held = stream.state.residency.held(manager.ranks[0].key, 0, 0, 0, K)
-        # Everyone holds what the last of them needs, up to where the base's queries begin.
-        assert [stream.state.residency.held(rank.key, 0, 0, 0, K) for rank in manager.ranks] == [held] * 4
-        for worker in pool_of(manager).workers.values():
-            assert worker.prefixes.length(stream.state.id, 0, 0, 0, K) == held
-        queries = [4 * H * D * new] + [0] * 3
-        assert sum(sent) < 4 * K * (D + E) * (held - length + new + 150) + sum(queries) + 5 * (frame_bytes() + 1000)
-        assert max(sent[1:]) < 4 * H * D * new, "keys went to more than the first rank"
-    before_all = sum(rank.link.bytes_sent for rank in manager.ranks)
-    stream.call(1)
-    step = sum(rank.link.bytes_sent for rank in manager.ranks) - before_all
-    assert step == 4 * frame_bytes(), f"a decode step sent {step} bytes: keys, too?"
-    went_well(manager)
-
-
-def test_a_rank_with_little_memory_takes_no_part_in_a_chain() -> None:
-    """What it needs itself would fit; what others on the way need would not."""
-    with manager_of(pool_ranks=4, partition="query_blocks", key_distribution="chain") as manager:
-        check(*Stream(manager, (0,)).call(1), 2e-5)  # takes the lease
-        manager.ranks[0].memory_limit = 4 * K * (D + E) * 200
-        stream = Stream(manager, (0,))
-        check(*stream.call(400), 2e-5)
-        first, *others = [stream.state.residency.held(rank.key, 0, 0, 0, K) for rank in manager.ranks]
-        assert 0 < first <= 200
-        assert others[0] > 300
-        assert len(set(others)) == 1, "the others form a chain without it"
-        check(*stream.call(1), 2e-5)
-        went_well(manager)
-
-
 def test_a_decode_step_without_help_is_one_message_each_way(managers: Make) -> None:
     manager = managers(pool_ranks=3)
     stream = Stream(manager, (0,))
@@ -222,48 +176,15 @@ def test_a_decode_step_without_help_is_one_message_each_way(managers: Make) -> N
     assert not links_between(pool_of(manager)), "ranks were introduced that need not know each other"
 
 
-def in_blocks(manager: ResourceManager, stream: Stream, columns: int = 512, layers: int = 3) -> None:
-    """Checks a prompt of eight blocks in flight."""
-    batch = len(stream.starts)
-    modules = [FAPoolAttention(manager, layer, layers, stands_for="sdpa") for layer in range(layers)]
-    q, k, v = (torch.randn(layers, batch, heads, columns, dim) for heads, dim in ((H, D), (K, D), (K, E)))
-    geometry = Geometry(stream.starts, (columns,) * batch, 0, columns)
-    decided = manager.begin("prefill", columns, lambda: geometry, stream.state)
-    assert decided.pooled
-
-    def block(start: int, stop: int) -> Callable[[Callable[[], None]], list[Tensor]]:
-        def run(hand_over: Callable[[], None]) -> list[Tensor]:
-            part = decided.block(start, stop, hand_over)
-            return [
-                module(q[i][:, :, start:stop], k[i][:, :, :stop], v[i][:, :, :stop], decided=part, resident=True)
-                for i, module in enumerate(modules)
-            ]
-
-        return run
-
-    blocks = run_rounds([block(*edges) for edges in block_edges(0, columns, 8, 64)])
-    manager.end(decided)
-    for layer, parts in enumerate(zip(*blocks, strict=True)):
-        check(torch.cat(parts, 1), dense(q[layer], k[layer], v[layer], geometry, 1.0, 0.0, None), 2e-5)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_blocks_in_flight_pass_keys_on(managers: Make, mode: str) -> None:
-    manager = managers(pool_ranks=3, partition=mode, key_distribution="chain")
-    in_blocks(manager, Stream(manager, (0, 5)))
-    went_well(manager)
-    assert any(exchange._peers for exchange in links_between(pool_of(manager)))
-
-
 def test_a_lease_that_was_given_back_leaves_no_links(managers: Make) -> None:
-    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain")
+    manager = managers(pool_ranks=3, partition="query_blocks", reduction="tree")
     for _ in range(3):
         stream = Stream(manager, (0,))
         for new in (40, 1):
             check(*stream.call(new), 2e-5)
         pool = pool_of(manager)
         between = [peer._link for exchange in links_between(pool) for peer in exchange._peers.values()]
-        assert len(between) == 6, "0-1 and 0-2 of the tree, 0-1 and 1-2 of the chain, two ends each"
+        assert len(between) == 4, "0-1 and 0-2 of the tree, two ends each"
         went_well(manager)
         manager._release("test")
         for end in between:
@@ -277,7 +198,7 @@ def test_a_lease_that_was_given_back_leaves_no_links(managers: Make) -> None:
 
 
 def test_two_sequences_take_turns(managers: Make) -> None:
-    manager = managers(pool_ranks=4, partition="query_blocks", reduction="tree", key_distribution="chain")
+    manager = managers(pool_ranks=4, partition="query_blocks", reduction="tree")
     one, two = Stream(manager, (0,)), Stream(manager, (0, 3))
     for new in (40, 1, 25, 1):
         check(*one.call(new), 2e-5)
@@ -293,12 +214,9 @@ def test_by_itself_the_cheapest_way_is_taken() -> None:
             check(*stream.call(new), 2e-5)
         assert not links_between(pool_of(manager))
         manager.advisor.profile = profile(LinkCost(to_rank=Fit(b=1e-9), to_base=Fit(a=1e-6)))
-        in_blocks(manager, Stream(manager, (0,)))
-        met = [sorted(exchange._peers) for exchange in links_between(pool_of(manager))]
-        assert met == [[1], [0, 2], [1, 3], [2, 4], [3]], "a chain"
         check(*stream.call(1), 2e-5)
         met = [sorted(exchange._peers) for exchange in links_between(pool_of(manager))]
-        assert met == [[1], [0, 2], [1, 3, 4], [2, 4], [2, 3]], "and two levels"
+        assert met == [[1], [0], [3, 4], [2], [2]], "two levels"
         went_well(manager)
 
 
@@ -319,9 +237,9 @@ def profile(link: LinkCost) -> Profile:
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("strategy", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_a_model_generates_the_same_with_a_tree_and_a_chain(strategy: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_generates_the_same_with_a_tree(strategy: dict[str, Any], tmp_path: Path) -> None:
     """Four blocks in flight, then decode steps, over real processes."""
-    settings = {"pool_ranks": 3, "partition": "query_blocks", "reduction": "tree", "key_distribution": "chain"}
+    settings = {"pool_ranks": 3, "partition": "query_blocks", "reduction": "tree"}
     with one_thread(), Pair.of(save_model("llama", tmp_path), **settings, blocks=4) as pair:
         ids, mask = padded_batch([256, 230])
         tokens, expected = pair.generate(ids, prefill=4, decode=7, **greedily(8, mask) | strategy)
@@ -329,5 +247,4 @@ def test_a_model_generates_the_same_with_a_tree_and_a_chain(strategy: dict[str, 
         manager = pair.model.fa_pool
         assert manager.stats()["prefill"]["overlapped_forwards"] == 1
         ranks = [manager.counters.rank(rank) for rank in range(3)]
-        assert ranks[0].bytes_sent > 2 * ranks[1].bytes_sent, "keys did not go by way of the first rank"
         assert ranks[0].bytes_received > ranks[1].bytes_received, "results did not come by way of the first rank"

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from fapool_plugin.base.attention import _Call
+from fapool_plugin.base.requests import Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import LinkLost, Message
 from tests.base.test_attention import Stream, check
-from tests.base.test_joint import links_between, manager_of, pool_of, went_well
+from tests.base.test_trees import links_between, manager_of, pool_of, went_well
 from tests.thread_pool import ThreadPool
 
 
@@ -41,7 +41,7 @@ def _no_waste() -> Iterator[None]:
 
 @pytest.mark.parametrize("victim", [0, 1, 2, 3])
 def test_a_rank_that_evicted_the_keys_holds_up_nobody(victim: int) -> None:
-    with manager_of(pool_ranks=4, partition="query_blocks", reduction="tree", key_distribution="direct") as manager:
+    with manager_of(pool_ranks=4, partition="query_blocks", reduction="tree") as manager:
         stream = Stream(manager, (0,))
         check(*stream.call(40), 2e-5)
         pool_of(manager).workers[victim].prefixes.clear()
@@ -51,21 +51,6 @@ def test_a_rank_that_evicted_the_keys_holds_up_nobody(victim: int) -> None:
         assert not any(rank.apart for rank in manager.ranks), "the others' results came"
         check(*stream.call(1), 2e-5)
         check(*stream.call(20), 2e-5)
-
-
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_rank_on_the_way_of_keys_that_evicted_the_earlier_ones(victim: int) -> None:
-    with manager_of(pool_ranks=3, partition="query_blocks", key_distribution="chain") as manager:
-        stream = Stream(manager, (0,))
-        check(*stream.call(40), 2e-5)
-        pool_of(manager).workers[victim].prefixes.clear()
-        check(*stream.call(20), 2e-5)
-        assert [manager.counters.rank(rank).stale for rank in range(3)] == [int(rank == victim) for rank in range(3)]
-        assert not stream.state.full
-        for new in (20, 1, 20):
-            check(*stream.call(new), 2e-5)
-        assert sum(rank.stale for rank in manager.counters.ranks.values()) == 1
-        assert manager.counters.faults == 0
 
 
 def dies(pool: ThreadPool, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,17 +75,15 @@ def sends_nothing(pool: ThreadPool, victim: int, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("fault", [dies, sends_nothing])
-@pytest.mark.parametrize("ways", [("tree", "direct"), ("two_level", "direct"), ("direct", "chain")])
+@pytest.mark.parametrize("reduction", ["tree", "two_level"])
 @pytest.mark.parametrize("victim", [0, 1, 2, 3, 4])
 def test_a_rank_that_fails_at_any_place_costs_time_only(
     victim: int,
-    ways: tuple[str, str],
+    reduction: str,
     fault: Callable[[ThreadPool, int, pytest.MonkeyPatch], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reduction, distribution = ways
-    keys = {"reduction": reduction, "key_distribution": distribution, "partition": "query_blocks"}
-    with manager_of(pool_ranks=5, **keys) as manager, warnings.catch_warnings():
+    with manager_of(pool_ranks=5, reduction=reduction, partition="query_blocks") as manager, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         stream = Stream(manager, (0,))
         for new in (40, 1, 30):
@@ -108,12 +91,12 @@ def test_a_rank_that_fails_at_any_place_costs_time_only(
         assert not any(rank.apart for rank in manager.ranks)
         fault(pool_of(manager), victim, monkeypatch)
         began = time.monotonic()
-        for new in (30, 1, 30, 1) if distribution == "chain" else (1, 30, 1, 30, 1):
+        for new in (1, 30, 1, 30, 1):
             check(*stream.call(new), 2e-5)
         took = time.monotonic() - began
         assert took < 3.0, f"it took {took:.1f} s"
         # The base waits for the root itself; who passes nothing on anyway is not missed.
-        heard = {"tree": {0}, "two_level": {0, 2}, "direct": {4}}[reduction]
+        heard = {"tree": {0}, "two_level": {0, 2}}[reduction]
         assert [rank.apart for rank in manager.ranks] == [fault is dies or victim not in heard] * len(manager.ranks)
         assert not any(rank.stale for rank in manager.counters.ranks.values()), "the base believed keys to be there"
         if fault is dies:
@@ -130,13 +113,11 @@ def test_a_rank_that_fails_at_any_place_costs_time_only(
         assert not any(rank.apart for rank in manager.ranks), "a new lease is a new beginning"
 
 
-@pytest.mark.parametrize("what", ["_ask", "_give", "_gather"])
+@pytest.mark.parametrize("what", ["_ask", "_gather"])
 def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
     monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    with manager_of(
-        pool_ranks=3, partition="query_blocks", reduction="tree", key_distribution="chain", timeout_s=1.0
-    ) as (manager):
+    with manager_of(pool_ranks=3, partition="query_blocks", reduction="tree", timeout_s=1.0) as (manager):
         stream = Stream(manager, (0,))
         for new in (40, 1):
             check(*stream.call(new), 2e-5)
@@ -154,27 +135,9 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2, 3])
-def test_a_chain_closes_around_a_rank_that_was_lost_before(victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with manager_of(pool_ranks=4, partition="query_blocks", key_distribution="chain") as manager:
-        stream = Stream(manager, (0,))
-        check(*stream.call(40), 2e-5)
-        dies(pool_of(manager), victim, monkeypatch)
-        with pytest.warns(RuntimeWarning, match=f"pool rank {victim} lost"):
-            check(*stream.call(1), 2e-5)
-        for new in (30, 1, 30):
-            check(*stream.call(new), 2e-5)
-        assert manager.counters.faults == 1
-        assert len(manager.ranks) == 3
-        assert not any(rank.apart for rank in manager.ranks)
-
-
-@pytest.mark.parametrize("victim", [0, 1, 2, 3])
-@pytest.mark.parametrize("step", ["meet", "give", "ask"])
-@pytest.mark.parametrize("ways", [("tree", "direct"), ("direct", "chain")])
-def test_a_rank_that_is_found_lost_while_all_are_asked(
-    ways: tuple[str, str], step: str, victim: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys = {"reduction": ways[0], "key_distribution": ways[1], "partition": "query_blocks"}
+@pytest.mark.parametrize("step", ["meet", "ask"])
+def test_a_rank_that_is_found_lost_while_all_are_asked(step: str, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"reduction": "tree", "partition": "query_blocks"}
     with manager_of(pool_ranks=4, timeout_s=2.0, **keys) as manager, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         check(*Stream(manager, (0,)).call(1), 2e-5)  # takes the lease
@@ -189,24 +152,20 @@ def test_a_rank_that_is_found_lost_while_all_are_asked(
             check(*stream.call(new), 2e-5)
         took = time.monotonic() - began
         assert took < 6.0, f"it took {took:.1f} s"
-        # The base gives keys to the first rank of a chain alone.
-        lost = step != "give" or (victim == 0 and "chain" in ways)
-        assert manager.counters.faults == lost
-        if "chain" in ways and step != "ask":
-            assert [rank.apart for rank in manager.ranks] == [lost] * (4 - lost)
+        assert manager.counters.faults == 1
         assert not any(rank.stale for rank in manager.counters.ranks.values()), "the base believed keys to be there"
 
 
 def interrupt_at(patched: pytest.MonkeyPatch, what: str, at: int) -> None:
     """The ``at``-th such step of a call is interrupted."""
-    original, count = getattr(_Call, what), itertools.count()
+    original, count = getattr(Requests, what), itertools.count()
 
     def interrupted(self: Any, *args: Any) -> Any:
         if next(count) == at:
             raise KeyboardInterrupt
         return original(self, *args)
 
-    patched.setattr(_Call, what, interrupted)
+    patched.setattr(Requests, what, interrupted)
 
 
 def test_two_bases_may_use_the_same_ranks_at_once() -> None:
@@ -235,7 +194,6 @@ def test_two_bases_may_use_the_same_ranks_at_once() -> None:
         def base(number: int) -> None:
             config = FAPoolConfig(
                 pool_ranks=4, threshold=0, kv_block=4, partition="query_blocks", reduction="tree",
-                key_distribution="chain",
             )  # fmt: skip
             manager = ResourceManager(config, lambda _: Shared(links[number]))
             try:
@@ -263,7 +221,7 @@ def test_two_bases_may_use_the_same_ranks_at_once() -> None:
 def test_stopped_and_killed_processes_at_any_place_cost_time_only() -> None:
     config = FAPoolConfig(
         pool_ranks=3, threshold=0, kv_block=4, memory_limit_mib=64, timeout_s=1.5, partition="query_blocks",
-        reduction="tree", key_distribution="chain",
+        reduction="tree",
     )  # fmt: skip
     with ResourceManager(config, LocalPool) as manager, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -1,0 +1,178 @@
+"""What a call asks of pool ranks, and the one loop around it.
+
+      base                                   pool ranks
+    post  ──── a request to each ──────────▶ compute
+          the base's own share                  │
+          (other blocks in flight go on)        │
+    wait  ◀──── partial results ────────────────┘
+          what is missing: asked for once more, or resolved here
+
+Forward and backward are calls of one kind: what they ask and merge is theirs, what happens when an answer does not
+come is decided here only. Knows calls by what they can do, not what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.observe.timeline import MERGE, WAIT
+from fapool_plugin.plan.line import Tile
+from fapool_plugin.plan.shares import TileWithKeys
+from fapool_plugin.wire.messages import Header, Message, Status
+
+Payload = list[Tensor | list[Tensor]]
+Resolve = Callable[[Iterable[Tile]], None]
+"""Gets what pool ranks did not deliver: the base computes it from its own keys."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What one rank is asked, and all that is needed to compute it elsewhere should its answer not come."""
+
+    rank: PoolRank
+    work: list[TileWithKeys]
+    call: int | None = None
+    """Its number on the link; None: not asked."""
+    kept: int = 0
+    """The number of the call that the rank keeps, this one or the same before; 0: none."""
+    joint: int = 0
+    """The number of this call at all ranks that work on it together; 0: this rank works alone."""
+    above: Request | None = None
+    """Whose answer brings this one's; None: it answers by itself."""
+    below: list[Request] = field(default_factory=list)
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """What it is to compute."""
+        return [one.tile for one in self.work]
+
+    def all(self) -> list[Request]:
+        """This one and all whose parts come with its answer."""
+        return [self, *(one for child in self.below for one in child.all())]
+
+    def joined(self, header: Header, tensors: Payload) -> tuple[Header, Payload]:
+        """The request as one to a rank that may work with others; the one above it was asked before."""
+        if self.above is not None and self.above.call is None:
+            # It answers by itself after all.
+            self.above.below.remove(self)
+            self.above = None
+        below = [torch.tensor([child.rank.number for child in self.below])] if self.below else []
+        peer = 1 + self.above.rank.number if self.above is not None else 0
+        return header._replace(joint=self.joint, peer=peer, peers=len(self.below)), [*tensors, *below]
+
+
+class Part(NamedTuple):
+    """What an answer says of one rank's part."""
+
+    status: int = Status.MISSING
+    took_ns: int = 0
+    began_ns: int = 0
+    kept: bool = False
+
+
+class Call(Protocol):
+    """What a call knows of its own requests."""
+
+    def message(self, request: Request) -> tuple[Header, Payload]:
+        """What is sent."""
+
+    def sent(self, request: Request) -> None:
+        """It has been sent."""
+
+    def merge(self, answer: Message, tiles: Sequence[Tile]) -> None:
+        """Takes the results that an answer has, of these tiles or of what it says."""
+
+    def arrived(self, request: Request, part: Part) -> None:
+        """Its part is in what was merged."""
+
+    def lacks(self, request: Request, part: Part) -> bool:
+        """Its part is not. Whether to ask for it once more, with all that it takes."""
+
+
+class Requests:
+    """The requests of one call."""
+
+    def __init__(self, call: Call, manager: ResourceManager, resolve: Resolve) -> None:
+        self._call, self._manager, self._resolve = call, manager, resolve
+        self.asked: list[Request] = []
+
+    def post(self, requests: Sequence[Request]) -> list[Tile]:
+        """Sends them, without waiting. Returns the tiles of ranks that could not be asked."""
+        self.asked = list(requests)
+        for request in self.asked:
+            self._ask(request)
+        return [
+            tile for request in self.asked if request.call is None and request.above is None for tile in request.tiles
+        ]
+
+    def wait(self) -> bool:
+        """Merges the answers and resolves what is missing. Whether any part came from a rank."""
+        answering = [request for request in self.asked if request.above is None and request.call is not None]
+        came = [self._gather(request) for request in answering]
+        return any(came)
+
+    def tiles_asked(self) -> dict[int, list[Tile]]:
+        """Who was asked for what, by rank number."""
+        return {request.rank.number: request.tiles for request in self.asked if request.call is not None}
+
+    def _ask(self, request: Request) -> None:
+        """Leaves ``request.call`` at None if the rank is lost."""
+        request.call = None
+        header, tensors = self._call.message(request)
+        with self._manager.guard(request.rank):
+            request.call = request.rank.ask(*request.joined(header, tensors))
+            self._call.sent(request)
+
+    def _gather(self, request: Request) -> bool:
+        timeline, answer = self._manager.timeline, None
+        timeline.switch(WAIT)
+        if request.call is not None:
+            with self._manager.guard(request.rank):
+                answer = request.rank.answer(request.call)
+        timeline.switch(MERGE)
+        if answer is not None and answer.tensors:
+            self._call.merge(answer, request.tiles)
+        parts, came, missing = _told(answer, request.rank.number), False, list[Tile]()
+        for one in request.all():
+            part = parts.get(one.rank.number, Part())
+            self._settle(one, part)
+            if part.status == Status.OK:
+                came = True
+                self._call.arrived(one, part)
+            elif self._call.lacks(one, part):
+                self._ask(one)
+                came = self._gather(one) or came
+            else:
+                missing += one.tiles
+        if missing:
+            self._resolve(missing)
+        return came
+
+    def _settle(self, one: Request, part: Part) -> None:
+        """Its rank is asked no more of this."""
+        with self._manager.guard(one.rank):
+            if part.status == Status.MISSING:
+                one.rank.check()
+            elif one.call is not None:
+                one.rank.answered(one.call)
+        if part.status == Status.MISSING:
+            # What failed between ranks would fail again: they work apart until the lease ends.
+            for request in self.asked:
+                request.rank.apart = request.rank.apart or request.joint > 0
+
+
+def _told(answer: Message | None, number: int) -> dict[int, Part]:
+    """What an answer of rank ``number`` says of its part, and of those that were merged into it."""
+    if answer is None:
+        return {}
+    header = answer.header
+    if header.parts:
+        return {rank: Part(*rest) for rank, *rest in answer.tensors[-1].tolist()}
+    return {number: Part(header.status, header.extra, header.clock, header.keep == 2)}
