@@ -43,7 +43,7 @@ MOST_MODULES_AT_THE_TOP = 6
 # Where alone a framework may be imported.
 HOMES = {
     "transformers": {"integrations.huggingface", "integrations.tensor_parallel"},
-    "deepspeed": {"integrations.deepspeed", "integrations.deepspeed_bench"},
+    "deepspeed": {"integrations.deepspeed"},
     "megatron": {"integrations.megatron"},
     "accelerate": {"integrations.accelerate"},
     "flash_attn": {"kernels.forward"},

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed import DistributedConfig
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,20 +25,15 @@ from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.runs import _without_bars, demo_prompt, prepare
-from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.shares import Geometry
 
 Turn = tuple[float, Tensor | None, dict[str, Any]]
 Make = Callable[[], Turn]
-Exchange = Callable[[Callable[..., Tensor], int], Callable[..., Tensor]]
-"""Local attention of (q_BSHD, k_BTKD, v_BTKD) and a number of KV heads -> the same for ranks that each hold a piece of
-the sequence."""
 
 _VOCABULARY = 4096
 _SEED_TOKENS = 1000
 """A long cache is filled with copies of a prompt of so many tokens."""
 _WARM_STEPS = 2
-_SEQUENCE_PARALLEL = "fapool_bench_ulysses"
 
 
 def random_model(folder: Path) -> Path:
@@ -87,65 +81,17 @@ def prompt(model: Path, tokens: int, rows: int = 1, *, is_random: bool) -> list[
 
 def plain_prefill(model: str, ids: list[int], warm: int, time_attention: bool = False) -> Make:
     """transformers' sdpa attention and its stock cache, without the plugin."""
-    return _prefill(_plain(model), ids, warm, _AttentionClock() if time_attention else None)
+    return timed_prefill(plain_model(model), ids, warm, _AttentionClock() if time_attention else None)
 
 
 def pooled_prefill(model: str, ids: list[int], warm: int, fa_pool: dict[str, Any]) -> Make:
     """The plugin; its pool ranks run already when the first turn comes if ``warm`` is above the threshold."""
-    return _prefill(_pooled(model, fa_pool), ids, warm)
-
-
-def tensor_parallel_prefill(model: str, ids: list[int], warm: int) -> Make:
-    """transformers' own tensor parallelism over all ranks of the process group."""
-    config = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
-    return _prefill(_plain(model, distributed_config=config), ids, warm)
-
-
-def split_prefill(split: Callable[[Any], Any], model: str, ids: list[int], warm: int) -> Make:
-    """A model that ``split`` distributes over all ranks of the process group."""
-    return _prefill(split(_plain(model)), ids, warm)
-
-
-def sequence_parallel_prefill(exchange: Exchange, model: str, ids: list[int], warm: int) -> Make:
-    """Every rank has the whole model and one piece of the prompt; around attention pieces become heads.
-
-    The last rank answers with the logits. Raises ValueError if the pieces would not be of one length.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    piece, rest = divmod(len(ids), ranks)
-    if rest:
-        raise ValueError(f"{len(ids)} tokens cannot be divided by {ranks} ranks")
-    loaded = _plain(model)
-    heads = loaded.config.num_key_value_heads
-    scale = loaded.config.hidden_size // loaded.config.num_attention_heads
-    scale = getattr(loaded.config, "head_dim", None) or scale
-
-    def local(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor) -> Tensor:
-        return attend(q_BSHD, k_BTKD, v_BTKD, softmax_scale=scale**-0.5, causal=True)[0].contiguous()
-
-    attention = exchange(local, heads)
-
-    def function(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
-    ) -> tuple[Tensor, None]:
-        return attention(*(x.transpose(1, 2).contiguous() for x in (query, key, value))), None
-
-    AttentionInterface.register(_SEQUENCE_PARALLEL, function)
-    AttentionMaskInterface.register(_SEQUENCE_PARALLEL, lambda *_, **__: None)
-    loaded.set_attn_implementation(_SEQUENCE_PARALLEL)
-    first = rank * piece
-    make = _prefill(loaded, ids[first : first + piece], min(warm, piece), first_position=first)
-
-    def turn() -> Turn:
-        seconds, logits, facts = make()
-        return seconds, logits if rank == ranks - 1 else None, facts
-
-    return turn
+    return timed_prefill(_pooled(model, fa_pool), ids, warm)
 
 
 def plain_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, time_attention: bool = False) -> Make:
     """Decode steps in transformers' sdpa attention, on its stock cache."""
-    loaded = _plain(model)
+    loaded = plain_model(model)
     clock = _AttentionClock() if time_attention else None
     return _decode(loaded, DynamicCache(config=loaded.config), ids, tokens, batch, steps, clock)
 
@@ -177,7 +123,7 @@ def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
 
 def plain_training(model: str, ids: list[int], batch: int, warm: int, time_attention: bool = False) -> Make:
     """Forward and backward of one batch in transformers' sdpa attention."""
-    return _training(_plain(model), ids, batch, warm, _AttentionClock() if time_attention else None)
+    return _training(plain_model(model), ids, batch, warm, _AttentionClock() if time_attention else None)
 
 
 def pooled_training(model: str, ids: list[int], batch: int, warm: int, fa_pool: dict[str, Any]) -> Make:
@@ -245,7 +191,8 @@ class _Reading(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _plain(model: str, **kwargs: Any) -> Any:
+def plain_model(model: str, **kwargs: Any) -> Any:
+    """The model without the plugin, in fp32."""
     kwargs |= {"dtype": torch.float32, "attn_implementation": "sdpa"}
     return AutoModelForCausalLM.from_pretrained(model, **kwargs).eval()
 
@@ -255,9 +202,10 @@ def _pooled(model: str, fa_pool: dict[str, Any]) -> Any:
     return FAPoolForCausalLM.from_pretrained(model, fa_pool=fa_pool, **arguments).eval()
 
 
-def _prefill(
+def timed_prefill(
     model: Any, ids: list[int], warm: int, clock: _AttentionClock | None = None, first_position: int = 0
 ) -> Make:
+    """Prefill of a loaded model, by all ranks of the process group if there is one."""
     ids_BS = torch.tensor([ids])
     positions_BS = torch.arange(first_position, first_position + len(ids))[None]
 

@@ -1,4 +1,4 @@
-"""One causal attention call, done in several ways: alone, through the pool, and by a ring of equals.
+"""One causal attention call, done in two ways: alone, and through the pool.
 
 Every maker returns a function that does the call once and answers (seconds, out_BSHD, facts). No model is known here,
 and nothing is compared.
@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from fapool_plugin.base.attention import FAPoolAttention
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.kernels.forward import attend, merge_
+from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.ranks.local import LocalPool
 
@@ -28,7 +27,7 @@ Turn = tuple[float, Tensor, dict[str, Any]]
 
 def alone(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Callable[[], Turn]:
     """The kernel by itself, with as many threads as this process has."""
-    q_BSHD, k_BTKD, v_BTKD = _inputs(tokens, heads, kv_heads, head_dim)
+    q_BSHD, k_BTKD, v_BTKD = inputs(tokens, heads, kv_heads, head_dim)
 
     def turn() -> Turn:
         began = time.perf_counter()
@@ -44,7 +43,7 @@ def pool(tokens: int, heads: int, kv_heads: int, head_dim: int, fa_pool: dict[st
     manager = ResourceManager(FAPoolConfig.load(fa_pool), LocalPool)
     layer = FAPoolAttention(manager, 0, 1, stands_for="sdpa")
     # Heads first, as models hand them over.
-    q_BHSD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in _inputs(tokens, heads, kv_heads, head_dim))
+    q_BHSD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in inputs(tokens, heads, kv_heads, head_dim))
 
     def call(new: int) -> Tensor:
         geometry = Geometry((0,), (new,), 0, new)
@@ -69,64 +68,7 @@ def pool(tokens: int, heads: int, kv_heads: int, head_dim: int, fa_pool: dict[st
     return turn
 
 
-def ring(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Callable[[], Turn]:
-    """Ring attention (Liu et al. 2023), in the zigzag order of ring-flash-attention (Zhu 2024), which balances a causal
-    mask.
-
-    The sequence is cut into 2 W chunks, and of W ranks rank r has chunks r and 2 W - 1 - r from the start; its result
-    stays there, too. Keys and values travel round, the next ones while the present ones are computed.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    q_BSHD, k_BTKD, v_BTKD = _inputs(tokens, heads, kv_heads, head_dim)
-    edges = [tokens * index // (2 * ranks) for index in range(2 * ranks + 1)]
-
-    def chunks_of(owner: int) -> tuple[int, int]:
-        return owner, 2 * ranks - 1 - owner
-
-    def cut(x: Tensor, chunk: int) -> Tensor:
-        return x[:, edges[chunk] : edges[chunk + 1]].contiguous()
-
-    mine = {chunk: cut(q_BSHD, chunk) for chunk in chunks_of(rank)}
-    held = [x for chunk in chunks_of(rank) for x in (cut(k_BTKD, chunk), cut(v_BTKD, chunk))]
-
-    def turn() -> Turn:
-        dist.barrier()
-        began = time.perf_counter()
-        out = {chunk: torch.zeros_like(q) for chunk, q in mine.items()}
-        lse = {chunk: q.new_full((1, heads, q.shape[1]), -torch.inf) for chunk, q in mine.items()}
-        present = held
-        for step in range(ranks):
-            owner = (rank - step) % ranks
-            works: list[Any] = []
-            if step + 1 < ranks:
-                coming = [
-                    k_BTKD.new_empty(1, edges[c + 1] - edges[c], kv_heads, head_dim)
-                    for c in chunks_of((owner - 1) % ranks)
-                    for _ in "kv"
-                ]
-                works += [dist.isend(x, (rank + 1) % ranks, tag=at) for at, x in enumerate(present)]
-                works += [dist.irecv(x, (rank - 1) % ranks, tag=at) for at, x in enumerate(coming)]
-            for at, key_chunk in enumerate(chunks_of(owner)):
-                k, v = present[2 * at : 2 * at + 2]
-                for chunk, q in mine.items():
-                    if key_chunk <= chunk:
-                        part = attend(q, k, v, softmax_scale=head_dim**-0.5, causal=key_chunk == chunk)
-                        merge_(out[chunk], lse[chunk], *part)
-            for work in works:
-                work.wait()
-            if step + 1 < ranks:
-                present = coming
-        seconds = time.perf_counter() - began
-        whole = torch.zeros_like(q_BSHD)
-        for chunk, part_out in out.items():
-            whole[:, edges[chunk] : edges[chunk + 1]] = part_out
-        dist.all_reduce(whole)
-        return seconds, whole, {}
-
-    return turn
-
-
-def _inputs(tokens: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: int, heads: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same random q, k and v in every process: one sequence, BSHD, float32.
 
     Queries are long, so that each attends to a few keys: an average of many would be near zero, and so would errors.

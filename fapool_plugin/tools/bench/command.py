@@ -32,11 +32,8 @@ _WARM_TOKENS = 256
 _SEED_TOKENS = 1000
 """Tokens of real text whose keys fill the caches of decode steps."""
 
-_PREFILL_PEERS = {
-    "transformers TP, 2 x 1": "huggingface.tensor_parallel_prefill",
-    "DeepSpeed AutoTP, 2 x 1": "deepspeed.autotp",
-    "DeepSpeed Ulysses, 2 x 1": "deepspeed.ulysses",
-}
+_MODELS = "fapool_plugin.integrations.huggingface.bench"
+_ATTENTION = "fapool_plugin.tools.bench.attention"
 
 app = typer.Typer(help="The same work with the pool, without it, and by others, in turns.", no_args_is_help=True)
 
@@ -66,10 +63,6 @@ def prefill(
     threshold: Threshold = 4096,
     profile: Profile = None,
     runs: Runs = 3,
-    peers: Annotated[
-        bool,
-        typer.Option("--peers", help="Also two ranks of transformers' tensor parallelism, DeepSpeed AutoTP, Ulysses."),
-    ] = False,
     json_file: Json = None,
     plot_file: Plot = None,
 ) -> None:
@@ -77,22 +70,20 @@ def prefill(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _told_errors():
+    with told_errors():
         counts = {"--tokens": tokens, "--pool-ranks": pool_ranks, "--base-threads": base_threads, "--runs": runs}
         _check(counts, json_file, plot_file)
         _check_longer(tokens, threshold)
-        fa_pool = _fa_pool(pool_ranks=pool_ranks, threshold=threshold, activation="length")
-        with _prepared(model, tokens) as (screen, work):
-            fa_pool |= {"profile": _profile(work["model"], profile, base_threads, pool_ranks, screen)}
+        fa_pool = checked(pool_ranks=pool_ranks, threshold=threshold, activation="length")
+        with prepared(model, tokens) as (screen, work):
+            fa_pool |= {"profile": profile_file(work["model"], profile, base_threads, pool_ranks, screen)}
             plain = work | {"warm": min(tokens, _WARM_TOKENS)}
             # Above the threshold, so that the pool ranks run when the first turn comes.
             pooled = work | {"warm": min(tokens, threshold + _WARM_TOKENS), "fa_pool": fa_pool}
-            contenders = _ours("prefill", plain, pooled, base_threads, pool_ranks)
-            if peers:
-                contenders += [_peer(label, make, plain) for label, make in _PREFILL_PEERS.items()]
+            contenders = ours("prefill", plain, pooled, base_threads, pool_ranks)
             results = compare([[contender] for contender in contenders], runs, screen)
         options = {"model": model or "demo", "tokens": tokens, "threshold": threshold}
-        _finish(Report("prefill", options, "a prompt", results), json_file, plot_file)
+        finish(Report("prefill", options, "a prompt", results), json_file, plot_file)
 
 
 @app.command()
@@ -115,22 +106,22 @@ def decode(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _told_errors():
+    with told_errors():
         counts = {"--tokens": tokens, "--batch": batch, "--steps": steps, "--runs": runs}
         counts |= {"--pool-ranks": pool_ranks, "--base-threads": base_threads}
         _check(counts, json_file, plot_file)
         _check_longer(tokens, threshold)
         settings = {"pool_ranks": pool_ranks, "threshold": threshold}
-        by_length, by_cost = (_fa_pool(**settings, activation=rule) for rule in ("length", "cost"))
-        with _prepared(model, min(tokens, _SEED_TOKENS)) as (screen, work):
-            known = {"profile": _profile(work["model"], profile, base_threads, pool_ranks, screen)}
+        by_length, by_cost = (checked(**settings, activation=rule) for rule in ("length", "cost"))
+        with prepared(model, min(tokens, _SEED_TOKENS)) as (screen, work):
+            known = {"profile": profile_file(work["model"], profile, base_threads, pool_ranks, screen)}
             by_length, by_cost = by_length | known, by_cost | known
             work |= {"tokens": tokens, "batch": batch, "steps": steps}
-            contenders = _ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
+            contenders = ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
             contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
             results = compare([[contender] for contender in contenders], runs, screen)
         options = {"model": model or "demo", "tokens": tokens, "batch": batch, "steps": steps}
-        _finish(Report("decode", options, "a step", results), json_file, plot_file)
+        finish(Report("decode", options, "a step", results), json_file, plot_file)
 
 
 @app.command()
@@ -144,36 +135,19 @@ def attention(
     json_file: Json = None,
     plot_file: Plot = None,
 ) -> None:
-    """One causal attention call, fp32: alone, through a pool beside an idle base, with threads, and in a ring.
+    """One causal attention call, fp32: alone, through a pool beside an idle base, and with threads.
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _told_errors():
+    with told_errors():
         shape = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         counts = {"--tokens": tokens, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim}
         _check(counts | {"--pool-ranks": pool_ranks, "--runs": runs}, json_file, plot_file)
         if heads % kv_heads:
             raise ValueError(f"--heads {heads} is no multiple of --kv-heads {kv_heads}; give one that is")
-        if tokens < 2 * pool_ranks:
-            raise ValueError(f"--tokens {tokens} cannot be cut into {2 * pool_ranks} chunks; give at least that")
-        fa_pool = _fa_pool(pool_ranks=pool_ranks, threshold=0, base_share=0.0, activation="length")
-        contenders = [
-            Contender("alone, 1 thread", "attention.alone", shape),
-            Contender(
-                f"pool of {pool_ranks}, base idle",
-                "attention.pool",
-                shape | {"fa_pool": fa_pool},
-                pool_threads=pool_ranks,
-                idle_threads=1,
-                claims="pooled",
-            ),
-            Contender(_threads("alone", pool_ranks), "attention.alone", shape, threads=pool_ranks),
-            _peer(f"zigzag ring of {pool_ranks}", "attention.ring", shape, pool_ranks),
-        ]
         with Screen() as screen:
-            # A ring or a team of one is the baseline once more.
-            results = compare([[c] for c in contenders[: 4 if pool_ranks > 1 else 2]], runs, screen)
-        _finish(Report("attention", shape, "a call", results), json_file, plot_file)
+            results = compare([[contender] for contender in attention_contenders(shape, pool_ranks)], runs, screen)
+        finish(Report("attention", shape, "a call", results), json_file, plot_file)
 
 
 @app.command()
@@ -197,21 +171,21 @@ def training(
 
     Exit codes: 0 done, 1 gradients differ, 2 an error.
     """
-    with _told_errors():
+    with told_errors():
         counts = {"--tokens": tokens, "--batch": batch, "--base-threads": base_threads, "--pool-ranks": pool_ranks}
         _check(counts | {"--runs": runs}, json_file, plot_file)
         _check_longer(tokens, threshold)
-        fa_pool = _fa_pool(
+        fa_pool = checked(
             threshold=threshold, pool_ranks=pool_ranks, activation="length", base_share=base_share, blocks=blocks
         )
-        with _prepared(model, tokens, batch) as (screen, work):
-            fa_pool |= {"profile": _profile(work["model"], profile, base_threads, pool_ranks, screen)}
+        with prepared(model, tokens, batch) as (screen, work):
+            fa_pool |= {"profile": profile_file(work["model"], profile, base_threads, pool_ranks, screen)}
             plain = work | {"batch": batch, "warm": min(tokens, threshold + 64)}
-            contenders = _ours("training", plain, plain | {"fa_pool": fa_pool}, base_threads, pool_ranks)
+            contenders = ours("training", plain, plain | {"fa_pool": fa_pool}, base_threads, pool_ranks)
             # A step keeps every activation for its backward: memory that holds one model's holds no three.
             results = compare([[replace(one, starts_anew=True)] for one in contenders], runs, screen)
         options = {"model": model or "demo", "tokens": tokens, "batch": batch, "threshold": threshold}
-        _finish(Report("training", options, "a step", results), json_file, plot_file)
+        finish(Report("training", options, "a step", results), json_file, plot_file)
 
 
 @app.command()
@@ -228,38 +202,36 @@ def short(
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
-    with _told_errors():
+    with told_errors():
         _check({"--tokens": tokens, "--threads": threads, "--runs": runs}, json_file, plot_file)
         if tokens > threshold:
             raise ValueError(
                 f"--tokens {tokens} is above --threshold {threshold}, so it would be pooled; give at most {threshold}"
             )
-        fa_pool = _fa_pool(threshold=threshold)
-        with _prepared(model, tokens) as (screen, work):
+        fa_pool = checked(threshold=threshold)
+        with prepared(model, tokens) as (screen, work):
             work |= {"warm": tokens}
             team = [
-                Contender("without the plugin", "huggingface.plain_prefill", work, threads),
-                Contender(
-                    "with it", "huggingface.pooled_prefill", work | {"fa_pool": fa_pool}, threads, claims="local"
-                ),
+                Contender("without the plugin", f"{_MODELS}.plain_prefill", work, threads),
+                Contender("with it", f"{_MODELS}.pooled_prefill", work | {"fa_pool": fa_pool}, threads, claims="local"),
             ]
             results = compare([team], runs, screen)
         options = {"model": model or "demo", "tokens": tokens, "threshold": threshold}
-        _finish(Report("short", options, "a prompt", results), json_file, plot_file)
+        finish(Report("short", options, "a prompt", results), json_file, plot_file)
 
 
-def _ours(
+def ours(
     phase: str, plain: dict[str, Any], pooled: dict[str, Any], base_threads: int, pool_ranks: int
 ) -> list[Contender]:
     """Plain sdpa with the base's threads and with all, and the pool."""
     every = base_threads + pool_ranks
-    make = f"huggingface.plain_{phase}"
+    make = f"{_MODELS}.plain_{phase}"
     return [
         Contender(_threads("sdpa", base_threads), make, plain | {"time_attention": True}, base_threads),
         Contender(_threads("sdpa", every), make, plain, every),
         Contender(
             f"fapool, {base_threads} + {pool_ranks}",
-            f"huggingface.pooled_{phase}",
+            f"{_MODELS}.pooled_{phase}",
             pooled,
             base_threads,
             pool_threads=pool_ranks,
@@ -271,11 +243,26 @@ def _ours(
 def _by_plan(pooled: dict[str, Any], threads: int, pool_ranks: int) -> Contender:
     """The plugin with every core for the base; the plan may leave the pool idle."""
     label = f"fapool by plan, {threads} + {pool_ranks}"
-    return Contender(label, "huggingface.pooled_decode", pooled, threads, pool_threads=pool_ranks)
+    return Contender(label, f"{_MODELS}.pooled_decode", pooled, threads, pool_threads=pool_ranks)
 
 
-def _peer(label: str, make: str, options: dict[str, Any], processes: int = 2) -> Contender:
-    return Contender(label, make, options, processes=processes, is_peer=True)
+def attention_contenders(shape: dict[str, Any], pool_ranks: int) -> list[Contender]:
+    """One call by the kernel alone, through a pool, and with as many threads as that has."""
+    fa_pool = checked(pool_ranks=pool_ranks, threshold=0, base_share=0.0, activation="length")
+    contenders = [
+        Contender("alone, 1 thread", f"{_ATTENTION}.alone", shape),
+        Contender(
+            f"pool of {pool_ranks}, base idle",
+            f"{_ATTENTION}.pool",
+            shape | {"fa_pool": fa_pool},
+            pool_threads=pool_ranks,
+            idle_threads=1,
+            claims="pooled",
+        ),
+        Contender(_threads("alone", pool_ranks), f"{_ATTENTION}.alone", shape, threads=pool_ranks),
+    ]
+    # A team of one is the baseline once more.
+    return contenders[: 3 if pool_ranks > 1 else 2]
 
 
 def _threads(what: str, count: int) -> str:
@@ -283,7 +270,7 @@ def _threads(what: str, count: int) -> str:
 
 
 @contextmanager
-def _prepared(model: str | None, tokens: int, rows: int = 1) -> Iterator[tuple[Screen, dict[str, Any]]]:
+def prepared(model: str | None, tokens: int, rows: int = 1) -> Iterator[tuple[Screen, dict[str, Any]]]:
     """A screen, and the model's folder with ``rows`` prompts of ``tokens`` tokens, end to end. Raises as the demo
     does."""
     with tempfile.TemporaryDirectory(prefix="fapool-bench-") as folder, Screen() as screen:
@@ -301,7 +288,8 @@ def _prepared(model: str | None, tokens: int, rows: int = 1) -> Iterator[tuple[S
         yield screen, {"model": str(path), "ids": ids}
 
 
-def _finish(report: Report, json_file: Path | None, plot_file: Path | None) -> None:
+def finish(report: Report, json_file: Path | None, plot_file: Path | None) -> None:
+    """Shows, writes and draws what was asked for."""
     report.show()
     if json_file is not None:
         report.write(json_file)
@@ -310,7 +298,8 @@ def _finish(report: Report, json_file: Path | None, plot_file: Path | None) -> N
 
 
 @contextmanager
-def _told_errors() -> Iterator[None]:
+def told_errors() -> Iterator[None]:
+    """Errors in one line, with exit code 1 for a wrong answer and 2 for all else."""
     with one_line_errors(ContenderError):
         try:
             yield
@@ -325,7 +314,7 @@ def _check(counts: dict[str, int], json_file: Path | None, plot_file: Path | Non
     check_picture(plot_file)
 
 
-def _profile(model: str, given: Path | None, base_threads: int, pool_ranks: int, screen: Screen) -> str:
+def profile_file(model: str, given: Path | None, base_threads: int, pool_ranks: int, screen: Screen) -> str:
     """The file that plans are made with."""
     setting = planning.Setting(Cores(base_threads + pool_ranks), (pool_ranks,), MOST_BLOCKS, "float32")
     return str(given or planning.kept_profile(Path(model), setting, screen))
@@ -339,7 +328,7 @@ def _check_longer(tokens: int, threshold: int) -> None:
         )
 
 
-def _fa_pool(**settings: Any) -> dict[str, Any]:
+def checked(**settings: Any) -> dict[str, Any]:
     """The plugin's settings, checked against this machine. Raises FAPoolConfigError."""
     check_machine(FAPoolConfig(**settings), psutil.virtual_memory().available)
     return settings

@@ -6,6 +6,7 @@ Knows neither what is computed in a turn nor what becomes of the numbers.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -41,7 +41,7 @@ class ContenderError(RuntimeError):
 class Contender:
     """One way to do the work.
 
-    ``make`` names a function (see :func:`_maker`) that is called in the contender's process with ``options`` and
+    ``make`` names a function, by its full name, that is called in the contender's process with ``options`` and
     returns its turn: a function without arguments.
     """
 
@@ -212,22 +212,8 @@ def _environment(contender: Contender, rank: int) -> dict[str, str]:
 
 def _maker(name: str) -> Callable[..., Callable[[], Turn]]:
     """The function of this name. Frameworks are imported by the contenders that need them, and by no other."""
-    home, _, function = name.partition(".")
-    if home == "attention":
-        from fapool_plugin.tools.bench import attention as bench_attention
-
-        return getattr(bench_attention, function)
-    from fapool_plugin.integrations.huggingface import bench as huggingface_bench
-
-    if home == "deepspeed":
-        from fapool_plugin.integrations import deepspeed_bench
-
-        peers: dict[str, Callable[..., Callable[[], Turn]]] = {
-            "autotp": partial(huggingface_bench.split_prefill, deepspeed_bench.split),
-            "ulysses": partial(huggingface_bench.sequence_parallel_prefill, deepspeed_bench.exchange_heads),
-        }
-        return peers[function]
-    return getattr(huggingface_bench, function)
+    home, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(home), function)
 
 
 def checksum(computed_BV: Tensor) -> dict[str, Any]:
