@@ -72,16 +72,16 @@ def _enter(path: str | None) -> None:
     except (OSError, UnicodeDecodeError):
         return
     except FAPoolConfigError as error:
-        from fapool_plugin.ranks.enlist import say_once
+        from fapool_plugin.ranks.roles import say_once
 
         say_once(error, None)
         raise SystemExit(2) from None
     if settings is None:
         return
     if settings.enabled:
-        from fapool_plugin.ranks.enlist import enlist
+        from fapool_plugin.ranks.roles import take_role
 
-        enlist(settings)
+        take_role(settings)
     if importlib.util.find_spec("deepspeed") is not None:
         from fapool_plugin.integrations.deepspeed import install
 

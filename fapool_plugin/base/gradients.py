@@ -78,7 +78,7 @@ class Gradients:
         held = manager.borrow(self.shares.geometry.longest, self.shares.sequence.id) if self.shares.ranks else []
         leased = {rank.number: rank for rank in held}
         if held:
-            manager.lending.lend_in_backward(len(held))
+            manager.threads.give_in_backward(len(held))
         manager.timeline.begin(manager.counters.backward)
         manager.timeline.switch(SEND)
         for number, tiles in self.shares.ranks.items():

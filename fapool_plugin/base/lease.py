@@ -37,7 +37,7 @@ class PoolRank:
         """Nanoseconds that this process's ``time.perf_counter_ns`` is ahead of the rank's."""
         self.node = 0
         """The node it is on."""
-        self.joint = 0
+        self.merge = 0
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
         """Works together with no other rank any more: a part did not arrive in this lease."""

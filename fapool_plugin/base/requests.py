@@ -42,7 +42,7 @@ class Request:
     """Its number on the link; None: not asked."""
     kept: int = 0
     """The number of the call that the rank keeps, this one or the same before; 0: none."""
-    joint: int = 0
+    merge: int = 0
     """The number of this call at all ranks that work on it together; 0: this rank works alone."""
     above: Request | None = None
     """Whose answer brings this one's; None: it answers by itself."""
@@ -65,7 +65,7 @@ class Request:
             self.above = None
         below = [torch.tensor([child.rank.number for child in self.below])] if self.below else []
         peer = 1 + self.above.rank.number if self.above is not None else 0
-        return header._replace(joint=self.joint, peer=peer, peers=len(self.below)), [*tensors, *below]
+        return header._replace(merge=self.merge, peer=peer, peers=len(self.below)), [*tensors, *below]
 
 
 class Part(NamedTuple):
@@ -165,7 +165,7 @@ class Requests:
         if part.status == Status.MISSING:
             # What failed between ranks would fail again: they work apart until the lease ends.
             for request in self.asked:
-                request.rank.apart = request.rank.apart or request.joint > 0
+                request.rank.apart = request.rank.apart or request.merge > 0
 
 
 def _told(answer: Message | None, number: int) -> dict[int, Part]:

@@ -22,7 +22,7 @@ from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.forward import Forward, stay_local
 from fapool_plugin.base.lease import Pool, PoolRank, RanksStarting
 from fapool_plugin.base.sequence import SequenceState
-from fapool_plugin.base.threads import Lending
+from fapool_plugin.base.threads import SharedThreads
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
@@ -68,7 +68,7 @@ class ResourceManager:
         self.closing = ExitStack()
         """What ends with it: a trace, a server of metrics."""
         self._measuring = False
-        self.lending = Lending(self.advisor.threads_left)
+        self.threads = SharedThreads(self.advisor.threads_left)
         self.state: State = "idle"
         self.ranks: list[PoolRank] = []
         self._pool: Pool | None = None
@@ -134,7 +134,7 @@ class ResourceManager:
             one_block: why this forward cannot be cut into blocks in flight; None if it can.
             profiler: knows or measures what the model costs; None: every long forward is pooled.
         """
-        self.lending.after_a_failed_backward()
+        self.threads.after_a_failed_backward()
         local = Forward(self.config, self.counters, phase, began_s=time.perf_counter())
         if not self.config.enabled or self.state == "closed" or self._is_forked or self._measuring:
             return local
@@ -173,7 +173,7 @@ class ResourceManager:
         sequence.place(decided.geometry.starts if decided.geometry else ())
         if decided.ranks:
             self._live.add(sequence.id)
-            self.lending.lend(len(decided.ranks))
+            self.threads.give(len(decided.ranks))
         counters = self.counters.phase(phase)
         self.timeline.begin(counters)
         before = (counters.pooled_calls, sum(self.counters.local_reasons.values()))
@@ -257,7 +257,7 @@ class ResourceManager:
 
     def _end_pooled(self, forward: Forward) -> None:
         self.timeline.end()
-        self.lending.take_back()
+        self.threads.take_back()
         if forward.sequence is not None and not forward.lasting:
             self._ended.append(forward.sequence.id)
         self._busy.release()
@@ -322,7 +322,7 @@ class ResourceManager:
         try:
             if self.ranks:
                 self._release("closed")
-            self.lending.take_back()
+            self.threads.take_back()
             self.state = "closed"
             if self._finalizer is not None and self._pool is not None:
                 self._finalizer.detach()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-class Lending:
+class SharedThreads:
     """Lends once, whoever asks how often.
 
     Args:
@@ -24,16 +24,16 @@ class Lending:
         self._before: int | None = None
         self._in_backward = False
 
-    def lend(self, ranks: int) -> None:
+    def give(self, ranks: int) -> None:
         """Until :meth:`take_back`."""
         if self._before is None:
             self._before = torch.get_num_threads()
             torch.set_num_threads(self._left(self._before, ranks))
 
-    def lend_in_backward(self, ranks: int) -> None:
+    def give_in_backward(self, ranks: int) -> None:
         """Until the backward that runs has ended."""
         if self._before is None:
-            self.lend(ranks)
+            self.give(ranks)
             self._in_backward = True
             # As FSDP does; a function that torch documents does not exist.
             engine: Any = torch.autograd.Variable._execution_engine

@@ -23,7 +23,7 @@ Guard = Callable[[PoolRank], AbstractContextManager[None]]
 def arrange(
     requests: Sequence[Request], config: FAPoolConfig, link: LinkCost | None, lane_bytes: int, guard: Guard
 ) -> None:
-    """Settles whose answers are merged by whom: sets ``above``, ``below`` and ``joint``.
+    """Settles whose answers are merged by whom: sets ``above``, ``below`` and ``merge``.
 
     Args:
         link: measured cost of messages; None: "auto" is "direct".
@@ -41,9 +41,9 @@ def arrange(
             request.above = team[parent]
             team[parent].below.append(request)
     together = [request for request in team if request.above is not None or request.below]
-    joint = 1 + max((request.rank.joint for request in together), default=0)
+    merge = 1 + max((request.rank.merge for request in together), default=0)
     for request in together:
-        request.joint = request.rank.joint = joint
+        request.merge = request.rank.merge = merge
 
 
 def _introduce(one: PoolRank, other: PoolRank, guard: Guard) -> bool:

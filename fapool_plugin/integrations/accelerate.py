@@ -14,8 +14,8 @@ from accelerate import Accelerator
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.integrations.huggingface.model import FAPoolForCausalLM, PreTrainedModel
-from fapool_plugin.ranks.enlist import enlist
 from fapool_plugin.ranks.launch import JOINED
+from fapool_plugin.ranks.roles import take_role
 
 
 class FAPoolPlugin:
@@ -36,7 +36,7 @@ class FAPoolPlugin:
     def __init__(self, fa_pool: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None) -> None:
         self.config = FAPoolConfig.load(fa_pool)
         if JOINED.get() is None:
-            enlist(self.config)
+            take_role(self.config)
 
     def prepare(self, *objects: Any) -> Any:
         """Pools every transformers model among the objects, in place; give them to ``Accelerator.prepare`` then.

@@ -23,8 +23,8 @@ from fapool_plugin.base.agreement import agree_over, neighbours
 from fapool_plugin.config import SECTION, FAPoolConfig, FAPoolConfigError, section_of
 from fapool_plugin.integrations.huggingface.model import FAPoolForCausalLM
 from fapool_plugin.integrations.huggingface.supported import attention_modules
-from fapool_plugin.ranks.enlist import enlist, say_once
 from fapool_plugin.ranks.launch import is_first
+from fapool_plugin.ranks.roles import say_once, take_role
 
 _TAG = "FAPool"
 
@@ -50,7 +50,7 @@ def setup(config: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str]) -> 
         raise SystemExit(2) from None
     if settings is not None:
         if settings.enabled:
-            enlist(settings)
+            take_role(settings)
         install(settings)
 
 

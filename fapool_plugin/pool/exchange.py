@@ -110,7 +110,7 @@ class Exchange:
         self._changed = threading.Condition()
         self._parts: dict[tuple[int, int], Message] = {}
         self._over = 0
-        """The last joint call that waits for nothing any more; what comes for it or earlier ones comes too late."""
+        """The last merged call that waits for nothing any more; what comes for it or earlier ones comes too late."""
 
     def meet(self, number: int, name: str) -> None:
         """Opens a link to another rank, without waiting for it."""
@@ -123,8 +123,8 @@ class Exchange:
         with self._changed:
             if isinstance(item, LinkLost):
                 peer.lost = True
-            elif item.header.joint > self._over:
-                self._parts[item.header.joint, peer.number] = item
+            elif item.header.merge > self._over:
+                self._parts[item.header.merge, peer.number] = item
             self._changed.notify_all()
 
     def send(self, number: int, header: Header, tensors: Payload) -> None:
@@ -144,7 +144,7 @@ class Exchange:
                 results.add(Tile(*row[:7]), out, lse)
         below = request.tensors[-1].tolist() if asked.peers else []
         # Others have as much to compute, and may have begun when this rank ended.
-        for part in self._await(asked.joint, below, self._patience_s + own.extra / 1e9):
+        for part in self._await(asked.merge, below, self._patience_s + own.extra / 1e9):
             out, lse, table_of_part, reported = part.tensors
             results.add_flat(table_of_part.tolist(), out, lse)
             rows += reported.tolist()
@@ -177,24 +177,24 @@ class Exchange:
         with self._changed:
             return self._peers.setdefault(number, _Peer(self, number))
 
-    def _await(self, joint: int, numbers: Sequence[int], patience_s: float) -> list[Message]:
+    def _await(self, merge: int, numbers: Sequence[int], patience_s: float) -> list[Message]:
         """The parts that come, of those that these ranks should send."""
         found, deadline = [], time.monotonic() + patience_s
         with self._changed:
             for number in numbers:
-                settled = partial(self._is_settled, joint, number)
+                settled = partial(self._is_settled, merge, number)
                 self._changed.wait_for(settled, max(0.0, deadline - time.monotonic()))
-                if (joint, number) in self._parts:
-                    found.append(self._parts[joint, number])
-            self._end(joint)
+                if (merge, number) in self._parts:
+                    found.append(self._parts[merge, number])
+            self._end(merge)
         return found
 
-    def _is_settled(self, joint: int, number: int) -> bool:
-        return (joint, number) in self._parts or number not in self._peers or self._peers[number].lost
+    def _is_settled(self, merge: int, number: int) -> bool:
+        return (merge, number) in self._parts or number not in self._peers or self._peers[number].lost
 
-    def _end(self, joint: int) -> None:
-        self._over = joint
-        self._parts = {call: kept for call, kept in self._parts.items() if call[0] > joint}
+    def _end(self, merge: int) -> None:
+        self._over = merge
+        self._parts = {call: kept for call, kept in self._parts.items() if call[0] > merge}
 
 
 class _Peer:

@@ -27,7 +27,7 @@ from fapool_plugin.pool.process import run_to_end
 from fapool_plugin.pool.store import CallStore, KeptTile, PrefixStore
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status, bits_float, elements
-from fapool_plugin.wire.rendezvous import wait_for_ring
+from fapool_plugin.wire.rendezvous import wait_for_link_request
 
 _UNSETTLED = 8
 """Replies that may be under way while the next request is computed."""
@@ -91,7 +91,7 @@ class Worker:
         """Answers the base, or the pool rank that merges this answer with its own."""
         header = message.header
         compute = self.backward if header.op == Op.BACKWARD else self.attend
-        if not header.joint:
+        if not header.merge:
             link.send(*compute(message))
             return
         exchange = self.inbox.exchange(link)
@@ -269,7 +269,7 @@ def _accept(connect: Callable[[str], Link], store: dist.Store, name: str) -> Non
 
     with suppress(RuntimeError):
         for number in count(1):
-            link = wait_for_ring(store, name, number)
+            link = wait_for_link_request(store, name, number)
             threading.Thread(target=open_link, args=(link,), name=f"fapool {link}", daemon=True).start()
 
 
@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
         threading.Thread(target=_accept, args=(connect, store, options.name), daemon=True).start()
         worker.serve([], stay=True)
     else:
-        worker.serve([connect(wait_for_ring(store, options.name, 1))])
+        worker.serve([connect(wait_for_link_request(store, options.name, 1))])
 
 
 if __name__ == "__main__":

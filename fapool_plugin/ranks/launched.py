@@ -17,7 +17,7 @@ from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.ranks.launch import Launch
 from fapool_plugin.wire.link import Link, first_line
-from fapool_plugin.wire.rendezvous import ring
+from fapool_plugin.wire.rendezvous import request_link
 
 _LAST_S = 10.0
 """For a link's threads to end; on a quiet machine they take milliseconds."""
@@ -111,7 +111,7 @@ class LaunchedPool:
         announce(f"linking to pool rank {number}")
         # A worker that died a moment ago is not waited for as long as one that starts.
         patience, limit = self.config.timeout_s, min(self.config.start_timeout_s, max(5.0, self.config.timeout_s))
-        name, own = ring(store, worker), self.launch.store(limit)
+        name, own = request_link(store, worker), self.launch.store(limit)
         try:
             link = Link(own, name, "base", timeout_s=patience, connect_timeout_s=limit, host=self.launch.bind)
         except RuntimeError:

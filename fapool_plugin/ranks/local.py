@@ -17,7 +17,7 @@ import torch
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.pool.process import end, start
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.rendezvous import open_store, ring
+from fapool_plugin.wire.rendezvous import open_store, request_link
 
 _HOST = "127.0.0.1"
 _LAST_S = 10.0
@@ -104,7 +104,7 @@ class LocalPool:
 
     def _connect(self, name: str) -> Link:
         patience, limit = self.config.timeout_s, self.config.start_timeout_s
-        link = ring(self._store, name)
+        link = request_link(self._store, name)
         return Link(self._store, link, "base", timeout_s=patience, connect_timeout_s=limit, host=_HOST)
 
     def _wait_ready(self, rank: int, name: str) -> None:

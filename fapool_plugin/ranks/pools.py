@@ -1,20 +1,60 @@
-"""Where pool ranks come from, by the configuration: started on this machine, or out of the launch.
+"""Where pool ranks come from, by the configuration, and the manager that borrows them: opened alike for every host.
 
-Knows both sources and what each needs; not what ranks are for.
+Knows both sources, what each needs, and what a configuration wants written or served; not what ranks are for.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import psutil
 
 from fapool_plugin.base.lease import Pool
+from fapool_plugin.base.resource_manager import Agree, ResourceManager
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
+from fapool_plugin.observe.prometheus import serve
+from fapool_plugin.observe.trace import Trace
 from fapool_plugin.ranks.launch import JOINED
 from fapool_plugin.ranks.launched import LaunchedPool
 from fapool_plugin.ranks.local import LocalPool
+
+
+def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: int = 1) -> ResourceManager:
+    """The manager of one model, with the trace and the endpoint that the configuration asks for. Both end with
+    ``close()``, and for those who never call it with the manager itself, or the interpreter.
+
+    Args:
+        agree: makes base ranks that share the model decide alike; None: the model is this rank's alone.
+        base_ranks: how many base ranks share the model.
+
+    Raises:
+        FAPoolConfigError: as :func:`pool_maker` does.
+        OSError: the trace cannot be written, or the port not be had.
+    """
+    manager = ResourceManager(config, pool_maker(config), agree, base_ranks)
+    if not config.enabled:
+        return manager
+    weakref.finalize(manager, _close, manager.closing, os.getpid())
+    try:
+        if config.trace is not None:
+            manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
+        if config.metrics_port is not None:
+            server = manager.closing.enter_context(serve(manager.stats, config.metrics_port))
+            manager.counters.log("metrics", f"served on port {server.port}")
+    except BaseException:
+        manager.close()
+        raise
+    return manager
+
+
+def _close(closing: ExitStack, owner: int) -> None:
+    """A forked child has the files of its parent, too, and must not write their ends."""
+    if os.getpid() == owner:
+        closing.close()
 
 
 def pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:

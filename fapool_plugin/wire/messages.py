@@ -82,7 +82,7 @@ class Header(NamedTuple):
     nanoseconds spent computing."""
     clock: int = 0
     """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO."""
-    joint: int = 0
+    merge: int = 0
     """The attention call, by one number at all pool ranks that work on it together; 0: each works alone."""
     number: int = 0
     """PEER: the receiving rank's number. HELLO's reply: the node that the rank is on."""

@@ -22,14 +22,14 @@ def open_store(host: str, timeout: timedelta, port: int = 0) -> dist.TCPStore:
     return dist.TCPStore(host, port, None, True, timeout, False, master_listen_fd=listener.detach())
 
 
-def ring(store: dist.Store, worker: str) -> str:
+def request_link(store: dist.Store, worker: str) -> str:
     """Asks a worker for one more link; returns its name at both ends."""
     name = f"{worker}/link{store.add(f'{worker}/links', 1)}"
     store.set(f"{name}/wanted", "")
     return name
 
 
-def wait_for_ring(store: dist.Store, worker: str, number: int) -> str:
+def wait_for_link_request(store: dist.Store, worker: str, number: int) -> str:
     """A worker's side: the name of the ``number``-th link asked for, from 1, when it is. Raises RuntimeError once the
     store is gone."""
     name = f"{worker}/link{number}"

@@ -47,9 +47,9 @@ def meet() -> Iterator[Callable[[int], list[Exchange]]]:
             link.join(5)
 
 
-def request(joint: int, below: list[int]) -> Message:
+def request(merge: int, below: list[int]) -> Message:
     """One query of one KV head."""
-    header = Header(op=Op.ATTEND, token=TOKEN, joint=joint, tiles=1, group=GROUP, v_head_dim=E, peers=len(below))
+    header = Header(op=Op.ATTEND, token=TOKEN, merge=merge, tiles=1, group=GROUP, v_head_dim=E, peers=len(below))
     table = torch.tensor([[0, 0, 1, 9, 10, 0, 9, 0, 0]])
     return Message(header, [table, NOTHING, NOTHING, NOTHING, *([torch.tensor(below)] if below else [])])
 
@@ -108,8 +108,8 @@ def test_nobody_waits_for_a_rank_that_is_gone_or_unknown(meet: Callable[[int], l
         assert time.monotonic() < deadline
         time.sleep(0.01)
     began = time.monotonic()
-    for joint, below in ((2, [1]), (3, [99])):
-        header, _ = ranks[0].merged(request(joint, below), *computed(request(joint, [])))
+    for merge, below in ((2, [1]), (3, [99])):
+        header, _ = ranks[0].merged(request(merge, below), *computed(request(merge, [])))
         assert header.parts == 1
     took = time.monotonic() - began
     assert took < PATIENCE_S / 2, f"{took:.2f} s were waited"
@@ -129,8 +129,8 @@ def test_a_rank_that_never_comes_is_given_up() -> None:
 def test_what_comes_too_late_is_not_kept(meet: Callable[[int], list[Exchange]]) -> None:
     ranks = meet(2)
     ranks[0].merged(request(5, []), *computed(request(5, [])))
-    for joint in (3, 6):
-        ranks[1].send(0, *ranks[1].merged(request(joint, []), *computed(request(joint, []))))
+    for merge in (3, 6):
+        ranks[1].send(0, *ranks[1].merged(request(merge, []), *computed(request(merge, []))))
     deadline = time.monotonic() + 5
     while not ranks[0]._parts:
         assert time.monotonic() < deadline

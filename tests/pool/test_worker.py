@@ -45,7 +45,7 @@ def hello(link: Link, token: int, version: int = PROTOCOL_VERSION) -> Header:
 
 
 def ask(
-    link: Link, token: int, *, held: int, keys: int, keep: int = 1, sequence: int = 5, **joint: int
+    link: Link, token: int, *, held: int, keys: int, keep: int = 1, sequence: int = 5, **merge: int
 ) -> tuple[Message, torch.Tensor]:
     """Asks for one query against ``keys`` keys of which the rank is believed to hold ``held``."""
     torch.manual_seed(keys)
@@ -55,7 +55,7 @@ def ask(
     header = Header(
         op=Op.ATTEND, token=token, call=9, sequence=sequence, keep=keep, tiles=1, group=1, head_dim=D, v_head_dim=D,
         q_elements=D, k_elements=(keys - held) * D, v_elements=(keys - held) * D, dtype=dtype_code(q.dtype),
-        scale_bits=float_bits(1.0), **joint,
+        scale_bits=float_bits(1.0), **merge,
     )  # fmt: skip
     link.send(header, (tiles, q.flatten(), k[held:].flatten(), v[held:].flatten()))
     return link.receive(), torch.softmax(q @ k.T, -1) @ v
@@ -129,7 +129,7 @@ def test_a_request_to_work_with_unknown_ranks_ends_the_link(bases: tuple[list[Li
     hello(one, 1)
     hello(two, 1)
     with pytest.raises(LinkLost, match="goodbye"):
-        ask(one, 1, held=0, keys=5, joint=1)
+        ask(one, 1, held=0, keys=5, merge=1)
     assert ask(two, 1, held=0, keys=5)[0].header.status == Status.OK
 
 

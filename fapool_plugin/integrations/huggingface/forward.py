@@ -44,7 +44,7 @@ from fapool_plugin.plan.line import round_up
 from fapool_plugin.plan.shares import Geometry
 
 
-class Entrance:
+class EntryModule:
     """Mixed into the classes of a pooled model's modules that may be given tokens: the way into a forward."""
 
     fapool_forwards: Forwards | None = None

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +25,17 @@ from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.attention import NAME
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name, view_configs
-from fapool_plugin.integrations.huggingface.forward import Entrance, Forwards, holds_decoder
+from fapool_plugin.integrations.huggingface.forward import EntryModule, Forwards, holds_decoder
 from fapool_plugin.integrations.huggingface.pieces import one_block_model
 from fapool_plugin.integrations.huggingface.supported import FULL_LAYERS, attention_modules, refuse_model, refuse_object
-from fapool_plugin.observe.prometheus import serve
-from fapool_plugin.observe.trace import Trace
 from fapool_plugin.plan.profile import Profile
-from fapool_plugin.ranks.pools import pool_maker
+from fapool_plugin.ranks.pools import open_manager, pool_maker
 
 _LONGEST = 1 << 20
 """Tokens up to which a threshold is looked for, if the model does not say how many it can have."""
 
 
-class FAPoolForCausalLM(Entrance):
+class FAPoolForCausalLM(EntryModule):
     """A causal language model that borrows attention ranks for long sequences.
 
     ``from_pretrained`` returns a real transformers model: an instance of the class that AutoModelForCausalLM would
@@ -104,17 +100,19 @@ class FAPoolForCausalLM(Entrance):
             raise ValueError(f"{type(model).__name__} is pooled already")
         saved = getattr(model.config, "fapool", None)
         config = FAPoolConfig.load(saved if fa_pool is None else fa_pool)
-        make_pool = pool_maker(config)
         if config.threshold == "auto" and base_ranks > 1:
             raise FAPoolConfigError(
                 f'threshold "auto" cannot be measured while {base_ranks} base ranks share the model: give a number'
             )
         attentions = list(attention_modules(model))
         refuse_model(model, attentions)
-        manager = ResourceManager(config, make_pool, agree, base_ranks)
+        if config.enabled and config.profile is not None:
+            Profile.load(config.profile)
+        manager = open_manager(config, agree, base_ranks)
         if config.enabled:
             try:
-                _observe(model, manager)
+                if config.threshold == "auto":
+                    _measure_threshold(model, manager)
             except BaseException:
                 manager.close()
                 raise
@@ -189,7 +187,7 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     for module in holding:
         if module is not model:
             kind: Any = type(module)
-            module.__class__ = _subclass(Entrance, kind)
+            module.__class__ = _subclass(EntryModule, kind)
         module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
     view_configs(model, set(attentions), NAME, own=not holds_decoder(model))
 
@@ -207,32 +205,14 @@ def _profiler(config: FAPoolConfig, module: Any) -> Any:
     return ModelProfiler(module, config)
 
 
-def _observe(model: Any, manager: ResourceManager) -> None:
-    """Opens what the configuration wants written or served, and finds the threshold if it is to be measured."""
-    config = manager.config
-    if config.profile is not None:
-        Profile.load(config.profile)
-    # For those who never call close(): what is written is completed when the model goes, or the interpreter.
-    weakref.finalize(manager, _close, manager.closing, os.getpid())
-    if config.trace is not None:
-        manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
-    if config.metrics_port is not None:
-        server = manager.closing.enter_context(serve(manager.stats, config.metrics_port))
-        manager.counters.log("metrics", f"served on port {server.port}")
-    if config.threshold == "auto":
-        profiler = _profiler(config, model)
-        manager.advisor.profile = profiler.known() or profiler.measure_alone()
-        text = model.config.get_text_config(decoder=True)
-        longest = getattr(text, "max_position_embeddings", None) or _LONGEST
-        cores = manager.advisor.cores(torch.get_num_threads())
-        manager.threshold = manager.advisor.threshold(cores, longest)
-        manager.counters.log("threshold", f"measured: {manager.threshold} tokens")
-
-
-def _close(closing: ExitStack, owner: int) -> None:
-    """A forked child has the files of its parent, too, and must not write their ends."""
-    if os.getpid() == owner:
-        closing.close()
+def _measure_threshold(model: Any, manager: ResourceManager) -> None:
+    """Finds the threshold "auto"."""
+    profiler = _profiler(manager.config, model)
+    manager.advisor.profile = profiler.known() or profiler.measure_alone()
+    text = model.config.get_text_config(decoder=True)
+    longest = getattr(text, "max_position_embeddings", None) or _LONGEST
+    manager.threshold = manager.advisor.threshold(manager.advisor.cores(torch.get_num_threads()), longest)
+    manager.counters.log("threshold", f"measured: {manager.threshold} tokens")
 
 
 @functools.cache

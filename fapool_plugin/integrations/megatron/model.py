@@ -17,14 +17,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
-from fapool_plugin.base.resource_manager import Agree, ResourceManager
+from fapool_plugin.base.resource_manager import Agree
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.megatron.attention import FAPoolCoreAttention
 from fapool_plugin.integrations.megatron.forward import one_forward
 from fapool_plugin.integrations.megatron.host import allocate_cache, settle_on_cpu
-from fapool_plugin.observe.prometheus import serve
-from fapool_plugin.observe.trace import Trace
-from fapool_plugin.ranks.pools import pool_maker
+from fapool_plugin.ranks.pools import open_manager
 
 
 def get_fapool_layer_spec(
@@ -52,18 +50,12 @@ def get_fapool_layer_spec(
         ValueError: the layers cannot be pooled exactly; raised when they are built.
     """
     settings = FAPoolConfig.load(fa_pool)
-    make_pool = pool_maker(settings)
     if settings.threshold == "auto" or settings.profile is not None:
         raise FAPoolConfigError(
             f"threshold = {settings.threshold!r}, profile = {settings.profile!r}: nothing measures Megatron's own "
             "models yet; give the threshold as a number, and no profile"
         )
-    manager = ResourceManager(settings, make_pool, agree, config.tensor_model_parallel_size)
-    if settings.enabled and settings.trace is not None:
-        manager.timeline.trace = manager.closing.enter_context(Trace(settings.trace))
-    if settings.enabled and settings.metrics_port is not None:
-        server = manager.closing.enter_context(serve(manager.stats, settings.metrics_port))
-        manager.counters.log("metrics", f"served on port {server.port}")
+    manager = open_manager(settings, agree, config.tensor_model_parallel_size)
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,

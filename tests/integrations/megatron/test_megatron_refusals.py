@@ -3,6 +3,7 @@ become. No pool rank is started."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,16 @@ def model(folder: Path, groups: Any) -> Any:
 @pytest.fixture(scope="module")
 def settings(folder: Path) -> dict[str, Any]:
     return eager(folder).config.to_dict()
+
+
+def test_a_trace_is_completed_without_close(settings: dict[str, Any], tmp_path: Path) -> None:
+    """As with every other host: when the manager is gone."""
+    path = tmp_path / "trace.json"
+    spec = get_fapool_layer_spec(llama_config(settings), mm.OURS | {"trace": str(path)})
+    assert not path.read_text().endswith("]\n")
+    del spec
+    gc.collect()
+    assert path.read_text().endswith("]\n")
 
 
 def layer(settings: dict[str, Any], changed: dict[str, Any], **others: Any) -> Any:

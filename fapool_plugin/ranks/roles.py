@@ -28,7 +28,7 @@ _LAST_WORDS_S = 3.0
 rank that fails."""
 
 
-def enlist(settings: FAPoolConfig) -> Launch | None:
+def take_role(settings: FAPoolConfig) -> Launch | None:
     """Joins the launch, if pool ranks are to come from it. Returns on base ranks only; a pool rank's process serves
     and ends with code 0, here.
 
