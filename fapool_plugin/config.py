@@ -102,7 +102,7 @@ class FAPoolConfig(BaseModel):
         None,
         ge=0,
         lt=1,
-        description="The base's part of a pooled call; null: every rank alike.",
+        description="The base's part of a pooled call; null: the plan's, and without a plan as much as any rank's.",
     )
     blocks: int | None = Field(
         None,

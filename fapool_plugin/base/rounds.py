@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -120,14 +119,3 @@ def run_rounds(blocks: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
                     runs.throw()
         (outside if rotation or left is None else left).set()
     return [results[index] for index in range(len(blocks))]
-
-
-def block_edges(start: int, stop: int, blocks: int, multiple: int) -> list[tuple[int, int]]:
-    """Cuts the positions [start, stop) into at most ``blocks`` runs of nearly equal length, their edges at multiples
-    of ``multiple`` from ``start``."""
-    if stop <= start or blocks < 1 or multiple < 1:
-        raise ValueError(f"positions [{start}, {stop}) cannot be cut into {blocks} blocks of multiples of {multiple}")
-    units = -(-(stop - start) // multiple)
-    count = min(blocks, units)
-    edges = [min(stop, start + (index * units // count) * multiple) for index in range(count)] + [stop]
-    return list(pairwise(edges))

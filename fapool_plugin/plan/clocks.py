@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from fapool_plugin.plan.ideal_line import (
-    GRANULE,
     Piece,
     cut_rows,
     new_columns,
@@ -23,9 +22,7 @@ from fapool_plugin.plan.ideal_line import (
 )
 from fapool_plugin.plan.line import Row, partition
 from fapool_plugin.plan.profile import AttentionCost, Profile
-
-SMALLEST_BLOCK = 256
-"""Positions; shorter blocks are not worth their messages."""
+from fapool_plugin.plan.shares import SHORTEST_BLOCK, granule
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Prefill:
 
     def block_counts(self, most: int) -> list[int]:
         """How many blocks there may be, up to ``most``, if none is to be short."""
-        return list(range(1, max(1, min(most, new_columns(self.rows) // SMALLEST_BLOCK)) + 1))
+        return list(range(1, max(1, min(most, new_columns(self.rows) // SHORTEST_BLOCK)) + 1))
 
     def ceiling_s(self, ranks: int) -> float:
         """Seconds without communication, waiting or cost of a call; both sides busy to the end if they can be."""
@@ -204,7 +201,7 @@ class Prefill:
         shape, queries = self.profile.shape, 0
         furthest: dict[tuple[int, int, int], int] = {}
         for rows in cut_rows(self.rows, way.blocks):
-            block = GRANULE if new_columns(rows) >= 4 * GRANULE * (way.ranks + 1) else 1
+            block = granule(new_columns(rows), way.ranks + 1)
             shares = partition(rows, shape.kv_heads, _parts(way, self.slowdown), block=block, whole=self.rows)
             for rank, tile in ((rank, tile) for rank, share in enumerate(shares[:-1]) for tile in share):
                 queries += (tile.q_stop - tile.q_start) * (tile.head_stop - tile.head_start)

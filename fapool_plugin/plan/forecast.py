@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 from fapool_plugin.plan.clocks import Cores, Decode, Played, Prefill, Way
-from fapool_plugin.plan.ideal_line import GRANULE
-from fapool_plugin.plan.line import Row
+from fapool_plugin.plan.line import GRANULE, Row
 from fapool_plugin.plan.profile import Profile
 
 __all__ = ["Choice", "Cores", "Thresholds", "auto_threshold", "choose_decode", "choose_prefill"]
@@ -68,7 +67,7 @@ def choose_prefill(
         lengths: tokens of each sequence after the forward.
         ranks: pool ranks that may be used, in this order.
         cores: how threads move.
-        max_blocks: blocks that may be in flight; fewer where they would be shorter than 256 positions.
+        max_blocks: blocks that may be in flight; fewer where they would be shorter than 64 positions.
         past: tokens of each sequence before the forward (default 0); their keys count as not yet sent.
         overlap: False allows one block only.
         slowdown: measured over predicted seconds of each rank (default 1); a slower rank gets a smaller share.

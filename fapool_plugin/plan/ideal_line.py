@@ -10,10 +10,8 @@ from itertools import accumulate, pairwise
 from math import floor, sqrt
 from typing import NamedTuple
 
-from fapool_plugin.plan.line import Row
-
-GRANULE = 64
-"""Blocks are multiples of this many positions, and so are cuts in long prompts: the kernels' row block."""
+from fapool_plugin.plan.line import GRANULE, Row
+from fapool_plugin.plan.shares import block_edges
 
 
 class Piece(NamedTuple):
@@ -33,8 +31,7 @@ def new_columns(rows: Sequence[Row]) -> int:
 def cut_rows(rows: Sequence[Row], blocks: int) -> list[list[Row]]:
     """The rows' queries of each block, with the keys that they see. Blocks differ by a granule at most."""
     columns = new_columns(rows)
-    units = -(-columns // GRANULE)
-    edges = [*(index * units // blocks * GRANULE for index in range(blocks)), columns]
+    edges = [0, *(stop for _, stop in block_edges(0, columns, blocks, GRANULE))]
     # A row's first columns are padding if it is not the longest.
     positions = [[max(row.q_start, row.q_stop - columns + edge) for row in rows] for edge in edges]
     return [[Row(*edge, edge[1]) for edge in zip(*ends, strict=True)] for ends in pairwise(positions)]

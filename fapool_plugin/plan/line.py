@@ -21,6 +21,8 @@ Axis = Literal["queries", "keys"]
 Mode = Literal["line", "query_blocks"]
 
 UNBOUNDED = -1
+GRANULE = 64
+"""Positions: the row block of the flash kernels, of which blocks in flight are multiples, and cuts in long prompts."""
 _NOTHING, _ALL = Fraction(0), Fraction(1)
 
 

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from fapool_plugin.plan.line import Row, Share, Tile, partition
-
-_BLOCK = 64
-"""Cuts fall on multiples of this many positions: the row block of the flash kernels."""
+from fapool_plugin.plan.line import GRANULE, Row, Share, Tile, partition
 
 SHORTEST_BLOCK, MOST_BLOCKS = 64, 8
 """Of a prompt in flight: shorter blocks waste the kernels, more of them only cost memory and messages."""
@@ -108,11 +106,28 @@ def make_plan(
     queries = max((row.q_stop - row.q_start for row in rows), default=0)
     by_keys = any(row.q_start for row in rows) and queries <= few_queries
     extent = max((row.keys for row in rows), default=0) if by_keys else queries
-    block = _BLOCK if extent >= 4 * _BLOCK * len(relative_speeds) else 1
+    block = granule(extent, len(relative_speeds))
     axis: Literal["queries", "keys"] = "keys" if by_keys else "queries"
     whole = prompt if _fits(prompt, rows) else None
     shares = partition(rows, kv_heads, relative_speeds, axis=axis, mode=mode, block=block, whole=whole)
     return Plan(tuple(shares[:-1]), shares[-1], axis)
+
+
+def granule(extent: int, ranks: int) -> int:
+    """Multiples of how many positions cuts fall on, where so many positions are cut for ``ranks`` ranks, the base one
+    of them."""
+    return GRANULE if extent >= 4 * GRANULE * ranks else 1
+
+
+def block_edges(start: int, stop: int, blocks: int, multiple: int) -> list[tuple[int, int]]:
+    """Cuts the positions [start, stop) into at most ``blocks`` runs of nearly equal length, their edges at multiples
+    of ``multiple`` from ``start``."""
+    if stop <= start or blocks < 1 or multiple < 1:
+        raise ValueError(f"positions [{start}, {stop}) cannot be cut into {blocks} blocks of multiples of {multiple}")
+    units = -(-(stop - start) // multiple)
+    count = min(blocks, units)
+    edges = [min(stop, start + (index * units // count) * multiple) for index in range(count)] + [stop]
+    return list(pairwise(edges))
 
 
 def _fits(prompt: Sequence[Row] | None, rows: Sequence[Row]) -> bool:

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fapool_plugin.base.rounds import block_edges, run_rounds
+from fapool_plugin.base.rounds import run_rounds
+from fapool_plugin.plan.shares import block_edges
 from tests.models import one_thread
 
 HandOver = Callable[[], None]

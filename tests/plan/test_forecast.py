@@ -191,7 +191,7 @@ def test_no_way_of_a_grid_is_better() -> None:
     for length in (1500, 4096):
         found = choose_prefill(TYPICAL, [length], ranks=3, cores=cores, max_blocks=6)
         rows = [Row(0, length, length)]
-        ways = [(p, c, x / 20) for p in (1, 2, 3) for c in range(1, min(6, length // 256) + 1) for x in range(20)]
+        ways = [(p, c, x / 20) for p in (1, 2, 3) for c in range(1, min(6, length // 64) + 1) for x in range(20)]
         least, way = min((walked_s(TYPICAL, rows, *way, cores), way) for way in ways)
         least = min(least, found.alone_s)
         assert found.seconds <= least * 1.01, f"predicted {found}, but {way} takes {least}"
@@ -257,7 +257,7 @@ def test_bounds_are_below_what_is_played(told, lengths, cores, ranks, blocks, sh
     held = [data.draw(st.integers(0, 9000)) for _ in range(ranks)]
     prefill = Prefill(told, [Row(0, n, n) for n in lengths], cores)
     for forward, way in (
-        (prefill, Way(ranks, blocks, share)),
+        (prefill, Way(ranks, min(blocks, -(-max(lengths) // 64)), share)),
         (Decode(told, lengths, cores, held), Way(ranks, 1, share)),
     ):
         played, bound, ceiling = forward.play(way), forward.bound_s(way), forward.ceiling_s(ranks)

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.utils.output_capturing import _active_collector
 
-from fapool_plugin.base.rounds import block_edges, run_rounds
+from fapool_plugin.base.rounds import run_rounds
 from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again, strings_in
 from fapool_plugin.integrations.huggingface.cache import GraphCache, JoinedLayer, PooledCache
 from fapool_plugin.integrations.huggingface.masks import window_of
+from fapool_plugin.plan.shares import block_edges
 
 BLOCK_MULTIPLE = 64
 """Blocks begin at multiples of this many positions: the row block of the flash kernels."""
