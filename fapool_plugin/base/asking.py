@@ -91,7 +91,9 @@ class AttentionRequests:
             scale_bits=float_bits(result.softmax_scale),
             softcap_bits=float_bits(result.softcap),
         )
-        table = torch.tensor([(*tile, start, stop) for tile, start, stop in request.work], dtype=torch.int64)
+        table = torch.tensor(
+            [(*tile, start, stop) for tile, start, stop in request.work], dtype=torch.int64, device="cpu"
+        )
         return self.keeping.marked(request, header, [table, q, k, v]) if self.keeping else (header, [table, q, k, v])
 
     def sent(self, request: Request) -> None:

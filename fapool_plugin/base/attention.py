@@ -105,7 +105,7 @@ class _Call:
         self.asking = AttentionRequests(
             self.manager, decided, self.sequence, module.layer, self.result, resident, self._keeping(resident)
         )
-        self.requests = Requests(self.asking, self.manager, self._compute)
+        self.requests = Requests(self.manager)
         self._mine: list[Tile] = []
 
     def post(self) -> None:
@@ -115,13 +115,13 @@ class _Call:
         plan = self.decided.plan(self.k.shape[1], position, self.module.layers)
         self.result.disjoint = plan.axis == "queries"
         requests, mine = self.asking.shared_out(plan)
-        self._mine = mine + self.requests.post(requests)
+        self._mine = mine + self.requests.post(self.asking, requests)
         self._compute(self._mine)
         self.manager.timeline.switch(LINEAR)
 
     def finish(self, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
         """(out, lse) with the pool ranks' parts and with sinks; out contiguous, in q's dtype."""
-        pooled = self.requests.wait()
+        pooled = self.requests.wait(self.asking, self._compute)
         self.manager.timeline.switch(LINEAR)
         counters = self.decided.counters.phase(self.decided.phase)
         counters.pooled_calls += pooled

@@ -70,7 +70,7 @@ class Gradients:
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.dq_BHSD, self.dk_BKTD, self.dv_BKTE = (x.new_zeros(x.shape, dtype=exact) for x in (q, k, v))
         self.group = q.shape[1] // k.shape[1]
-        self.requests = Requests(self, shares.manager, self._compute)
+        self.requests = Requests(shares.manager)
 
     def post(self) -> None:
         """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
@@ -88,14 +88,14 @@ class Gradients:
                 requests.append(Request(leased[number], work, kept=self.shares.take_kept(leased[number])))
             else:
                 mine += tiles
-        self._compute(mine + self.requests.post(requests))
+        self._compute(mine + self.requests.post(self, requests))
         manager.timeline.end()
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in the dtypes of q, k and v."""
         manager = self.shares.manager
         manager.timeline.begin(manager.counters.backward)
-        pooled = self.requests.wait()
+        pooled = self.requests.wait(self, self._compute)
         manager.timeline.end()
         manager.counters.backward.pooled_calls += pooled
         manager.counters.backward.local_calls += not pooled
@@ -135,7 +135,7 @@ class Gradients:
             scale_bits=float_bits(self.shares.softmax_scale),
             softcap_bits=float_bits(self.shares.softcap),
         )
-        table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64)
+        table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64, device="cpu")
         return header, [table, qs, ks, vs, outs, lses, douts]
 
     def sent(self, request: Request) -> None:

@@ -63,7 +63,7 @@ class Request:
             # It answers by itself after all.
             self.above.below.remove(self)
             self.above = None
-        below = [torch.tensor([child.rank.number for child in self.below])] if self.below else []
+        below = [torch.tensor([child.rank.number for child in self.below], device="cpu")] if self.below else []
         peer = 1 + self.above.rank.number if self.above is not None else 0
         return header._replace(merge=self.merge, peer=peer, peers=len(self.below)), [*tensors, *below]
 
@@ -97,40 +97,41 @@ class Call(Protocol):
 
 
 class Requests:
-    """The requests of one call."""
+    """The requests of one call. The call is given each time: a circle of references would keep a graph, and with it a
+    lease, until garbage is collected."""
 
-    def __init__(self, call: Call, manager: ResourceManager, resolve: Resolve) -> None:
-        self._call, self._manager, self._resolve = call, manager, resolve
+    def __init__(self, manager: ResourceManager) -> None:
+        self._manager = manager
         self.asked: list[Request] = []
 
-    def post(self, requests: Sequence[Request]) -> list[Tile]:
+    def post(self, call: Call, requests: Sequence[Request]) -> list[Tile]:
         """Sends them, without waiting. Returns the tiles of ranks that could not be asked."""
         self.asked = list(requests)
         for request in self.asked:
-            self._ask(request)
+            self._ask(call, request)
         return [
             tile for request in self.asked if request.call is None and request.above is None for tile in request.tiles
         ]
 
-    def wait(self) -> bool:
+    def wait(self, call: Call, resolve: Resolve) -> bool:
         """Merges the answers and resolves what is missing. Whether any part came from a rank."""
         answering = [request for request in self.asked if request.above is None and request.call is not None]
-        came = [self._gather(request) for request in answering]
+        came = [self._gather(call, request, resolve) for request in answering]
         return any(came)
 
     def tiles_asked(self) -> dict[int, list[Tile]]:
         """Who was asked for what, by rank number."""
         return {request.rank.number: request.tiles for request in self.asked if request.call is not None}
 
-    def _ask(self, request: Request) -> None:
+    def _ask(self, call: Call, request: Request) -> None:
         """Leaves ``request.call`` at None if the rank is lost."""
         request.call = None
-        header, tensors = self._call.message(request)
+        header, tensors = call.message(request)
         with self._manager.guard(request.rank):
             request.call = request.rank.ask(*request.joined(header, tensors))
-            self._call.sent(request)
+            call.sent(request)
 
-    def _gather(self, request: Request) -> bool:
+    def _gather(self, call: Call, request: Request, resolve: Resolve) -> bool:
         timeline, answer = self._manager.timeline, None
         timeline.switch(WAIT)
         if request.call is not None:
@@ -138,21 +139,21 @@ class Requests:
                 answer = request.rank.answer(request.call)
         timeline.switch(MERGE)
         if answer is not None and answer.tensors:
-            self._call.merge(answer, request.tiles)
+            call.merge(answer, request.tiles)
         parts, came, missing = _told(answer, request.rank.number), False, list[Tile]()
         for one in request.all():
             part = parts.get(one.rank.number, Part())
             self._settle(one, part)
             if part.status == Status.OK:
                 came = True
-                self._call.arrived(one, part)
-            elif self._call.lacks(one, part):
-                self._ask(one)
-                came = self._gather(one) or came
+                call.arrived(one, part)
+            elif call.lacks(one, part):
+                self._ask(call, one)
+                came = self._gather(call, one, resolve) or came
             else:
                 missing += one.tiles
         if missing:
-            self._resolve(missing)
+            resolve(missing)
         return came
 
     def _settle(self, one: Request, part: Part) -> None:

@@ -27,12 +27,11 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.link import first_line
+from fapool_plugin.wire.link import can_send, first_line
 from fapool_plugin.wire.messages import LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
-
 
 _LOCAL, _ALONE, _POOLED = range(3)
 """As the model does without the plugin; our attention on the base; pool ranks, too."""
@@ -335,10 +334,11 @@ class ResourceManager:
                 self._busy.release()
 
     def _sequence_ended(self, sequence_id: int) -> None:
-        # Called by the garbage collector at any moment, so the ranks are only told between two forwards.
+        # Called by the garbage collector at any moment: ranks are told between two forwards, and by real tensors.
         if not self._is_forked:
             self._ended.append(sequence_id)
-            self.reap()
+            if can_send():
+                self.reap()
 
     def _reap(self) -> None:
         while self._ended:

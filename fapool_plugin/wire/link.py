@@ -96,7 +96,7 @@ class Link:
             LinkLost: the other end is known to be gone.
             ValueError: the payload is not what the header announces.
         """
-        wire = Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8))
+        wire = Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8, device="cpu"))
         fill(wire, header, tensors)
         with self._sending:
             if self.lost:
@@ -163,7 +163,7 @@ class Link:
         self._outgoing.append((self.messages_sent, transfer, self._data.send([transfer], self._peer, self._tag)))
 
     def _say_goodbye(self) -> None:
-        goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8)
+        goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8, device="cpu")
         fill(Wire(Header(), goodbye), Header(op=Op.BYE), ())
         with self._sending, suppress(RuntimeError):
             said, self._said_goodbye = self._said_goodbye, True
@@ -173,7 +173,7 @@ class Link:
     def _read(self) -> None:
         try:
             while True:
-                frame = torch.empty(frame_bytes(), dtype=torch.uint8)
+                frame = torch.empty(frame_bytes(), dtype=torch.uint8, device="cpu")
                 self._data.recv([frame], self._peer, 1 - self._tag).wait(_FOREVER)
                 header = Header(*frame[: 8 * len(Header())].view(torch.int64).tolist())
                 if header.op == Op.BYE:
@@ -190,7 +190,7 @@ class Link:
             self.fail(f"connection ended: {first_line(error)}")
 
     def _ask(self) -> None:
-        beat = torch.zeros(1, dtype=torch.int64)
+        beat = torch.zeros(1, dtype=torch.int64, device="cpu")
         try:
             while not self.lost:
                 self._pulse.send([beat], self._peer, 0).wait(self._silence)
@@ -202,7 +202,7 @@ class Link:
             self.fail(f"no heartbeat within {self._timeout_s:g} s: {first_line(error)}")
 
     def _answer(self) -> None:
-        beat = torch.zeros(1, dtype=torch.int64)
+        beat = torch.zeros(1, dtype=torch.int64, device="cpu")
         try:
             while True:
                 self._pulse.recv([beat], self._peer, 0).wait(self._silence)
@@ -211,6 +211,11 @@ class Link:
                 self._pulse.send([beat], self._peer, 1).wait(self._silence)
         except RuntimeError as error:
             self.fail(f"no heartbeat within {self._timeout_s:g} s: {first_line(error)}")
+
+
+def can_send() -> bool:
+    """Whether tensors that are made now have memory: those of a dispatch mode, fake ones, have none."""
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def first_line(error: BaseException) -> str:

@@ -155,7 +155,7 @@ class Message(NamedTuple):
 
 class Wire:
     """A message's bytes: a frame, and a body if the payload does not fit into the frame. Tensors start at multiples
-    of 64 bytes, where kernels read them fastest."""
+    of 64 bytes, where kernels read them fastest. In host memory, whatever torch's default device is."""
 
     def __init__(self, header: Header, frame: torch.Tensor) -> None:
         self.frame, parts = frame, payload(header)
@@ -164,7 +164,7 @@ class Wire:
             starts.append(stop)
             stop += -(-math.prod(shape) * dtype.itemsize // 64) * 64
         inline = frame[_HEADER_BYTES:]
-        self.body = torch.empty(stop, dtype=torch.uint8) if stop > INLINE_BYTES else None
+        self.body = torch.empty(stop, dtype=torch.uint8, device="cpu") if stop > INLINE_BYTES else None
         place = inline if self.body is None else self.body
         self.tensors = [
             place[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -188,7 +188,7 @@ def elements(tensors: Iterable[torch.Tensor]) -> int:
 
 def fill(wire: Wire, header: Header, tensors: Sequence[torch.Tensor | Sequence[torch.Tensor]]) -> None:
     """Writes header and payload into ``wire``. Raises ValueError if they do not agree."""
-    wire.frame[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64))
+    wire.frame[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64, device="cpu"))
     given = [[part] if isinstance(part, torch.Tensor) else list(part) for part in tensors]
     elements = [(sum(t.numel() for t in parts), {t.dtype for t in parts if t.numel()}) for parts in given]
     expected = [(room.numel(), {room.dtype} if room.numel() else set()) for room in wire.tensors]

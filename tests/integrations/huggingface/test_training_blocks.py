@@ -13,7 +13,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fapool_plugin.base.lease import PoolRank
-from fapool_plugin.wire.messages import LinkLost, Message
+from fapool_plugin.wire.messages import LinkLost, Message, Op
 from tests.blocks import in_blocks, save_long
 from tests.models import FAMILIES, assert_close, eager, one_thread, padded_batch, plain, random_ids
 from tests.training import (
@@ -160,7 +160,7 @@ def test_a_rank_lost_in_the_middle(llama: Path, monkeypatch: pytest.MonkeyPatch,
 
     def answer(self: PoolRank, call: int) -> Message:
         message = original(self, call)
-        if self.number == 0 and (message.header.op == 8) == (op == "backward"):
+        if self.number == 0 and (message.header.op == Op.BACKWARD) == (op == "backward"):
             calls[0] += 1
             if calls[0] == at:
                 self.link.close()
