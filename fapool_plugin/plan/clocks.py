@@ -1,7 +1,7 @@
 """What one way of computing a forward takes: two clocks, the base's and the busiest pool rank's, played through.
 
-A way is a number of ranks, blocks in flight and a part for the base. Time follows the ideal line, where a cut may
-fall anywhere; bytes are also counted from real tiles, payloads only. Which way is best is not known here.
+A way is a number of ranks, blocks in flight and a part for the base. Lanes are cut as they really are, but anywhere
+and not at multiples; bytes are also counted from real tiles, payloads only. Which way is best is not known here.
 """
 
 from __future__ import annotations
@@ -9,20 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import sqrt
 from typing import NamedTuple
 
-from fapool_plugin.plan.ideal_line import (
-    Piece,
-    cut_rows,
-    new_columns,
-    pairs_of,
-    pieces_of,
-    position_at,
-    seconds_of,
-)
-from fapool_plugin.plan.line import Row, partition
+from fapool_plugin.plan.line import Piece, Row, line_pieces, partition
 from fapool_plugin.plan.profile import AttentionCost, Profile
-from fapool_plugin.plan.shares import SHORTEST_BLOCK, granule
+from fapool_plugin.plan.shares import SHORTEST_BLOCK, cut_rows, granule, new_columns
 
 
 @dataclass(frozen=True)
@@ -151,8 +143,8 @@ class Prefill:
         """
         side, layers = self._sides(way.ranks), self.profile.shape.layers
         link, call = self.profile.link, self.profile.call
-        works = [pairs_of(row) for row in self.rows]
-        *pieces, own = pieces_of(works, self.profile.shape.kv_heads, _parts(way, self.slowdown))
+        works = [row.pairs for row in self.rows]
+        *pieces, own = line_pieces(works, self.profile.shape.kv_heads, _parts(way, self.slowdown))
         speeds, cuts = _speeds(way.ranks, self.slowdown), cut_rows(self.rows, way.blocks)
         per_pair = [side.ranks_s * sum(speeds) / speed / sum(works) for speed in speeds]
         asking = merging = 0.0
@@ -166,13 +158,13 @@ class Prefill:
         linears, owns, pools = [], [], []
         for rows in cuts:
             tokens = sum(row.q_stop - row.q_start for row in rows) / self.tokens
-            pairs = [pairs_of(row) / self.profile.shape.kv_heads for row in rows]
+            pairs = [row.pairs / self.profile.shape.kv_heads for row in rows]
             linears.append((side.block_s + (side.linear_s - side.block_s) * tokens) / layers)
             owns.append(
-                asking + bool(own) * call.own_s + seconds_of(own, pairs, side.base_call_s, side.base_s / sum(works))
+                asking + bool(own) * call.own_s + _seconds_of(own, pairs, side.base_call_s, side.base_s / sum(works))
             )
             pools.append([
-                bool(mine) * call.rank_s + message.taking + seconds_of(mine, pairs, side.rank_call_s, pair_s)
+                bool(mine) * call.rank_s + message.taking + _seconds_of(mine, pairs, side.rank_call_s, pair_s)
                 for mine, pair_s, message in zip(pieces, per_pair, messages, strict=True)
             ])  # fmt: skip
         base, free, replies = 0.0, [0.0] * way.ranks, [0.0] * way.blocks
@@ -230,17 +222,17 @@ class Prefill:
     def _attention_s(self, cost: AttentionCost) -> float:
         """One layer's attention without the cost of a call, as :func:`cost.share_s` counts it."""
         fit = cost.prefill
-        return max(0.0, (fit.b - fit.c) * self.tokens + 2 * fit.c * sum(pairs_of(row) for row in self.rows))
+        return max(0.0, (fit.b - fit.c) * self.tokens + 2 * fit.c * sum(row.pairs for row in self.rows))
 
     def _bytes(self, pieces: Sequence[Piece], cuts: Sequence[Sequence[Row]]) -> tuple[float, float]:
-        """Bytes of one layer to and from a rank with these pieces, on the ideal line."""
+        """Bytes of one layer to and from a rank with these pieces, cut anywhere."""
         queries = keys = 0.0
-        for row, lanes, start, stop in pieces:
+        for piece in pieces:
             last = 0.0
             for block in cuts:
-                last = position_at(block[row], stop)
-                queries += lanes * (last - position_at(block[row], start))
-            keys += lanes * last
+                last = _position_at(block[piece.row], piece.stop)
+                queries += piece.lanes * (last - _position_at(block[piece.row], piece.start))
+            keys += piece.lanes * last
         return _payload_bytes(self.profile, queries, keys)
 
 
@@ -309,7 +301,7 @@ class Decode:
         return round(sent) * self.profile.shape.layers, round(received) * self.profile.shape.layers
 
     def _pieces(self, way: Way) -> list[list[Piece]]:
-        return pieces_of(self.lengths, self.profile.shape.kv_heads, _parts(way, self.slowdown))
+        return line_pieces(self.lengths, self.profile.shape.kv_heads, _parts(way, self.slowdown))
 
     def _missing(self, way: Way) -> list[int]:
         keys = self.profile.shape.kv_heads * sum(self.lengths)
@@ -360,3 +352,16 @@ def _payload_bytes(profile: Profile, queries: float, keys: float) -> tuple[float
     heads, lse = queries * (shape.heads // shape.kv_heads), 8 if shape.dtype == "float64" else 4
     sent = (heads * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim)) * shape.element_bytes
     return sent, heads * (shape.v_head_dim * shape.element_bytes + lse)
+
+
+def _seconds_of(pieces: Sequence[Piece], pairs: Sequence[float], call_s: float, pair_s: float) -> float:
+    """Seconds of one block's part of these pieces; ``pairs`` of each row, a part of them for each lane."""
+    parts = ((pairs[piece.row], piece.lanes * (piece.stop - piece.start)) for piece in pieces)
+    return sum(call_s + pair_s * row * part for row, part in parts if row)
+
+
+def _position_at(row: Row, fraction: float) -> float:
+    """Where a lane's work reaches this fraction."""
+    if fraction in (0.0, 1.0):
+        return row.q_stop if fraction else row.q_start
+    return sqrt(row.q_start**2 + fraction * (row.q_stop**2 - row.q_start**2))

@@ -1,29 +1,28 @@
-"""One line, cut into shares: who computes which rectangle of a call's attention.
+"""One line, cut into shares: who computes which rectangle of a call's causal attention.
 
 All work of a call is laid end to end on one line, lane after lane (a lane is one sequence x one KV head),
 and inside a lane along its queries or its keys. Work is measured in (query, key) pairs that the mask allows,
-so a causal lane is cut at equal area and not at equal length. Every rank takes one contiguous share, as long
+so a lane is cut at equal area and not at equal length. Every rank takes one contiguous share, as long
 as that rank is fast.
 
 This module does not know tensors, links, which rank is the base, or what a pair costs in seconds: speeds are
 relative.
 """
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import accumulate, groupby, pairwise
-from math import ceil, isfinite
+from itertools import accumulate, pairwise
+from math import floor, isfinite, sqrt
 from typing import Literal, NamedTuple, get_args
 
 Axis = Literal["queries", "keys"]
 Mode = Literal["line", "query_blocks"]
 
-UNBOUNDED = -1
 GRANULE = 64
 """Positions: the row block of the flash kernels, of which blocks in flight are multiples, and cuts in long prompts."""
-_NOTHING, _ALL = Fraction(0), Fraction(1)
+_SLIVER = 1e-9
+"""Of a lane's work: less is rounding, and a cut there falls on the lane's end."""
 
 
 class Tile(NamedTuple):
@@ -52,55 +51,29 @@ class Row:
     q_stop: int
     keys: int
 
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of one lane: query i sees i + 1 keys."""
+        return (self.q_stop * (self.q_stop + 1) - self.q_start * (self.q_start + 1)) // 2
 
-class _Lane(NamedTuple):
-    """A lane as a piece of the line: `extent` positions from `start` on, along the axis that is cut.
 
-    All lanes of a row are alike, so one of these stands for every KV head of the row.
-    """
+class Piece(NamedTuple):
+    """The part [start, stop) of the work of each lane of a run of heads of one sequence."""
 
     row: int
-    geometry: Row
-    window_size: tuple[int, int]
-    axis: Axis
-    start: int
-    extent: int
+    head_start: int
+    head_stop: int
+    start: float
+    stop: float
 
-    def tile(self, head_start: int, head_stop: int, begin: int, end: int) -> Tile:
-        """The tile of the lane's positions [begin, end), counted from the lane's start."""
-        begin, end = self.start + begin, self.start + end
-        if self.axis == "keys":
-            q_start, q_stop = self.geometry.q_start, self.geometry.q_stop
-            return Tile(self.row, head_start, head_stop, q_start, q_stop, begin, end)
-        k_start, k_stop = _visible_keys(begin, end, self.geometry.keys, self.window_size)
-        return Tile(self.row, head_start, head_stop, begin, end, k_start, k_stop)
+    @property
+    def lanes(self) -> int:
+        """How many."""
+        return self.head_stop - self.head_start
 
-    def work(self, end: int) -> int:
-        """Allowed pairs in the lane's first `end` positions."""
-        return allowed_pairs(self.tile(0, 1, 0, end), self.window_size)
 
-    def part(self, fraction: Fraction, work: int, block: int) -> int:
-        """The cut that leaves `fraction` of the lane's `work` before it."""
-        if fraction in (_NOTHING, _ALL):
-            return 0 if fraction == _NOTHING else self.extent
-        return self.cut(fraction * work, block)
-
-    def cut(self, target: Fraction, block: int) -> int:
-        """The multiple of `block` (or the lane's end) whose work is nearest to `target`.
-
-        Nearest in work, not in positions: a cut is then off by at most half a block's pairs, and a share by
-        one block's.
-        """
-
-        def position(index: int) -> int:
-            return min(index * block, self.extent)
-
-        blocks = -(-self.extent // block)
-        reaching = bisect_left(range(blocks + 1), ceil(target), key=lambda index: self.work(position(index)))
-        if reaching == 0:
-            return 0
-        low, high = position(reaching - 1), position(reaching)
-        return low if target - self.work(low) <= self.work(high) - target else high
+_Cut = tuple[int, int, float]
+"""A point on the line: row, head, and the part of that lane's work before it."""
 
 
 def round_up(length: int, block: int) -> int:
@@ -108,45 +81,67 @@ def round_up(length: int, block: int) -> int:
     return -(-length // block) * block
 
 
-def allowed_pairs(tile: Tile, window_size: tuple[int, int]) -> int:
-    """Number of (query, key) pairs of `tile` that the mask allows, summed over its lanes.
+def allowed_pairs(tile: Tile) -> int:
+    """Number of (query, key) pairs of ``tile`` that the mask allows, summed over its lanes.
 
-    The query at position i sees the keys j with i - left <= j <= i + right; -1 leaves that side unbounded.
-    The keys visible to one query are those below its upper edge without those below its lower edge. Each
-    count, summed over the queries, is a clamped arithmetic series, so the cost does not depend on the tile's
-    size.
+    The query at position i sees the keys up to i. The counts of the queries are a clamped arithmetic series, so the
+    cost does not depend on the tile's size.
 
-    Causal, queries 2..4 against keys 0..3: queries 2, 3 and 4 see 3, 4 and 4 of them.
+    Queries 2..4 against keys 0..3: queries 2, 3 and 4 see 3, 4 and 4 of them.
 
-    >>> allowed_pairs(Tile(0, 0, 1, 2, 5, 0, 4), (-1, 0))
+    >>> allowed_pairs(Tile(0, 0, 1, 2, 5, 0, 4))
     11
     """
-    left, right = window_size
     queries, width = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
     if queries <= 0 or width <= 0:
         return 0
-    first = tile.q_start - tile.k_start  # the first query's position, seen from the tile's first key
-    pairs = queries * width if right == UNBOUNDED else _keys_below(first + right + 1, queries, width)
-    if left != UNBOUNDED:
-        pairs -= _keys_below(first - left, queries, width)
-    return pairs * (tile.head_stop - tile.head_start)
-
-
-def _keys_below(first_edge: int, queries: int, width: int) -> int:
-    """Sum of clamp(edge, 0, width) over the edges first_edge, first_edge + 1, ..., one for each query."""
 
     def below(edge: int) -> int:
+        """Pairs of a query that sees no key, one that sees one, and so on, up to ``edge`` without it."""
         rising = min(max(edge, 0), width)
         return rising * (rising - 1) // 2 + max(edge - width, 0) * width
 
-    return below(first_edge + queries) - below(first_edge)
+    first = tile.q_start - tile.k_start + 1
+    return (below(first + queries) - below(first)) * (tile.head_stop - tile.head_start)
 
 
-def _visible_keys(q_start: int, q_stop: int, keys: int, window_size: tuple[int, int]) -> tuple[int, int]:
-    """The range of keys that the queries [q_start, q_stop) see between them."""
-    left, right = window_size
-    k_start = 0 if left == UNBOUNDED else max(0, q_start - left)
-    return k_start, keys if right == UNBOUNDED else min(keys, q_stop + right)
+def line_pieces(works: Sequence[float], kv_heads: int, speeds: Sequence[float]) -> list[list[Piece]]:
+    """The line of ``kv_heads`` lanes a row, each of the row's work, cut into one run of pieces for each speed: the rest
+    of a lane that was begun, whole lanes, and the beginning of one. A cut on the end of a lane leaves no sliver."""
+    starts = [0, *accumulate(work * kv_heads for work in works)]
+    ends = list(accumulate(map(float, speeds)))
+
+    def cut(end: float) -> _Cut:
+        at = end / ends[-1] * starts[-1]
+        row = bisect_right(starts, at) - 1
+        if row == len(works):
+            return row, 0, 0.0
+        lanes = (at - starts[row]) / works[row]
+        head = floor(lanes + _SLIVER)
+        part = lanes - head
+        return (row, head, part if part > _SLIVER else 0.0) if head < kv_heads else (row + 1, 0, 0.0)
+
+    cuts = [cut(0.0), *map(cut, ends)]
+    return [_between(begin, end, works, kv_heads) for begin, end in pairwise(cuts)]
+
+
+def _between(begin: _Cut, end: _Cut, works: Sequence[float], kv_heads: int) -> list[Piece]:
+    """The pieces from one cut to another: at most the rest of a lane, the other heads of its row, whole rows, the first
+    heads of the last row, the beginning of a lane."""
+    (row, head, part), (last_row, last_head, last_part) = begin, end
+    pieces = []
+    if part and (row, head) < (last_row, last_head):
+        pieces.append(Piece(row, head, head + 1, part, 1.0))
+        head, part = head + 1, 0.0
+    while row < last_row:
+        if head < kv_heads and works[row]:
+            pieces.append(Piece(row, head, kv_heads, 0.0, 1.0))
+        row, head = row + 1, 0
+    if head < last_head:
+        pieces.append(Piece(row, head, last_head, 0.0, 1.0))
+    if part < last_part:
+        pieces.append(Piece(row, last_head, last_head + 1, part, last_part))
+    return pieces
 
 
 def partition(
@@ -154,35 +149,32 @@ def partition(
     kv_heads: int,
     speeds: Sequence[float],
     *,
-    window_size: tuple[int, int] = (-1, 0),
     axis: Axis = "queries",
     mode: Mode = "line",
     block: int = 64,
     whole: Sequence[Row] | None = None,
 ) -> list[Share]:
-    """Cut all attention work of one call into one share for each entry of `speeds`.
+    """Cut all attention work of one causal call into one share for each entry of `speeds`.
 
     Every allowed (row, head, query, key) lies in exactly one tile; a tile may also hold pairs that the mask
-    forbids. A query that sees no key may lie in no tile: its output is zero and its LSE -inf.
+    forbids.
 
     rows: the batch's sequences, lengths in tokens; a row without queries or keys gets no tile.
     kv_heads: KV heads K, so lanes per row.
     speeds: relative, >= 0 and not all 0; a rank of speed 0 gets an empty share.
-    window_size: flash-attn's (left, right), -1 for unbounded: (-1, 0) is causal, (-1, -1) is no mask.
     axis: "queries" cuts a lane along its queries and trims each tile's keys to what they see (prefill);
         "keys" gives each tile all of the lane's queries and cuts along the keys that they see (decode).
     mode: "line" cuts the whole line at the cumulative fractions of `speeds`, so whole heads come first.
-        "query_blocks" cuts every lane at those fractions, with K and V replicated and O = concat(O_i);
-        without a mask, p ranks of equal speed get b = ceil(n / p) positions each, the last ones maybe fewer.
+        "query_blocks" cuts every lane at those fractions, with K and V replicated and O = concat(O_i).
     block: a cut inside a lane falls on the multiple of this many positions, from the start of the lane's cut
-        range, whose work is nearest to the ideal (not for the ceil(n / p) blocks).
+        range, whose work is nearest to the ideal.
     whole: the rows of the whole prompt that `rows` is a run of positions of. Then the line is laid out for the
         prompt, and every run cuts a lane at the same fractions: a rank works on the same lanes in all of them, and
         is sent no keys of others. None: `rows` is all there is.
 
     Raises ValueError for input that describes no call.
 
-    Three heads of a causal prompt of 4 tokens on two equal ranks: a head has 1 + 2 + 3 + 4 = 10 pairs, the
+    Three heads of a prompt of 4 tokens on two equal ranks: a head has 1 + 2 + 3 + 4 = 10 pairs, the
     line 30, and the ideal cut is at 15, five pairs into head 1. Its first 3 queries have 6 pairs, its first 2
     have 3, so the cut falls after 3 (near 4 * sqrt(1/2) = 2.83), and the shares have 16 and 14 pairs.
 
@@ -192,72 +184,61 @@ def partition(
     >>> [tuple(tile) for tile in second]
     [(0, 1, 2, 3, 4, 0, 4), (0, 2, 3, 0, 4, 0, 4)]
     """
-    _check(rows, kv_heads, speeds, window_size, axis, mode, block)
+    _check(rows, kv_heads, speeds, axis, mode, block)
     if whole is not None and len(whole) != len(rows):
         raise ValueError(f"whole has {len(whole)} rows, the call {len(rows)}; give the prompt's own rows")
-    lanes = [_lane(index, row, window_size, axis) for index, row in enumerate(rows)]
-    lanes = [lane for lane in lanes if lane.extent > 0]
-    if not lanes:
-        return [() for _ in speeds]
     if mode == "query_blocks":
-        working = {speed for speed in speeds if speed > 0}
-        if window_size == (UNBOUNDED, UNBOUNDED) and len(working) == 1:
-            even = [_even_positions(lane, kv_heads, speeds) for lane in lanes]
-            return [sum(share, ()) for share in zip(*even, strict=True)]
-        everywhere = [_cumulative_fractions(speeds)] * kv_heads
-        return _shares(lanes, {lane.row: everywhere for lane in lanes}, len(speeds), block)
-    line = lanes if whole is None else [_lane(index, row, window_size, "queries") for index, row in enumerate(whole)]
-    fractions = _line_fractions([lane for lane in line if lane.extent > 0], kv_heads, speeds)
-    return _shares(lanes, fractions, len(speeds), block)
+        ends = list(accumulate(map(float, speeds), initial=0.0))
+        cuts = list(pairwise(end / ends[-1] for end in ends))
+        pieces = [[Piece(row, 0, kv_heads, *cut) for row in range(len(rows)) if cut[0] < cut[1]] for cut in cuts]
+    else:
+        pieces = line_pieces([row.pairs for row in whole or rows], kv_heads, speeds)
+    return [
+        _joined([tile for piece in mine for tile in _tiles(piece, rows[piece.row], axis, block)]) for mine in pieces
+    ]
 
 
-def _lane(index: int, row: Row, window_size: tuple[int, int], axis: Axis) -> _Lane:
-    """A lane of `row`, from its first to its last position with an allowed pair (extent 0: there is none)."""
-    left, _ = window_size
-    # Queries so far past the last key that their window misses it see nothing.
-    q_stop = row.q_stop if left == UNBOUNDED else min(row.q_stop, row.keys + left)
-    if q_stop <= row.q_start or row.keys == 0:
-        return _Lane(index, row, window_size, axis, 0, 0)
+def _tiles(piece: Piece, row: Row, axis: Axis, block: int) -> list[Tile]:
+    """The tile of a piece, cut at positions; none if nothing is left of it."""
+    if row.q_start == row.q_stop:
+        return []
+    start, stop = (position(row, part, axis, block) for part in (piece.start, piece.stop))
+    if start == stop:
+        return []
+    if axis == "keys":
+        return [Tile(*piece[:3], row.q_start, row.q_stop, start, stop)]
+    return [Tile(*piece[:3], row.q_start + start, row.q_start + stop, 0, row.q_start + stop)]
+
+
+def position(row: Row, part: float, axis: Axis, block: int) -> int:
+    """How many of a lane's positions along ``axis`` have the first ``part`` of its work: the multiple of ``block``, or
+    the lane's end, whose work is nearest.
+
+    Nearest in work, not in positions: a cut is then off by at most half a block's pairs, and a share by one block's.
+    """
+    before, queries = row.q_start, row.q_stop - row.q_start
+    extent = queries if axis == "queries" else row.q_stop
+    if part in (0.0, 1.0):
+        return extent if part else 0
+    target, seen_by_all = part * row.pairs, queries * (before + 1)
     if axis == "queries":
-        return _Lane(index, row, window_size, axis, row.q_start, q_stop - row.q_start)
-    k_start, k_stop = _visible_keys(row.q_start, q_stop, row.keys, window_size)
-    return _Lane(index, row, window_size, axis, k_start, k_stop - k_start)
+        ideal = (sqrt((2 * before + 1) ** 2 + 8 * target) - (2 * before + 1)) / 2
+    elif target <= seen_by_all:
+        ideal = target / queries
+    else:
+        rest = (2 * queries - 1) ** 2 - 8 * (target - seen_by_all)
+        ideal = before + 1 + (2 * queries - 1 - sqrt(max(0.0, rest))) / 2
 
+    def work(first: int) -> int:
+        if axis == "queries":
+            return first * before + first * (first + 1) // 2
+        # Each key after the first query's is seen by one query less than the key before it.
+        late = max(0, first - before - 1)
+        return queries * first - late * (late + 1) // 2
 
-def _cumulative_fractions(speeds: Sequence[float]) -> list[Fraction]:
-    """Where each rank's share ends; exact, so that equal parts meet the ends of lanes and of the line."""
-    ends = list(accumulate(Fraction(float(speed)) for speed in speeds))
-    return [end / ends[-1] for end in ends]
-
-
-def _line_fractions(lanes: list[_Lane], kv_heads: int, speeds: Sequence[float]) -> dict[int, list[list[Fraction]]]:
-    """Where the whole line is cut, lane by lane: by row and head, the part of the lane's work before each cut."""
-    works = [lane.work(lane.extent) for lane in lanes]
-    total, before = sum(works) * kv_heads, 0
-    targets = [fraction * total for fraction in _cumulative_fractions(speeds)]
-    fractions: dict[int, list[list[Fraction]]] = {}
-    for lane, work in zip(lanes, works, strict=True):
-        heads = []
-        for _ in range(kv_heads):
-            heads.append([min(max((target - before) / work, _NOTHING), _ALL) for target in targets])
-            before += work
-        fractions[lane.row] = heads
-    return fractions
-
-
-def _shares(lanes: list[_Lane], fractions: dict[int, list[list[Fraction]]], ranks: int, block: int) -> list[Share]:
-    """Cuts every lane at its fractions of its own work. Neighbouring heads with the same cuts share a tile."""
-    shares: list[list[Tile]] = [[] for _ in range(ranks)]
-    for lane in lanes:
-        work, head = lane.work(lane.extent), 0
-        for same, group in groupby(fractions[lane.row]):
-            stop = head + len(list(group))
-            cuts = [0, *(lane.part(fraction, work, block) for fraction in same)]
-            for share, (begin, end) in zip(shares, pairwise(cuts), strict=True):
-                if begin < end:
-                    share.append(lane.tile(head, stop, begin, end))
-            head = stop
-    return [_joined(share) for share in shares]
+    low = min(int(ideal) // block * block, extent)
+    high = min(low + block, extent)
+    return low if 2 * target <= work(low) + work(high) + _SLIVER * row.pairs else high
 
 
 def _joined(tiles: list[Tile]) -> Share:
@@ -272,23 +253,7 @@ def _joined(tiles: list[Tile]) -> Share:
     return tuple(joined)
 
 
-def _even_positions(lane: _Lane, kv_heads: int, speeds: Sequence[float]) -> list[Share]:
-    """Without a mask, equal ranks get b = ceil(n / p) positions of a lane each, the last ones maybe fewer."""
-    positions = -(-lane.extent // sum(speed > 0 for speed in speeds))
-    ranks_so_far = accumulate(int(speed > 0) for speed in speeds)
-    cuts = [0, *(min(count * positions, lane.extent) for count in ranks_so_far)]
-    return [(lane.tile(0, kv_heads, begin, end),) if begin < end else () for begin, end in pairwise(cuts)]
-
-
-def _check(
-    rows: Sequence[Row],
-    kv_heads: int,
-    speeds: Sequence[float],
-    window_size: tuple[int, int],
-    axis: Axis,
-    mode: Mode,
-    block: int,
-) -> None:
+def _check(rows: Sequence[Row], kv_heads: int, speeds: Sequence[float], axis: Axis, mode: Mode, block: int) -> None:
     """Refuse input that describes no call, with the numbers and the remedy."""
     if axis not in get_args(Axis):
         raise ValueError(f"axis is {axis!r}; give one of {get_args(Axis)}")
@@ -298,19 +263,11 @@ def _check(
         raise ValueError(f"kv_heads is {kv_heads}; a call has at least 1 KV head")
     if block < 1:
         raise ValueError(f"block is {block} positions; give at least 1")
-    if len(window_size) != 2 or min(window_size) < UNBOUNDED:
-        raise ValueError(f"window_size is {window_size}; give (left, right), each >= 0, or -1 for unbounded")
     if not all(isfinite(speed) and speed >= 0 for speed in speeds) or not any(speeds):
         raise ValueError(f"speeds are {list(speeds)}; give each rank a finite number >= 0, and at least one above 0")
     for index, row in enumerate(rows):
-        if not 0 <= row.q_start <= row.q_stop or row.keys < 0:
+        if not 0 <= row.q_start <= row.q_stop <= row.keys:
             raise ValueError(
-                f"row {index} has queries [{row.q_start}, {row.q_stop}) and {row.keys} keys; "
-                "give 0 <= q_start <= q_stop and keys >= 0"
-            )
-        if window_size[1] == 0 and row.q_stop > row.keys:
-            raise ValueError(
-                f"row {index} has queries up to position {row.q_stop} but only {row.keys} keys under a "
-                f"causal mask; count the new tokens' keys too (keys >= {row.q_stop}), or set the window's "
-                "right side to -1"
+                f"row {index} has queries [{row.q_start}, {row.q_stop}) and {row.keys} keys; give 0 <= q_start <= "
+                f"q_stop, and the new tokens' keys, too (keys >= q_stop)"
             )

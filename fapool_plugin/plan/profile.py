@@ -222,7 +222,7 @@ def share_s(cost: AttentionCost, kv_heads: int, tiles: Iterable[Tile]) -> float:
             seconds += fit.a + (fit.b + fit.c * keys) * keys * lanes / kv_heads
         else:
             fit = cost.prefill
-            pairs = allowed_pairs(tile, (-1, 0)) / kv_heads
+            pairs = allowed_pairs(tile) / kv_heads
             seconds += fit.a + (fit.b - fit.c) * queries * lanes / kv_heads + 2 * fit.c * pairs
     return seconds
 

@@ -130,6 +130,20 @@ def block_edges(start: int, stop: int, blocks: int, multiple: int) -> list[tuple
     return list(pairwise(edges))
 
 
+def new_columns(rows: Sequence[Row]) -> int:
+    """New tokens of the row that has most: what is cut into blocks."""
+    return max(row.q_stop - row.q_start for row in rows)
+
+
+def cut_rows(rows: Sequence[Row], blocks: int) -> list[list[Row]]:
+    """The rows' queries of each block in flight, with the keys that they see. Rows end at the same column."""
+    columns = new_columns(rows)
+    edges = [0, *(stop for _, stop in block_edges(0, columns, blocks, GRANULE))]
+    # A row's first columns are padding if it is not the longest.
+    positions = [[max(row.q_start, row.q_stop - columns + edge) for row in rows] for edge in edges]
+    return [[Row(*edge, edge[1]) for edge in zip(*ends, strict=True)] for ends in pairwise(positions)]
+
+
 def _fits(prompt: Sequence[Row] | None, rows: Sequence[Row]) -> bool:
     """Whether these are rows of that prompt."""
     if prompt is None or len(prompt) != len(rows):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise, product
-from math import ceil, sqrt
+from math import sqrt
 
 import pytest
 from hypothesis import given, settings
@@ -17,36 +17,26 @@ from hypothesis import strategies as st
 from fapool_plugin.plan import line as partition_module
 from fapool_plugin.plan.line import Axis, Row, Share, Tile, allowed_pairs, partition
 
-WINDOWS = [(-1, 0), (-1, -1), (0, 0), (3, 0), (9, 0), (2, 2), (0, 4), (5, -1), (-1, 3), (0, -1)]
 AXES: list[Axis] = ["queries", "keys"]
 MODES = ["line", "query_blocks"]
 
 
-def sees(query: int, key: int, window_size: tuple[int, int]) -> bool:
-    left, right = window_size
-    return (left == -1 or query - key <= left) and (right == -1 or key - query <= right)
+def pairs_of_row(row: Row) -> set[tuple[int, int]]:
+    return {(query, key) for query in range(row.q_start, row.q_stop) for key in range(row.keys) if key <= query}
 
 
-def pairs_of_row(row: Row, window_size: tuple[int, int]) -> set[tuple[int, int]]:
-    return {
-        (query, key)
-        for query, key in product(range(row.q_start, row.q_stop), range(row.keys))
-        if sees(query, key, window_size)
-    }
-
-
-def pairs_of_tile(tile: Tile, window_size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+def pairs_of_tile(tile: Tile) -> list[tuple[int, int, int, int]]:
     return [
         (tile.row, head, query, key)
         for head in range(tile.head_start, tile.head_stop)
         for query in range(tile.q_start, tile.q_stop)
         for key in range(tile.k_start, tile.k_stop)
-        if sees(query, key, window_size)
+        if key <= query
     ]
 
 
-def share_work(share: Share, window_size: tuple[int, int]) -> int:
-    return sum(allowed_pairs(tile, window_size) for tile in share)
+def share_work(share: Share) -> int:
+    return sum(allowed_pairs(tile) for tile in share)
 
 
 def longest_counter_axis(rows: list[Row], axis: str) -> int:
@@ -56,19 +46,15 @@ def longest_counter_axis(rows: list[Row], axis: str) -> int:
 @st.composite
 def calls(draw, max_length=24, max_block=64):
     """The arguments of one call, as partition() takes them."""
-    window_size = draw(st.sampled_from(WINDOWS))
     rows = []
     for _ in range(draw(st.integers(0, 4))):
         past, new, future = draw(st.tuples(*[st.integers(0, max_length)] * 3))
-        # Without a causal mask there may be fewer keys than queries, or none.
-        keys = past + new + draw(st.sampled_from([0, future])) if window_size[1] == 0 else future
-        rows.append(Row(past, past + new, keys))
+        rows.append(Row(past, past + new, past + new + draw(st.sampled_from([0, future]))))
     speed = st.sampled_from([0, 1, 1, 1, 0.1, 0.3, 2.5, 7])
     speeds = draw(st.lists(speed, min_size=1, max_size=7).filter(any))
     if draw(st.booleans()):
         speeds = [1.0] * len(speeds)
     options = {
-        "window_size": window_size,
         "axis": draw(st.sampled_from(AXES)),
         "mode": draw(st.sampled_from(MODES)),
         "block": draw(st.one_of(st.integers(1, 5), st.integers(1, max_block))),
@@ -80,15 +66,14 @@ def calls(draw, max_length=24, max_block=64):
 @given(calls())
 def test_every_allowed_pair_is_covered_exactly_once(call):
     rows, kv_heads, speeds, options = call
-    window_size = options["window_size"]
     shares = partition(rows, kv_heads, speeds, **options)
     assert len(shares) == len(speeds)
-    covered = Counter(pair for share in shares for tile in share for pair in pairs_of_tile(tile, window_size))
+    covered = Counter(pair for share in shares for tile in share for pair in pairs_of_tile(tile))
     expected = Counter(
         (index, head, query, key)
         for index, row in enumerate(rows)
         for head in range(kv_heads)
-        for query, key in pairs_of_row(row, window_size)
+        for query, key in pairs_of_row(row)
     )
     wrong = {pair: (covered[pair], expected[pair]) for pair in covered | expected}
     wrong = {pair: times for pair, times in wrong.items() if times[0] != times[1]}
@@ -102,7 +87,7 @@ def test_every_allowed_pair_is_covered_exactly_once(call):
 def test_tiles_are_trimmed_to_what_their_queries_see(call):
     rows, kv_heads, speeds, options = call
     for tile in (tile for share in partition(rows, kv_heads, speeds, **options) for tile in share):
-        seen = pairs_of_tile(tile, options["window_size"])
+        seen = pairs_of_tile(tile)
         assert seen, f"{tile} holds no allowed pair"
         keys = [key for _, _, _, key in seen]
         needed = (min(keys), max(keys) + 1)
@@ -137,8 +122,7 @@ def test_line_shares_are_contiguous_and_in_line_order(call):
 @given(calls(max_length=5000))
 def test_no_share_exceeds_its_fair_part_by_more_than_a_block(call):
     rows, kv_heads, speeds, options = call
-    window_size = options["window_size"]
-    works = [share_work(share, window_size) for share in partition(rows, kv_heads, speeds, **options)]
+    works = [share_work(share) for share in partition(rows, kv_heads, speeds, **options)]
     total = sum(works)
     lanes = kv_heads * len(rows) if options["mode"] == "query_blocks" else 1
     slack = options["block"] * longest_counter_axis(rows, options["axis"]) * lanes
@@ -153,48 +137,26 @@ def test_no_share_exceeds_its_fair_part_by_more_than_a_block(call):
     head_start=st.integers(0, 2),
     lanes=st.integers(1, 3),
     ranges=st.tuples(*[st.integers(0, 20)] * 4),
-    window_size=st.tuples(st.integers(-1, 12), st.integers(-1, 12)),
 )
-def test_allowed_pairs_counts_what_the_mask_allows(head_start, lanes, ranges, window_size):
+def test_allowed_pairs_counts_what_the_mask_allows(head_start, lanes, ranges):
     q_start, queries, k_start, keys = ranges
     tile = Tile(0, head_start, head_start + lanes, q_start, q_start + queries, k_start, k_start + keys)
-    expected = len(pairs_of_tile(tile, window_size))
-    actual = allowed_pairs(tile, window_size)
-    assert actual == expected, f"{tile}, window {window_size}: {actual} pairs, by counting {expected}"
+    expected = len(pairs_of_tile(tile))
+    actual = allowed_pairs(tile)
+    assert actual == expected, f"{tile}: {actual} pairs, by counting {expected}"
 
 
 def test_allowed_pairs_is_exact_for_a_million_tokens():
     n = 1_000_003
-    assert allowed_pairs(Tile(0, 0, 5, 0, n, 0, n), (-1, 0)) == 5 * n * (n + 1) // 2
-    assert allowed_pairs(Tile(0, 0, 1, 0, n, 0, n), (-1, -1)) == n * n
-    assert allowed_pairs(Tile(0, 0, 1, 0, n, 0, n), (99, 0)) == 100 * n - 100 * 99 // 2
+    assert allowed_pairs(Tile(0, 0, 5, 0, n, 0, n)) == 5 * n * (n + 1) // 2
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("n", [0, 1, 5, 64, 1000, 1003])
-@pytest.mark.parametrize("p", [1, 2, 3, 7])
-def test_query_blocks_without_a_mask_have_ceil_n_over_p_positions(n, p, axis):
-    shares = partition([Row(0, n, n)], 2, [1.0] * p, window_size=(-1, -1), axis=axis, mode="query_blocks", block=64)
-    b = ceil(n / p)
-    expected = [[i * b, min((i + 1) * b, n)] if i * b < n else [] for i in range(p)]
-    start = Tile._fields.index("q_start" if axis == "queries" else "k_start")
-    actual = [[bound for tile in share for bound in tile[start : start + 2]] for share in shares]
-    assert actual == expected, f"n={n}, p={p}: {actual}, by hand {expected}"
-    assert all(len(share) <= 1 and (not share or share[0][:3] == (0, 0, 2)) for share in shares), shares
-
-
-def test_query_blocks_without_a_mask_pass_over_a_rank_of_speed_zero():
-    first, idle, last = partition([Row(0, 9, 9)], 1, [2, 0, 2], window_size=(-1, -1), mode="query_blocks")
-    assert (first, idle, last) == ((Tile(0, 0, 1, 0, 5, 0, 9),), (), (Tile(0, 0, 1, 5, 9, 0, 9),))
-
-
-@pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("window_size", WINDOWS)
-def test_query_blocks_cut_every_lane_at_the_same_fractions(window_size, axis):
+def test_query_blocks_cut_every_lane_at_the_same_fractions(axis):
     rows, speeds, block = [Row(0, 1000, 1000), Row(300, 500, 500), Row(0, 70, 70)], [1, 3, 2], 8
-    shares = partition(rows, 4, speeds, window_size=window_size, axis=axis, mode="query_blocks", block=block)
+    shares = partition(rows, 4, speeds, axis=axis, mode="query_blocks", block=block)
     for index, row in enumerate(rows):
-        works = [share_work(tuple(t for t in share if t.row == index), window_size) for share in shares]
+        works = [share_work(tuple(t for t in share if t.row == index)) for share in shares]
         slack = 4 * block * longest_counter_axis([row], axis)
         excess = [work - sum(works) * speed / sum(speeds) for work, speed in zip(works, speeds, strict=True)]
         largest = max(map(abs, excess))
@@ -242,11 +204,6 @@ def test_decode_cuts_the_keys(mode):
         (Tile(0, 0, 1, 999, 1000, 250, 500),),
         (Tile(0, 0, 1, 999, 1000, 500, 1000),),
     ]
-
-
-def test_decode_in_a_window_touches_only_the_window():
-    shares = partition([Row(999, 1000, 1000)], 1, [1, 1], axis="keys", window_size=(99, 0), block=1)
-    assert shares == [(Tile(0, 0, 1, 999, 1000, 900, 950),), (Tile(0, 0, 1, 999, 1000, 950, 1000),)]
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -304,9 +261,9 @@ def test_every_run_of_a_prompt_is_covered_exactly_once(prompt):
     whole, runs, kv_heads, speeds, block = prompt
     for rows, axis in product(runs, AXES):
         shares = partition(rows, kv_heads, speeds, axis=axis, block=block, whole=whole)
-        covered = Counter(pair for share in shares for tile in share for pair in pairs_of_tile(tile, (-1, 0)))
+        covered = Counter(pair for share in shares for tile in share for pair in pairs_of_tile(tile))
         lanes = product(enumerate(rows), range(kv_heads))
-        expected = Counter((i, head, *pair) for (i, row), head in lanes for pair in pairs_of_row(row, (-1, 0)))
+        expected = Counter((i, head, *pair) for (i, row), head in lanes for pair in pairs_of_row(row))
         assert covered == expected, f"{rows}: {covered - expected} too much, {expected - covered} missing"
 
 
@@ -363,19 +320,13 @@ def test_a_call_without_work_has_empty_shares(rows, mode):
     assert partition(rows, 2, [1, 1, 1], mode=mode) == [(), (), ()]
 
 
-def test_queries_that_see_no_key_are_in_no_tile():
-    assert partition([Row(0, 9, 4)], 1, [1], window_size=(2, 2)) == [(Tile(0, 0, 1, 0, 6, 0, 4),)]
-    assert partition([Row(0, 3, 0)], 1, [1], window_size=(-1, -1)) == [()]
-    assert partition([Row(0, 5, 4)], 1, [1], window_size=(-1, -1)) == [(Tile(0, 0, 1, 0, 5, 0, 4),)]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": [Row(0, 4, 4), Row(-1, 4, 4)]}, r"row 1 has queries \[-1, 4\)"),
         ({"rows": [Row(4, 3, 4)]}, r"row 0 has queries \[4, 3\) and 4 keys"),
         ({"rows": [Row(0, 0, -2)]}, "-2 keys"),
-        ({"rows": [Row(0, 5, 4)]}, "position 5 but only 4 keys.*causal"),
+        ({"rows": [Row(0, 5, 4)]}, r"queries \[0, 5\) and 4 keys.*keys, too"),
         ({"kv_heads": 0}, "kv_heads is 0"),
         ({"speeds": []}, r"speeds are \[\]"),
         ({"speeds": [0, 0.0]}, "at least one above 0"),
@@ -385,7 +336,6 @@ def test_queries_that_see_no_key_are_in_no_tile():
         ({"block": 0}, "block is 0"),
         ({"mode": "rows"}, "mode is 'rows'.*query_blocks"),
         ({"axis": "heads"}, "axis is 'heads'.*queries"),
-        ({"window_size": (-2, 0)}, r"window_size is \(-2, 0\)"),
     ],
 )
 def test_bad_input_is_refused_with_its_numbers(changes, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -306,33 +304,6 @@ def test_autocast_of_accelerate(folder: Path) -> None:
         assert_close(prepared(ids).logits, reference(ids).logits, tolerance=3e-2)
         assert net.fa_pool.stats()["prefill"]["pooled_calls"] > 0
         assert net.fa_pool.stats()["local_reasons"] == {}
-
-
-@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
-def test_a_sequence_that_ends_under_tensors_without_memory(model: Any, mode: Callable[[], Any]) -> None:
-    """Garbage is collected at any moment, in the middle of loading another model too."""
-    with torch.no_grad():
-        output = model(random_ids(1, LENGTH))
-        with mode():
-            del output
-            gc.collect()
-        model(random_ids(1, 10))
-        stats = model.fa_pool.stats()
-    assert (stats["state"], stats["faults"], stats["releases"]) == ("idle", 0, 1), stats["events"]
-
-
-def test_a_graph_that_is_gone_gives_the_lease_back_at_once(model: Any) -> None:
-    """Nothing in it refers to itself: whoever waits for garbage to be collected holds ranks for long."""
-    gc.collect()
-    gc.disable()
-    try:
-        loss = model(random_ids(1, LENGTH), labels=random_ids(1, LENGTH)).loss
-        loss.backward()
-        assert model.fa_pool.stats()["state"] == "active"
-        del loss
-        assert model.fa_pool.stats()["state"] == "idle"
-    finally:
-        gc.enable()
 
 
 # What may be pooled
