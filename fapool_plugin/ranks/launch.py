@@ -80,11 +80,6 @@ JOINED: ContextVar[Launch | None] = ContextVar("fapool_launch", default=None)
 """What this process joined: whoever loads a model in the user's script has no other way to it."""
 
 
-def is_launched(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Whether a launcher told this process its rank and the size of the world."""
-    return _number(environment, _RANK) is not None and _number(environment, _WORLD) is not None
-
-
 def is_first(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Whether this is the rank that speaks for all."""
     return not _number(environment, _RANK)
