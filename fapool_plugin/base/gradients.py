@@ -144,9 +144,8 @@ class Gradients:
     def merge(self, answer: Message, tiles: Sequence[Tile]) -> None:
         """Adds the gradients of these tiles."""
         dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors)
-        table = [(*tile, tile.k_start, tile.k_stop) for tile in tiles]
         head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
-        for tile, dq_at, dk_at, dv_at in gradient_layout(table, self.group, head_dim, v_head_dim):
+        for tile, dq_at, dk_at, dv_at in gradient_layout(tiles, self.group, head_dim, v_head_dim):
             row, heads, lanes, queries, keys = self._parts(tile)
             dq_HSD, dk_KTD, dv_KTE = (
                 self.dq_BHSD[row, heads, queries], self.dk_BKTD[row, lanes, keys], self.dv_BKTE[row, lanes, keys]

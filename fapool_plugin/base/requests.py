@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.observe.timeline import MERGE, WAIT
+from fapool_plugin.observe.timeline import MERGE, SEND, WAIT
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.shares import TileWithKeys
 from fapool_plugin.wire.messages import Header, Message, Status
@@ -103,15 +103,15 @@ class Requests:
     def __init__(self, manager: ResourceManager) -> None:
         self._manager = manager
         self.asked: list[Request] = []
+        self._given_back: list[Request] = []
 
     def post(self, call: Call, requests: Sequence[Request]) -> list[Tile]:
         """Sends them, without waiting. Returns the tiles of ranks that could not be asked."""
         self.asked = list(requests)
         for request in self.asked:
             self._ask(call, request)
-        return [
-            tile for request in self.asked if request.call is None and request.above is None for tile in request.tiles
-        ]
+        self._given_back = [request for request in self.asked if request.call is None and request.above is None]
+        return [tile for request in self._given_back for tile in request.tiles]
 
     def wait(self, call: Call, resolve: Resolve) -> bool:
         """Merges the answers and resolves what is missing. Whether any part came from a rank."""
@@ -121,7 +121,8 @@ class Requests:
 
     def tiles_asked(self) -> dict[int, list[Tile]]:
         """Who was asked for what, by rank number."""
-        return {request.rank.number: request.tiles for request in self.asked if request.call is not None}
+        # Those given back are computed otherwise from the start; each other tile is somebody's, whatever became of it.
+        return {request.rank.number: request.tiles for request in self.asked if request not in self._given_back}
 
     def _ask(self, call: Call, request: Request) -> None:
         """Leaves ``request.call`` at None if the rank is lost."""
@@ -148,6 +149,9 @@ class Requests:
                 came = True
                 call.arrived(one, part)
             elif call.lacks(one, part):
+                # Only calls that take no turns with others on a link, and no part in a tree, are asked for again.
+                assert one.merge == 0
+                timeline.switch(SEND)
                 self._ask(call, one)
                 came = self._gather(call, one, resolve) or came
             else:

@@ -27,7 +27,7 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.link import can_send, first_line
+from fapool_plugin.wire.link import first_line
 from fapool_plugin.wire.messages import LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
@@ -334,11 +334,10 @@ class ResourceManager:
                 self._busy.release()
 
     def _sequence_ended(self, sequence_id: int) -> None:
-        # Called by the garbage collector at any moment: ranks are told between two forwards, and by real tensors.
+        # Called by the garbage collector at any moment: the ranks are only told between two forwards.
         if not self._is_forked:
             self._ended.append(sequence_id)
-            if can_send():
-                self.reap()
+            self.reap()
 
     def _reap(self) -> None:
         while self._ended:

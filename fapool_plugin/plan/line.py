@@ -187,6 +187,9 @@ def partition(
     _check(rows, kv_heads, speeds, axis, mode, block)
     if whole is not None and len(whole) != len(rows):
         raise ValueError(f"whole has {len(whole)} rows, the call {len(rows)}; give the prompt's own rows")
+    for index, (row, prompt) in enumerate(zip(rows, whole or rows, strict=True)):
+        if row.pairs and not prompt.pairs:
+            raise ValueError(f"row {index} has queries here and none in whole; give the prompt that it is a run of")
     if mode == "query_blocks":
         ends = list(accumulate(map(float, speeds), initial=0.0))
         cuts = list(pairwise(end / ends[-1] for end in ends))

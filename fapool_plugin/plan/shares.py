@@ -233,23 +233,21 @@ def layout(tiles: Iterable[Tile], group: int, head_dim: int) -> Iterator[tuple[T
 
 
 def gradient_layout(
-    entries: Iterable[Sequence[int]], group: int, head_dim: int, v_head_dim: int
+    tiles: Iterable[Tile], group: int, head_dim: int, v_head_dim: int
 ) -> Iterator[tuple[Tile, slice, slice, slice]]:
-    """Where each entry's dq (query heads, queries, D), dk (heads, keys, D) and dv (heads, keys, E) lie in flat
-    gradients, entry behind entry. The tile's keys are those that there are dk and dv of.
+    """Where each tile's dq (query heads, queries, D), dk (heads, keys, D) and dv (heads, keys, E) lie in flat
+    gradients, tile behind tile.
 
     Args:
-        entries: rows of a tile table: dq of the queries, dk and dv of the positions from ``key_start`` to
-            ``key_stop``; either may be empty.
+        tiles: in the order in which their gradients were written.
         group: query heads per KV head.
         head_dim: D, of queries and keys.
         v_head_dim: E, of values.
     """
     q_at = k_at = v_at = 0
-    for row, head_start, head_stop, q_start, q_stop, _, _, key_start, key_stop in entries:
-        heads, keys = head_stop - head_start, key_stop - key_start
-        q_stop_at = q_at + heads * group * (q_stop - q_start) * head_dim
-        k_stop_at, v_stop_at = k_at + heads * keys * head_dim, v_at + heads * keys * v_head_dim
-        tile = Tile(row, head_start, head_stop, q_start, q_stop, key_start, key_stop)
-        yield tile, slice(q_at, q_stop_at), slice(k_at, k_stop_at), slice(v_at, v_stop_at)
-        q_at, k_at, v_at = q_stop_at, k_stop_at, v_stop_at
+    for tile in tiles:
+        heads, keys = tile.head_stop - tile.head_start, tile.k_stop - tile.k_start
+        q_stop = q_at + heads * group * (tile.q_stop - tile.q_start) * head_dim
+        k_stop, v_stop = k_at + heads * keys * head_dim, v_at + heads * keys * v_head_dim
+        yield tile, slice(q_at, q_stop), slice(k_at, k_stop), slice(v_at, v_stop)
+        q_at, k_at, v_at = q_stop, k_stop, v_stop

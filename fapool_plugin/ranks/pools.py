@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import psutil
 
@@ -43,12 +44,19 @@ def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: i
         if config.trace is not None:
             manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
         if config.metrics_port is not None:
-            server = manager.closing.enter_context(serve(manager.stats, config.metrics_port))
+            # What ends with the manager must not keep it.
+            stats = functools.partial(_stats_of, weakref.ref(manager))
+            server = manager.closing.enter_context(serve(stats, config.metrics_port))
             manager.counters.log("metrics", f"served on port {server.port}")
     except BaseException:
         manager.close()
         raise
     return manager
+
+
+def _stats_of(manager: weakref.ref[ResourceManager]) -> dict[str, Any]:
+    found = manager()
+    return found.stats() if found is not None else {}
 
 
 def _close(closing: ExitStack, owner: int) -> None:

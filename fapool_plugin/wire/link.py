@@ -13,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, Wire, fill, frame_bytes
 
@@ -96,8 +97,9 @@ class Link:
             LinkLost: the other end is known to be gone.
             ValueError: the payload is not what the header announces.
         """
-        wire = Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8, device="cpu"))
-        fill(wire, header, tensors)
+        with _real_tensors():
+            wire = Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8, device="cpu"))
+            fill(wire, header, tensors)
         with self._sending:
             if self.lost:
                 raise LinkLost(self.lost)
@@ -163,8 +165,9 @@ class Link:
         self._outgoing.append((self.messages_sent, transfer, self._data.send([transfer], self._peer, self._tag)))
 
     def _say_goodbye(self) -> None:
-        goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8, device="cpu")
-        fill(Wire(Header(), goodbye), Header(op=Op.BYE), ())
+        with _real_tensors():
+            goodbye = torch.zeros(frame_bytes(), dtype=torch.uint8, device="cpu")
+            fill(Wire(Header(), goodbye), Header(op=Op.BYE), ())
         with self._sending, suppress(RuntimeError):
             said, self._said_goodbye = self._said_goodbye, True
             if not said:
@@ -213,9 +216,9 @@ class Link:
             self.fail(f"no heartbeat within {self._timeout_s:g} s: {first_line(error)}")
 
 
-def can_send() -> bool:
-    """Whether tensors that are made now have memory: those of a dispatch mode, fake ones, have none."""
-    return torch._C._len_torch_dispatch_stack() == 0
+def _real_tensors() -> AbstractContextManager[Any]:
+    """Frames have memory in the middle of anything: a sequence may end while a mode makes all other tensors fake."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def first_line(error: BaseException) -> str:

@@ -78,8 +78,8 @@ class Header(NamedTuple):
     scale_bits: int = 0
     softcap_bits: int = 0
     extra: int = 0
-    """Requests: a kept call's number, 0 for none. HELLO's reply: the rank's memory limit in bytes. Other replies:
-    nanoseconds spent computing."""
+    """Requests: a kept call's number, 0 for none. PEER: the link's number. HELLO's reply: the rank's memory limit in
+    bytes. Other replies: nanoseconds spent computing."""
     clock: int = 0
     """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO."""
     merge: int = 0
@@ -94,8 +94,8 @@ class Header(NamedTuple):
     """Merged answers: how many ranks' parts they report on."""
 
 
-_HEADER_BYTES = -(-8 * len(Header()) // 64) * 64
-"""Of a frame: the header, and as much as makes the payload behind it begin at a multiple of 64."""
+_HEADER_BYTES = 256
+"""Of a frame, whatever the version: up to 32 fields, so that a frame's length, and where its payload begins, stay."""
 
 
 def float_bits(value: float) -> int:
@@ -121,7 +121,9 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return []
     sizes = [header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements]
     sizes += [header.peers, header.parts]
-    if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0:
+    backward = header.op == Op.BACKWARD
+    # Gradients are not merged on their way.
+    if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0 or (backward and any([*sizes[5:], header.merge])):
         raise LinkLost(f"malformed header {tuple(header)}")
     dtype = _DTYPES[header.dtype]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -130,12 +132,11 @@ def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     if header.status == Status.REQUEST:
         parts += [table, (q, dtype), (k, dtype), (v, dtype)]
-        if header.op == Op.BACKWARD:
+        if backward:
             out, sent = (header.lse_elements * header.v_head_dim,), header.keep != 2
             parts += [(out if sent else (0,), dtype), (lse if sent else (0,), exact), (out, dtype)]
         parts += [((header.peers,), torch.int64)] if header.peers else []
     elif header.status == Status.OK:
-        backward = header.op == Op.BACKWARD
         parts += [(q, exact), (k, exact), (v, exact)] if backward else [(q, dtype), (lse, exact)]
         parts += [table, ((header.parts, PART_FIELDS), torch.int64)] if header.parts else []
     return parts

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from itertools import pairwise
@@ -97,6 +98,22 @@ def test_a_trace_is_completed_without_close(folder: Path, tmp_path: Path) -> Non
     gc.collect()
     assert path.read_text().endswith("]\n")
     assert {span.row for span in read(path)} == {BASE, pool_row(0), pool_row(1)}
+
+
+def test_metrics_end_with_their_model(folder: Path) -> None:
+    """A served model that is not closed does not live as long as its server."""
+    pytest.importorskip("prometheus_client")
+    model = load_pooled(folder, metrics_port=0)
+    model.fa_pool._make_pool = ThreadPool
+    (served,) = [event["reason"] for event in model.fa_pool.stats()["events"] if event["kind"] == "metrics"]
+    url = f"http://127.0.0.1:{served.split()[-1]}/metrics"
+    with torch.no_grad():
+        model(random_ids(1, LENGTH))
+    assert "fapool" in urllib.request.urlopen(url, timeout=10).read().decode()
+    del model
+    gc.collect()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(url, timeout=10)
 
 
 def test_without_a_profile_the_trace_predicts_nothing(folder: Path, tmp_path: Path) -> None:

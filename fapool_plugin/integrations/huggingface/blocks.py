@@ -25,10 +25,9 @@ from fapool_plugin.base.rounds import run_rounds
 from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again, strings_in
 from fapool_plugin.integrations.huggingface.cache import GraphCache, JoinedLayer, PooledCache
 from fapool_plugin.integrations.huggingface.masks import window_of
+from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.plan.shares import block_edges
 
-BLOCK_MULTIPLE = 64
-"""Blocks begin at multiples of this many positions: the row block of the flash kernels."""
 _DIMS = {"input_ids": (0, 1), "inputs_embeds": (0, 1), "position_ids": (-2, -1), "per_layer_inputs": (0, 1)}
 """Arguments of a decoder that have the batch's rows and the prompt's positions, and in which dimensions."""
 _WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "output_hidden_states"}
@@ -37,7 +36,7 @@ _WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "outp
 
 def run_blocks(
     owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, cache: PooledCache | GraphCache,
-    multiple: int = BLOCK_MULTIPLE,
+    multiple: int = GRANULE,
 ) -> Any:  # fmt: skip
     """A decoder's forward as blocks of positions in flight; ``cache`` carries keys from block to block.
 

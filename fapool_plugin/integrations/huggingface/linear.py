@@ -148,7 +148,7 @@ class _Model:
         names = {id(module.config): vars(module.config) for module in attentions}.values()
         before = [values[LOCAL] for values in names]
         training = {module: module.training for module in model.modules()}
-        entrances = {
+        entries = {
             module: module.fapool_forwards
             for module in model.modules()
             if isinstance(module, EntryModule) and module.fapool_forwards is not None
@@ -156,7 +156,7 @@ class _Model:
         opened = cls(model, layers)
         try:
             model.eval()
-            for module in entrances:
+            for module in entries:
                 module.fapool_forwards = None
             for values in names:
                 values[LOCAL] = NAME
@@ -165,7 +165,7 @@ class _Model:
         finally:
             for values, name in zip(names, before, strict=True):
                 values[LOCAL] = name
-            for module, forwards in entrances.items():
+            for module, forwards in entries.items():
                 module.fapool_forwards = forwards
             for module, was_training in training.items():
                 module.training = was_training

@@ -113,10 +113,10 @@ class FAPoolForCausalLM(EntryModule):
             try:
                 if config.threshold == "auto":
                     _measure_threshold(model, manager)
+                _install(model, manager, attentions)
             except BaseException:
                 manager.close()
                 raise
-            _install(model, manager, attentions)
         kind: Any = type(model)
         model.__class__ = _subclass(FAPoolForCausalLM, kind)
         model.fa_pool = manager
@@ -165,7 +165,7 @@ class FAPoolForCausalLM(EntryModule):
 
 
 def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> None:
-    """Puts FAPoolAttention into every attention layer, and an entrance at every way into the model."""
+    """Puts FAPoolAttention into every attention layer, and an entry module at every way into the model."""
     kinds, _ = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
     full = sum(kind in FULL_LAYERS for kind in kinds)
     for module in attentions:

@@ -55,7 +55,6 @@ def get_fapool_layer_spec(
             f"threshold = {settings.threshold!r}, profile = {settings.profile!r}: nothing measures Megatron's own "
             "models yet; give the threshold as a number, and no profile"
         )
-    manager = open_manager(settings, agree, config.tensor_model_parallel_size)
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
@@ -63,6 +62,7 @@ def get_fapool_layer_spec(
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
     )
+    manager = open_manager(settings, agree, config.tensor_model_parallel_size)
     core = functools.partial(FAPoolCoreAttention, manager=manager, agrees=agree is not None)
     spec.submodules.self_attention.submodules.core_attention = core
     return spec

@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fapool_plugin.base.attention import FAPoolAttention
 from fapool_plugin.base.forward import Forward
+from fapool_plugin.base.requests import Request, Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.messages import TILE_FIELDS, frame_bytes
+from fapool_plugin.wire.messages import TILE_FIELDS, LinkLost, frame_bytes
 from tests.base.test_attention import D, dense
 from tests.base.test_gradients import inputs, pooled
 from tests.blocks import in_blocks, save_long
@@ -329,6 +330,40 @@ def test_a_checkpointed_model(llama: Path, reentrant: bool, padded: bool) -> Non
         gc.collect()
         model.fa_pool.reap()
         assert model.fa_pool.stats()["state"] == "idle"
+
+
+def test_a_rank_lost_while_it_is_asked_once_more(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpointed layer's kept call is gone, and then the rank, as all of it is sent again: its tiles have gradients
+    all the same."""
+    ids, original, lost = random_ids(1, LENGTH), Requests._ask, list[int]()
+
+    def ask(self: Requests, call: Any, request: Request) -> None:
+        if request.call is None or lost:
+            return original(self, call, request)
+        request.call = None
+        lost.append(request.rank.number)
+        with self._manager.guard(request.rank):
+            raise LinkLost("lost as it is asked once more")
+
+    with in_blocks(llama, 1, training_residency=True, pool_ranks=2) as model, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The graph of the second forward is the one that goes backward.
+        model.train().gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        found = []
+        for net in (model, eager(llama).train()):
+            loss = net(ids, labels=ids).loss
+            if net is model:
+                monkeypatch.setattr(Requests, "_ask", ask)
+                for worker in workers(model.fa_pool):
+                    worker.calls.clear()
+            loss.backward()
+            found.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+        assert len(lost) == 1
+        assert found[0].keys() == found[1].keys()
+        largest = max(float(grad.abs().max()) for grad in found[1].values())
+        apart = max(float((found[0][name] - grad).abs().max()) / largest for name, grad in found[1].items())
+        assert apart <= 1e-5, f"largest difference of gradients {apart:.3g}"
 
 
 def test_layers_without_gradients_are_not_kept(llama: Path) -> None:
