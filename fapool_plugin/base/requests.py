@@ -121,7 +121,7 @@ class Requests:
 
     def tiles_asked(self) -> dict[int, list[Tile]]:
         """Who was asked for what, by rank number."""
-        # Those given back are computed otherwise from the start; each other tile is somebody's, whatever became of it.
+        # Each tile is given back at first, or has a rank, whatever became of its request later.
         return {request.rank.number: request.tiles for request in self.asked if request not in self._given_back}
 
     def _ask(self, call: Call, request: Request) -> None:

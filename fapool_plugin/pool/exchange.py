@@ -161,7 +161,7 @@ class Exchange:
         return header, (outs, lses, told, torch.tensor(rows))
 
     def stop(self) -> None:
-        """Waits for nobody any more."""
+        """No rank is waited for any more."""
         with self._changed:
             for peer in list(self._peers.values()):
                 peer.lost = True

@@ -1,8 +1,8 @@
 """A pool rank: holds no weights, receives tiles with their queries and new keys, answers with (out, lse).
 
 It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
-kernels, but no model, no plan and nobody's weights; how it works together with other pool ranks is the exchange's
-matter. When its links or its parent are gone it ends.
+kernels, but no model, no plan and no weights; how it works together with other pool ranks is in exchange. When its
+links or its parent are gone it ends.
 """
 
 from __future__ import annotations

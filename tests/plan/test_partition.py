@@ -327,6 +327,8 @@ def test_a_call_without_work_has_empty_shares(rows, mode):
         ({"rows": [Row(4, 3, 4)]}, r"row 0 has queries \[4, 3\) and 4 keys"),
         ({"rows": [Row(0, 0, -2)]}, "-2 keys"),
         ({"rows": [Row(0, 5, 4)]}, r"queries \[0, 5\) and 4 keys.*keys, too"),
+        ({"whole": [Row(4, 4, 4)]}, "row 0 has queries here and none in whole"),
+        ({"whole": []}, "whole has 0 rows, the call 1"),
         ({"kv_heads": 0}, "kv_heads is 0"),
         ({"speeds": []}, r"speeds are \[\]"),
         ({"speeds": [0, 0.0]}, "at least one above 0"),

@@ -114,6 +114,9 @@ def test_a_malformed_header_ends_the_link(pair: tuple[Link, Link]) -> None:
     base, pool = pair
     with pytest.raises(LinkLost, match="malformed"):
         payload(Header(op=Op.ATTEND, tiles=-1))
+    for merged in ({"merge": 1}, {"peers": 1}, {"status": Status.OK, "parts": 1}):
+        with pytest.raises(LinkLost, match="malformed"):
+            payload(Header(op=Op.BACKWARD, tiles=1, **merged))
     frame = torch.zeros(frame_bytes(), dtype=torch.uint8)
     frame[: 8 * len(Header())].view(torch.int64).copy_(torch.tensor(Header(op=Op.ATTEND, dtype=99)))
     base._data.send([frame], 1, 0).wait()
@@ -128,6 +131,12 @@ def test_a_header_that_announces_more_than_memory_ends_the_link(pair: tuple[Link
     base._data.send([frame], 1, 0).wait()
     with pytest.raises(LinkLost, match="connection ended"):
         pool.receive()
+
+
+def test_a_frame_is_as_long_in_every_version() -> None:
+    """Both ends receive so much before either knows the other's version."""
+    assert frame_bytes() == 256 + 4096
+    assert 8 * len(Header()) <= 256
 
 
 def test_a_header_of_another_version_announces_nothing() -> None:

@@ -108,7 +108,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         scope.made.append((None, kwargs))
         return None
     # Layers keep their arguments for the second time: the mask, empty as it is, says which forward it is of.
-    ticket = torch.empty(0)
+    ticket = torch.empty(0, device="cpu")
     ticket.fapool_scope = scope  # type: ignore[attr-defined]
     return ticket
 

@@ -126,9 +126,10 @@ class _Trial:
 
     @property
     def real_BS(self) -> Tensor:
-        """Which positions are not padding."""
-        at = torch.arange(self.geometry.columns)[None]
-        starts, stops = (torch.tensor(x)[:, None] for x in (self.geometry.starts, self.geometry.stops))
+        """Which positions are not padding; on the CPU, whatever torch's default device is."""
+        at = torch.arange(self.geometry.columns, device="cpu")[None]
+        edges = (self.geometry.starts, self.geometry.stops)
+        starts, stops = (torch.tensor(x, device="cpu")[:, None] for x in edges)
         return (at >= starts) & (at < stops)
 
     def _compared(self, cut: _Seen, plain: _Seen, tolerance: float) -> str:
@@ -192,10 +193,10 @@ class _Trial:
     def _gradients(self, hidden: list[Tensor]) -> list[Tensor]:
         if not self.wanted:
             return []
-        weights = torch.Generator().manual_seed(0)
+        weights = torch.Generator("cpu").manual_seed(0)
         loss = hidden[0].new_zeros(())
         for x in hidden:
-            factors = torch.randn(x.shape, generator=weights).to(x.device, x.dtype)
+            factors = torch.randn(x.shape, generator=weights, device="cpu").to(x.device, x.dtype)
             loss = loss + (x * factors * self.real_BS.to(x.device)[..., None]).sum()
         if not loss.requires_grad:
             return [x.new_zeros(()) for x in self.wanted]

@@ -11,7 +11,7 @@ __all__ = ["FAPoolGPTModel", "get_fapool_layer_spec"]
 
 
 def __getattr__(name: str) -> Any:
-    # Whoever needs parallel layers only is spared Megatron's models.
+    # A process that needs parallel layers only does not load Megatron's models.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fapool_plugin.integrations.megatron import model

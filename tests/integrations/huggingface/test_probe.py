@@ -284,6 +284,17 @@ def test_other_dtypes_are_cut_and_checked(tmp_path: Path, dtype: torch.dtype) ->
             assert (stats["prefill"]["overlapped_forwards"] == 0) == whole, stats["not_overlapped_reasons"]
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_default_device_is_not_the_models(tmp_path: Path, training: bool) -> None:
+    """A script may have set any; what a trial makes by itself must not follow it."""
+    folder, ids = save_long("llama", tmp_path), random_ids(1, LENGTH)
+    with in_blocks(folder, None) as model, torch.device("meta"):
+        loss = model.train(training)(ids, labels=ids).loss
+        assert loss.device.type == "cpu"
+        stats = model.fa_pool.stats()
+    assert stats["training"]["overlapped_forwards"] == 1, stats["not_overlapped_reasons"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("surveyed", [True, False])
 def test_a_window_between_a_trial_and_the_forward(
