@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin.plan import line as partition_module
-from fapool_plugin.plan.line import Axis, Row, Share, Tile, allowed_pairs, partition
+from fapool_plugin.plan.line import Axis, Row, Share, Tile, allowed_pairs, partition, position
 
 AXES: list[Axis] = ["queries", "keys"]
 MODES = ["line", "query_blocks"]
@@ -216,6 +216,22 @@ def test_whole_heads_first(axis, speeds):
 def test_adjacent_whole_heads_are_one_tile():
     shares = partition([Row(0, 100, 100), Row(0, 50, 50)], 8, [1], block=16)
     assert shares == [(Tile(0, 0, 8, 0, 100, 0, 100), Tile(1, 0, 8, 0, 50, 0, 50))]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 40), st.integers(1, 40), st.floats(0.001, 0.999), st.sampled_from(AXES), st.integers(1, 9))
+def test_a_cut_is_the_nearest_of_all(past, new, part, axis, block):
+    """Against every multiple of the block, its pairs counted one by one."""
+    row = Row(past, past + new, past + new)
+    pairs, first = pairs_of_row(row), row.q_start if axis == "queries" else 0
+    extent = new if axis == "queries" else past + new
+    before = {
+        cut: sum((query if axis == "queries" else key) - first < cut for query, key in pairs)
+        for cut in {*range(0, extent, block), extent}
+    }
+    least = min(abs(work - part * len(pairs)) for work in before.values())
+    off = abs(before[position(row, part, axis, block)] - part * len(pairs))
+    assert off <= least + 1e-6, f"{off} pairs off the ideal, the nearest cut is {least} off"
 
 
 @st.composite

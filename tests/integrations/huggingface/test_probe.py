@@ -293,6 +293,7 @@ def test_the_default_device_is_not_the_models(tmp_path: Path, training: bool) ->
         assert loss.device.type == "cpu"
         stats = model.fa_pool.stats()
     assert stats["training"]["overlapped_forwards"] == 1, stats["not_overlapped_reasons"]
+    assert stats["faults"] == 0, stats["events"]
 
 
 @torch.no_grad()
