@@ -146,4 +146,4 @@ def test_the_papers_setting_planned_in_full(length: int) -> None:
 
 def pairs_of(tile: Any) -> int:
     """(query, key) pairs of a causal tile whose keys begin at 0."""
-    return (tile.head_stop - tile.head_start) * sum(range(tile.q_start + 1, tile.q_stop + 1))
+    return tile.lanes * sum(range(tile.q_start + 1, tile.q_stop + 1))

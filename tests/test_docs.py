@@ -212,8 +212,8 @@ def test_metrics_and_spans_are_explained() -> None:
 
 def test_columns_and_benchmarks_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     text = read("docs/planning.md")
-    choice = Choice(1, 0.5, 1, 1.0, 2.0, 0.5, 1.0, 1.0, 10**9, 10**9)
-    planning.show_plan([planning.Outlook(1, {4096: choice}, Thresholds(None, None))])
+    choice = Choice(1, 0.5, 1, 1.0, 2.0, 0.5, 1.0, 1.0)
+    planning.show_plan([planning.Outlook(1, {4096: choice}, {4096: (10**9, 10**9)}, Thresholds(None, None))])
     header = r"\s+".join(map(re.escape, names(table(text, "column"))))
     shown = capsys.readouterr().out
     assert re.search(rf"^\s*{header}\s*$", shown, re.MULTILINE), f"no header with these columns in {shown}"
@@ -279,5 +279,5 @@ def test_the_worked_example_is_what_the_code_prints(capsys: pytest.CaptureFixtur
         )
         allowed = sum(min(query + 1, k_stop) - k_start for query in range(q_start, q_stop))
         assert allowed == int(pairs), f"{rank} {lane}: {allowed} pairs, not {pairs}"
-        shown[-1].append([row, head, head + 1, q_start, q_stop, k_start, k_stop])
+        shown[-1].append([row, row + 1, head, head + 1, q_start, q_stop, k_start, k_stop])
     assert shown == shares

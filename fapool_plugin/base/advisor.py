@@ -109,9 +109,8 @@ class Advisor:
         cores = self.cores(torch.get_num_threads())
         if forward.phase != "decode":
             return self.prefill(forward.geometry, cores, overlap=overlap, most=self._most_blocks(forward))
-        rows = [index for index, row in enumerate(forward.geometry.rows) if row.keys]
-        held = [forward.sequence.residency.by_row(rank.key, rows) for rank in ranks]
-        return self.decode(forward.geometry, cores, held or [[0] * len(rows)] * self.config.pool_ranks)
+        held = [forward.sequence.residency.total(rank.key) for rank in ranks]
+        return self.decode(forward.geometry, cores, held or [0] * self.config.pool_ranks)
 
     def blocks(self, forward: Forward, one_block: str | None, choice: Choice | None) -> int:
         """How many pieces of a forward to keep in flight: blocks of a prompt or of a training row, or parts of a
@@ -137,13 +136,11 @@ class Advisor:
     def prefill(self, geometry: Geometry, cores: Cores, *, overlap: bool, most: int) -> Choice:
         """The best pooled way for a prompt in at most so many blocks, beside what the base alone would take."""
         assert self.profile is not None
-        rows = [row for row in geometry.rows if row.keys]
         return self._corrected(
             "prefill",
             choose_prefill(
                 self.profile,
-                [row.keys for row in rows],
-                past=[row.q_start for row in rows],
+                [row for row in geometry.rows if row.keys],
                 ranks=self.config.pool_ranks,
                 cores=cores,
                 max_blocks=most,
@@ -153,20 +150,25 @@ class Advisor:
             ),
         )
 
-    def decode(self, geometry: Geometry, cores: Cores, held: Sequence[Sequence[int]]) -> Choice:
-        """The best pooled way for a step of one token, with what each rank holds of each row, summed over KV heads.
-        Asked anew whenever lengths or prefixes have grown by a block, or when anything else has changed."""
+    def decode(self, geometry: Geometry, cores: Cores, held: Sequence[int]) -> Choice:
+        """The best pooled way for a step of one token, with what each rank holds, of all lanes together.
+        Asked anew whenever lengths, or what a rank holds of its part, have grown by a block, or when anything else has
+        changed."""
         assert self.profile is not None
         block = self.config.kv_block
-        lengths = [row.keys for row in geometry.rows if row.keys]
-        grown = tuple(length // block for length in lengths), tuple(tuple(n // block for n in rows) for rows in held)
+        rows = [row._replace(q_start=row.keys - 1) for row in geometry.rows if row.keys]
+        lanes = len(geometry.starts) * self.profile.shape.kv_heads
+        grown = (
+            tuple((row.keys // block, row.alike) for row in rows),
+            tuple(-(-n * len(held) // (block * lanes)) for n in held),
+        )
         key = self.profile, cores, *grown
         if key not in self._steps:
             if len(self._steps) > 64:
                 self._steps.clear()
             self._steps[key] = choose_decode(
                 self.profile,
-                lengths,
+                rows,
                 resident=held,
                 ranks=len(held),
                 cores=cores,

@@ -17,11 +17,11 @@ from fapool_plugin.base.asking import AttentionRequests
 from fapool_plugin.base.autograd import with_gradients, without_autocast
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.gradients import Shares
-from fapool_plugin.base.kept_calls import KeepingStep, fingerprint
+from fapool_plugin.base.kept_calls import keeping_step
 from fapool_plugin.base.requests import Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.result import Result
-from fapool_plugin.observe.timeline import ATTENTION, LINEAR, SEND
+from fapool_plugin.observe.timeline import ATTENTION, LINEAR, MERGE, SEND
 from fapool_plugin.plan.line import Tile
 
 
@@ -102,8 +102,11 @@ class _Call:
         resident = resident and decided.lasting
         if resident:
             self.sequence.send_as(module.layer, k.dtype, v.dtype)
+        keeping = None
+        if decided.keeps_calls and not resident:
+            keeping = keeping_step(self.sequence.kept, module.layer, decided.hand_over is not None, q, k, v)
         self.asking = AttentionRequests(
-            self.manager, decided, self.sequence, module.layer, self.result, resident, self._keeping(resident)
+            self.manager, decided, self.sequence, module.layer, self.result, resident, keeping
         )
         self.requests = Requests(self.manager)
         self._mine: list[Tile] = []
@@ -114,19 +117,24 @@ class _Call:
         position = (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
         plan = self.decided.plan(self.k.shape[1], position, self.module.layers)
         self.result.disjoint = plan.axis == "queries"
-        requests, mine = self.asking.shared_out(plan)
-        self._mine = mine + self.requests.post(self.asking, requests)
-        self._compute(self._mine)
+        requests, mine, columns = self.asking.shared_out(plan)
+        given_back = self.requests.post(self.asking, requests)
+        self._mine = mine + given_back
+        self.manager.timeline.switch(ATTENTION)
+        self.result.compute_in_columns(columns)
+        self.result.compute(given_back)
         self.manager.timeline.switch(LINEAR)
 
     def finish(self, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
         """(out, lse) with the pool ranks' parts and with sinks; out contiguous, in q's dtype."""
         pooled = self.requests.wait(self.asking, self._compute)
+        self.manager.timeline.switch(MERGE)
+        final = self.result.final(sinks_H)
         self.manager.timeline.switch(LINEAR)
         counters = self.decided.counters.phase(self.decided.phase)
         counters.pooled_calls += pooled
         counters.local_calls += not pooled
-        return self.result.final(sinks_H)
+        return final
 
     def shares(self) -> Shares:
         """Who computed what, for the call's backward."""
@@ -140,13 +148,3 @@ class _Call:
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self.manager.timeline.switch(ATTENTION)
         self.result.compute(tiles)
-
-    def _keeping(self, resident: bool) -> KeepingStep | None:
-        """Whether ranks are to keep this call for its gradients."""
-        # Without gradients now they may come yet, by checkpointing; with them, only where they are asked for.
-        wanted = not torch.is_grad_enabled() or any(x.requires_grad for x in (self.q, self.k, self.v))
-        if resident or not (self.decided.keeps_calls and wanted):
-            return None
-        # Only a call that does not take turns can be made once more.
-        bits = fingerprint(self.q, self.k, self.v) if self.decided.hand_over is None else b""
-        return KeepingStep(self.sequence.kept, self.module.layer, bits)

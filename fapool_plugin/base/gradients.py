@@ -7,7 +7,7 @@ again, and whatever they do not answer is computed here. Knows no autograd and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.observe.timeline import ATTENTION, LINEAR, SEND
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.shares import Geometry, TileWithKeys, gradient_layout, in_batches
+from fapool_plugin.plan.shares import Geometry, gradient_layout
 from fapool_plugin.wire.messages import Header, Message, Op, Status, dtype_code, elements, float_bits
 
 
@@ -83,9 +83,7 @@ class Gradients:
         manager.timeline.switch(SEND)
         for number, tiles in self.shares.ranks.items():
             if number in leased:
-                # All keys of a tile come with it.
-                work = [TileWithKeys(tile, tile.k_start, tile.k_stop) for tile in tiles]
-                requests.append(Request(leased[number], work, kept=self.shares.take_kept(leased[number])))
+                requests.append(Request(leased[number], tiles, kept=self.shares.take_kept(leased[number])))
             else:
                 mine += tiles
         self._compute(mine + self.requests.post(self, requests))
@@ -113,10 +111,10 @@ class Gradients:
         keep = 0 if not kept else 1 if sinks else 2
         parts = [self._parts(tile) for tile in tiles]
         sent, own = parts if not keep else [], parts if keep < 2 else []
-        qs = [q[row, heads, queries] for row, heads, _, queries, _ in sent]
-        ks, vs = ([x[row, lanes, keys] for row, _, lanes, _, keys in sent] for x in (k, v))
+        qs = [q[rows, heads, queries] for rows, heads, _, queries, _ in sent]
+        ks, vs = ([x[rows, lanes, keys] for rows, _, lanes, _, keys in sent] for x in (k, v))
         outs, lses = [out[at[0], at[3], at[1]] for at in own], [lse[at[0], at[1], at[3]] for at in own]
-        douts = [self.dout[row, queries, heads] for row, heads, _, queries, _ in parts]
+        douts = [self.dout[rows, queries, heads] for rows, heads, _, queries, _ in parts]
         header = Header(
             op=Op.BACKWARD,
             sequence=self.shares.sequence.id,
@@ -135,24 +133,25 @@ class Gradients:
             scale_bits=float_bits(self.shares.softmax_scale),
             softcap_bits=float_bits(self.shares.softcap),
         )
+        # All keys of a tile come with it.
         table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64, device="cpu")
         return header, [table, qs, ks, vs, outs, lses, douts]
 
     def sent(self, request: Request) -> None:
         """Nothing stays on a rank."""
 
-    def merge(self, answer: Message, tiles: Sequence[Tile]) -> None:
-        """Adds the gradients of these tiles."""
+    def merge(self, answer: Message, request: Request) -> None:
+        """Adds the gradients of its tiles."""
         dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors)
         head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
-        for tile, dq_at, dk_at, dv_at in gradient_layout(tiles, self.group, head_dim, v_head_dim):
-            row, heads, lanes, queries, keys = self._parts(tile)
-            dq_HSD, dk_KTD, dv_KTE = (
-                self.dq_BHSD[row, heads, queries], self.dk_BKTD[row, lanes, keys], self.dv_BKTE[row, lanes, keys]
-            )  # fmt: skip
-            dq_HSD += dq[dq_at].view(dq_HSD.shape)
-            dk_KTD += dk[dk_at].view(dk_KTD.shape)
-            dv_KTE += dv[dv_at].view(dv_KTE.shape)
+        for tile, dq_at, dk_at, dv_at in gradient_layout(request.tiles, self.group, head_dim, v_head_dim):
+            rows, heads, lanes, queries, keys = self._parts(tile)
+            for whole, part in (
+                (self.dq_BHSD[rows, heads, queries], dq[dq_at]),
+                (self.dk_BKTD[rows, lanes, keys], dk[dk_at]),
+                (self.dv_BKTE[rows, lanes, keys], dv[dv_at]),
+            ):
+                whole += part.view(whole.shape)
 
     def arrived(self, request: Request, part: Part) -> None:
         """Counts what the rank did."""
@@ -171,29 +170,28 @@ class Gradients:
     def _compute(self, tiles: Iterable[Tile]) -> None:
         self.shares.manager.timeline.switch(ATTENTION)
         q, k, v, out, lse, _ = self.saved
-        for tile, rows in in_batches(tiles, self.shares.geometry):
-            row, heads, lanes, queries, keys = self._parts(tile)
-            batch = slice(row, row + rows)
+        for tile in tiles:
+            rows, heads, lanes, queries, keys = self._parts(tile)
             dq, dk, dv = attend_backward(
-                self.dout[batch, queries, heads],
-                q[batch, heads, queries].transpose(1, 2),
-                k[batch, lanes, keys].transpose(1, 2),
-                v[batch, lanes, keys].transpose(1, 2),
-                out[batch, queries, heads],
-                lse[batch, heads, queries],
+                self.dout[rows, queries, heads],
+                q[rows, heads, queries].transpose(1, 2),
+                k[rows, lanes, keys].transpose(1, 2),
+                v[rows, lanes, keys].transpose(1, 2),
+                out[rows, queries, heads],
+                lse[rows, heads, queries],
                 softmax_scale=self.shares.softmax_scale,
                 causal=True,
                 q_offset=tile.q_start - tile.k_start,
                 softcap=self.shares.softcap,
             )
-            self.dq_BHSD[batch, heads, queries] += dq.transpose(1, 2)
-            self.dk_BKTD[batch, lanes, keys] += dk.transpose(1, 2)
-            self.dv_BKTE[batch, lanes, keys] += dv.transpose(1, 2)
+            self.dq_BHSD[rows, heads, queries] += dq.transpose(1, 2)
+            self.dk_BKTD[rows, lanes, keys] += dk.transpose(1, 2)
+            self.dv_BKTE[rows, lanes, keys] += dv.transpose(1, 2)
         self.shares.manager.timeline.switch(LINEAR)
 
-    def _parts(self, tile: Tile) -> tuple[int, slice, slice, slice, slice]:
-        """Row, query heads, KV heads, queries and keys of a tile in the call's tensors."""
-        geometry = self.shares.geometry
+    def _parts(self, tile: Tile) -> tuple[slice, slice, slice, slice, slice]:
+        """Rows, query heads, KV heads, queries and keys of a tile in the call's tensors."""
+        geometry, lanes = self.shares.geometry, slice(tile.head_start, tile.head_stop)
         heads = slice(tile.head_start * self.group, tile.head_stop * self.group)
-        lanes = slice(tile.head_start, tile.head_stop)
-        return tile.row, heads, lanes, geometry.q_slice(tile), geometry.k_slice(tile.row, tile.k_start, tile.k_stop)
+        keys = geometry.k_slice(tile, tile.k_start, tile.k_stop)
+        return slice(tile.row_start, tile.row_stop), heads, lanes, geometry.q_slice(tile), keys

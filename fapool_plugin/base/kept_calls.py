@@ -106,6 +106,14 @@ class KeepingStep:
         return was > 0
 
 
+def keeping_step(calls: KeptCalls, layer: int, takes_turns: bool, *qkv: Tensor) -> KeepingStep | None:
+    """What a call of these tensors has to do so that ranks keep it for its gradients; None if it has none."""
+    # Without gradients now they may come yet, by checkpointing; with them, only where they are asked for.
+    wanted = not torch.is_grad_enabled() or any(x.requires_grad for x in qkv)
+    # Only a call that takes no turns with others can be made once more.
+    return KeepingStep(calls, layer, b"" if takes_turns else fingerprint(*qkv)) if wanted else None
+
+
 def fingerprint(*tensors: Tensor) -> bytes:
     """Of the bits of some tensors (B, H, S, D): whatever differs in one head or at one position differs in this.
 

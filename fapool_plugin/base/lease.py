@@ -113,6 +113,25 @@ class PoolRank:
         self.link.send(Header(op=op, token=self.token, sequence=sequence))
 
 
+class Guard:
+    """A block in which a rank may fail; ``lose`` is told of it, and the block ends. Entered for every message, so it is
+    no generator."""
+
+    __slots__ = ("lose", "rank")
+
+    def __init__(self, rank: PoolRank, lose: Callable[[PoolRank, str], None]) -> None:
+        self.rank, self.lose = rank, lose
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, LinkLost):
+            self.lose(self.rank, str(error))
+            return True
+        return False
+
+
 class Pool(Protocol):
     """Where pool ranks come from."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.observe.timeline import MERGE, SEND, WAIT
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.shares import TileWithKeys
 from fapool_plugin.wire.messages import Header, Message, Status
 
 Payload = list[Tensor | list[Tensor]]
@@ -37,7 +36,10 @@ class Request:
     """What one rank is asked, and all that is needed to compute it elsewhere should its answer not come."""
 
     rank: PoolRank
-    work: list[TileWithKeys]
+    tiles: list[Tile]
+    """What it is to compute."""
+    notes: Any = None
+    """What its call has worked out for it: attention's ``Work``, nothing for gradients."""
     call: int | None = None
     """Its number on the link; None: not asked."""
     kept: int = 0
@@ -48,17 +50,14 @@ class Request:
     """Whose answer brings this one's; None: it answers by itself."""
     below: list[Request] = field(default_factory=list)
 
-    @property
-    def tiles(self) -> list[Tile]:
-        """What it is to compute."""
-        return [one.tile for one in self.work]
-
     def all(self) -> list[Request]:
         """This one and all whose parts come with its answer."""
         return [self, *(one for child in self.below for one in child.all())]
 
     def joined(self, header: Header, tensors: Payload) -> tuple[Header, Payload]:
         """The request as one to a rank that may work with others; the one above it was asked before."""
+        if not self.merge:
+            return header, tensors
         if self.above is not None and self.above.call is None:
             # It answers by itself after all.
             self.above.below.remove(self)
@@ -86,8 +85,8 @@ class Call(Protocol):
     def sent(self, request: Request) -> None:
         """It has been sent."""
 
-    def merge(self, answer: Message, tiles: Sequence[Tile]) -> None:
-        """Takes the results that an answer has, of these tiles or of what it says."""
+    def merge(self, answer: Message, request: Request) -> None:
+        """Takes the results that an answer has, of this request or of what it says."""
 
     def arrived(self, request: Request, part: Part) -> None:
         """Its part is in what was merged."""
@@ -140,7 +139,7 @@ class Requests:
                 answer = request.rank.answer(request.call)
         timeline.switch(MERGE)
         if answer is not None and answer.tensors:
-            call.merge(answer, request.tiles)
+            call.merge(answer, request)
         parts, came, missing = _told(answer, request.rank.number), False, list[Tile]()
         for one in request.all():
             part = parts.get(one.rank.number, Part())
@@ -162,11 +161,12 @@ class Requests:
 
     def _settle(self, one: Request, part: Part) -> None:
         """Its rank is asked no more of this."""
-        with self._manager.guard(one.rank):
-            if part.status == Status.MISSING:
-                one.rank.check()
-            elif one.call is not None:
-                one.rank.answered(one.call)
+        if part.status == Status.MISSING or one.merge:
+            with self._manager.guard(one.rank):
+                if part.status == Status.MISSING:
+                    one.rank.check()
+                elif one.call is not None:
+                    one.rank.answered(one.call)
         if part.status == Status.MISSING:
             # What failed between ranks would fail again: they work apart until the lease ends.
             for request in self.asked:

@@ -13,14 +13,14 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
 from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.forward import Forward, stay_local
-from fapool_plugin.base.lease import Pool, PoolRank, RanksStarting
+from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.threads import SharedThreads
 from fapool_plugin.config import FAPoolConfig
@@ -28,7 +28,7 @@ from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.wire.link import first_line
-from fapool_plugin.wire.messages import LinkLost, Op
+from fapool_plugin.wire.messages import Op
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
@@ -262,13 +262,9 @@ class ResourceManager:
         self._busy.release()
         self.reap()
 
-    @contextmanager
-    def guard(self, rank: PoolRank) -> Iterator[None]:
+    def guard(self, rank: PoolRank) -> AbstractContextManager[None]:
         """The one place that catches link errors: a rank that fails in this block is given up, and work goes on."""
-        try:
-            yield
-        except LinkLost as error:
-            self.lose(rank, str(error))
+        return Guard(rank, self.lose)
 
     def lose(self, rank: PoolRank, reason: str) -> None:
         """Gives up ``rank``. The event log and one warning name it."""

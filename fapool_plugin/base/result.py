@@ -1,19 +1,21 @@
 """The result of one attention call as it comes together: tiles computed here, partial results merged in.
 
 Exact whoever computed what: (out, lse) in fp32 (fp64 for fp64 inputs), parts of the same queries merged by their LSE.
-Knows tensors and tiles; no ranks.
+Where each sequence has one query, lanes of all rows lie side by side in memory, and a rank's share of them is a run, or
+a few. Knows tensors and tiles; no ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fapool_plugin.kernels.forward import attend, fold_sinks, merge_
-from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.shares import Geometry, in_batches, layout
+from fapool_plugin.plan.line import Tile, joined
+from fapool_plugin.plan.shares import Geometry, lane_runs, layout
 from fapool_plugin.wire.messages import Message
 
 
@@ -27,40 +29,86 @@ class Result:
         self.softmax_scale, self.softcap = softmax_scale, softcap
         batch, heads, queries, _ = q_BHSD.shape
         self.group = heads // k_BKTD.shape[1]
-        exact = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
-        self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=exact)
-        self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=exact)
+        self.exact = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
         self.disjoint = False
         """Whether no two parts are of the same queries: each is written, and none merged."""
+        self._side_by_side = queries == 1
+        self._own: list[tuple[Tile, Tensor, Tensor]] = []
+        self._parts: list[tuple[int, int, Tensor, Tensor]] = []
+        """Of ranks: lanes [start, stop), flat outputs and LSEs."""
+        if not self._side_by_side:
+            self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=self.exact)
+            self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=self.exact)
+
+    def places(self, tiles: Sequence[Tile]) -> list[Tile]:
+        """Where tiles' queries and results are, for :meth:`queries` and :meth:`add`. With one query a sequence these
+        are tiles of a single made-up row, whose heads are the numbers of lanes."""
+        if not self._side_by_side:
+            return list(tiles)
+        return [Tile(0, 1, *run, 0, 1, 0, 0) for run in lane_runs(tiles, self.k.shape[1])]
+
+    def queries(self, places: Iterable[Tile]) -> list[Tensor]:
+        """The queries at these places, each (rows, heads, S, D), or flat."""
+        if not self._side_by_side:
+            return [self.q[slice(*at[:2]), self.heads(at), self.geometry.q_slice(at)] for at in places]
+        lane = self.group * self.q.shape[3]
+        return [self._flat_q[at.head_start * lane : at.head_stop * lane] for at in places]
+
+    def keys(self, tile: Tile, start: int, stop: int) -> tuple[slice, slice, slice]:
+        """Where the keys at these positions of a tile's lanes are: rows, heads and columns."""
+        return slice(*tile[:2]), slice(*tile[2:4]), self.geometry.k_slice(tile, start, stop)
 
     def compute(self, tiles: Iterable[Tile]) -> None:
         """Computes these tiles here."""
-        for tile, rows in in_batches(tiles, self.geometry):
-            batch, keys = slice(tile.row, tile.row + rows), self.geometry.k_slice(tile.row, tile.k_start, tile.k_stop)
-            lanes = slice(tile.head_start, tile.head_stop)
-            heads, queries = self.heads(tile), self.geometry.q_slice(tile)
+        self.compute_in_columns(self.in_columns(tiles))
+
+    def in_columns(self, tiles: Iterable[Tile]) -> list[Tile]:
+        """The same tiles with columns for positions. There rows of unequal lengths may be one rectangle, and are
+        computed in one call: the newest keys of padded rows end together."""
+        moved = sorted(map(self._moved, tiles), key=lambda tile: (tile[4:], tile))
+        return joined((None, tile) for tile in moved)
+
+    def compute_in_columns(self, tiles: Iterable[Tile]) -> None:
+        """Computes what :meth:`in_columns` has made of tiles."""
+        for tile in tiles:
+            rows, heads, keys = slice(*tile[:2]), slice(*tile[2:4]), slice(tile.k_start, tile.k_stop)
             out, lse = attend(
-                self.q[batch, heads, queries].transpose(1, 2),
-                self.k[batch, lanes, keys].transpose(1, 2),
-                self.v[batch, lanes, keys].transpose(1, 2),
+                self.q[rows, self.heads(tile), self._queries(tile)].transpose(1, 2),
+                self.k[rows, heads, keys].transpose(1, 2),
+                self.v[rows, heads, keys].transpose(1, 2),
                 softmax_scale=self.softmax_scale,
                 causal=True,
                 q_offset=tile.q_start - tile.k_start,
                 softcap=self.softcap,
             )
-            self._merge(tile, out, lse)
+            self._own.append((tile, out, lse))
+        if not self._side_by_side:
+            self._take_own()
 
-    def add(self, answer: Message, tiles: Sequence[Tile]) -> None:
-        """Merges an answer: of these tiles, or, if ranks have merged theirs on the way, of what its table says."""
+    def add(self, answer: Message, places: Sequence[Tile]) -> None:
+        """Takes an answer: of these places, or, if ranks have merged theirs on the way, of what its table says."""
         if answer.header.parts:
-            tiles = [Tile(*row[:7]) for row in answer.tensors[2].tolist()]
-        out, lse = (tensor.to(self.q.device) for tensor in answer.tensors[:2])
-        for tile, outs, lses in layout(tiles, self.group, self.v.shape[3]):
-            heads = (tile.head_stop - tile.head_start) * self.group
-            self._merge(tile, out[outs].view(1, -1, heads, self.v.shape[3]), lse[lses].view(1, heads, -1))
+            places = self.places([Tile(*row[:8]) for row in answer.tensors[2].tolist()])
+        out, lse = answer.tensors[:2]
+        if out.device != self.q.device:
+            out, lse = out.to(self.q.device), lse.to(self.q.device)
+        if self._side_by_side and len(places) == 1:
+            self._parts.append((*places[0][2:4], out, lse))
+            return
+        for at, outs, lses in layout(places, self.group, self.v.shape[3]):
+            if self._side_by_side:
+                self._parts.append((*at[2:4], out[outs], lse[lses]))
+            else:
+                rows, heads = at.row_stop - at.row_start, (at.head_stop - at.head_start) * self.group
+                self._take(
+                    self._moved(at), out[outs].view(rows, -1, heads, self.v.shape[3]), lse[lses].view(rows, heads, -1)
+                )
 
     def final(self, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
         """(out, lse) with sinks; out contiguous, in q's dtype."""
+        if self._side_by_side:
+            self._lay_out()
+            self._take_own()
         out, lse = self.out_BSHE, self.lse_BHS
         if sinks_H is not None:
             out, lse = fold_sinks(out, lse, sinks_H)
@@ -70,11 +118,63 @@ class Result:
         """A tile's query heads."""
         return slice(tile.head_start * self.group, tile.head_stop * self.group)
 
-    def _merge(self, tile: Tile, out_BSHE: Tensor, lse_BHS: Tensor) -> None:
-        """Takes a part of rows from the tile's on."""
-        rows, queries = slice(tile.row, tile.row + out_BSHE.shape[0]), self.geometry.q_slice(tile)
-        heads = self.heads(tile)
+    @cached_property
+    def _flat_q(self) -> Tensor:
+        return self.q.reshape(-1)
+
+    def _lay_out(self) -> None:
+        """Ranks' parts, lane behind lane; what a second rank computed of a lane is merged."""
+        (batch, heads, _, _), group, dim = self.q.shape, self.group, self.v.shape[3]
+        outs, lses, overlapping, at = list[Tensor](), list[Tensor](), [], 0
+        for start, stop, out, lse in sorted(self._parts, key=lambda part: part[:2]):
+            if start > at:
+                self._room_for(start - at, outs, lses)
+                at = start
+            if known := max(0, min(at, stop) - start):
+                overlapping.append((start, start + known, out, lse))
+            if stop > at:
+                outs.append(out[known * group * dim :] if known else out)
+                lses.append(lse[known * group :] if known else lse)
+                at = stop
+        self._room_for(batch * heads // group - at, outs, lses)
+        out, lse = torch.cat(outs).to(self.exact), torch.cat(lses)
+        for start, stop, *part in overlapping:
+            lanes = slice(start * group, stop * group)
+            out_LE, lse_L = out.view(-1, dim)[lanes], lse[lanes]
+            merge_(
+                out_LE[None, None],
+                lse_L[None, :, None],
+                part[0][: out_LE.numel()].view(1, 1, -1, dim),
+                part[1][: lse_L.numel()].view(1, -1, 1),
+            )
+        self.out_BSHE, self.lse_BHS = out.view(batch, 1, heads, dim), lse.view(batch, heads, 1)
+        self._parts.clear()
+
+    def _room_for(self, lanes: int, outs: list[Tensor], lses: list[Tensor]) -> None:
+        """Room for lanes that no part came of."""
+        if lanes:
+            outs.append(self.q.new_zeros(lanes * self.group * self.v.shape[3], dtype=self.exact))
+            lses.append(self.q.new_full((lanes * self.group,), -torch.inf, dtype=self.exact))
+
+    def _take_own(self) -> None:
+        """Merges, or writes, what was computed here."""
+        for part in self._own:
+            self._take(*part)
+        self._own.clear()
+
+    def _take(self, tile: Tile, out_RSHE: Tensor, lse_RHS: Tensor) -> None:
+        """Of a tile in columns."""
+        rows, heads, queries = slice(*tile[:2]), self.heads(tile), self._queries(tile)
+        out, lse = self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries]
         if self.disjoint:
-            self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries] = out_BSHE, lse_BHS
+            out[:], lse[:] = out_RSHE, lse_RHS
         else:
-            merge_(self.out_BSHE[rows, queries, heads], self.lse_BHS[rows, heads, queries], out_BSHE, lse_BHS)
+            merge_(out, lse, out_RSHE, lse_RHS)
+
+    def _queries(self, tile: Tile) -> slice:
+        return slice(tile.q_start - self.geometry.q_column, tile.q_stop - self.geometry.q_column)
+
+    def _moved(self, tile: Tile) -> Tile:
+        """The tile with columns in place of positions."""
+        start = self.geometry.starts[tile.row_start]
+        return Tile(*tile[:4], *(at + start for at in tile[4:]))

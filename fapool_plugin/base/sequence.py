@@ -1,4 +1,4 @@
-"""What the base keeps of a batch of sequences: their keys and values, and which prefix of them each pool rank holds.
+"""What the base keeps of a batch of sequences: their keys and values, and what else it knows of them.
 
 Knows tensors and lanes, but no model, no link and no plan.
 """
@@ -6,13 +6,16 @@ Knows tensors and lanes, but no model, no link and no plan.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fapool_plugin.base.kept_calls import KeptCalls
+from fapool_plugin.base.residency import Residency
 from fapool_plugin.plan.line import Row, round_up
 
 
@@ -81,54 +84,6 @@ class GrowingKV:
         return storage
 
 
-class Residency:
-    """How long a prefix of each lane each pool rank holds: one integer per (rank, layer, row, head), kept by the
-    base and advanced when keys are sent. Positions are lane-relative."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
-
-    def held(self, rank: int, layer: int, row: int, head_start: int, head_stop: int) -> int:
-        """The prefix that all lanes of ``row``'s heads [head_start, head_stop) have on ``rank``."""
-        lanes = self._held.get((rank, layer))
-        if not lanes:
-            return 0
-        return min((lanes.get((row, head), 0) for head in range(head_start, head_stop)), default=0)
-
-    def by_row(self, rank: int, rows: Sequence[int]) -> list[int]:
-        """Positions held of each row by ``rank``, summed over heads, in a layer of which it holds any."""
-        held = dict.fromkeys(rows, 0)
-        lanes = next((lanes for (key, _), lanes in self._held.items() if key == rank), {})
-        for (row, _), positions in lanes.items():
-            if row in held:
-                held[row] += positions
-        return list(held.values())
-
-    def advance(self, rank: int, layer: int, row: int, head_start: int, head_stop: int, length: int) -> None:
-        """These lanes now have exactly ``length`` positions on ``rank``."""
-        lanes = self._held.setdefault((rank, layer), {})
-        lanes.update({(row, head): length for head in range(head_start, head_stop)})
-
-    def crop(self, layer: int, length_of: Callable[[int], int]) -> None:
-        """Row r of ``layer`` was cut to ``length_of(r)`` positions."""
-        for (_, at), lanes in self._held.items():
-            if at == layer:
-                lanes.update({lane: min(held, length_of(lane[0])) for lane, held in lanes.items()})
-
-    def reorder(self, layer: int, rows: Sequence[int], common: Callable[[int, int], int]) -> None:
-        """Row i of ``layer`` now holds what row ``rows[i]`` held; ``common(i, j)`` positions of both were equal."""
-        for (_, at), lanes in self._held.items():
-            if at == layer:
-                for (row, head), held in list(lanes.items()):
-                    source = rows[row] if row < len(rows) else -1
-                    if source != row:
-                        lanes[(row, head)] = min(held, common(row, source)) if source >= 0 else 0
-
-    def forget(self, rank: int | None = None) -> None:
-        """``rank``, or every rank, holds nothing any more."""
-        self._held = {} if rank is None else {key: v for key, v in self._held.items() if key[0] != rank}
-
-
 @dataclass
 class SequenceState:
     """What the base knows about one batch of sequences beside its keys: who holds what, and what is to come.
@@ -172,13 +127,12 @@ class SequenceState:
         it is resident."""
         if self.dtypes.setdefault(layer, (k, v)) != (k, v):
             self.dtypes[layer] = k, v
-            self.residency.crop(layer, lambda row: 0)
+            self.residency.crop(layer, np.zeros(0, dtype=np.int64))
 
     def crop(self, layer: int, columns: int) -> None:
         """``layer`` was cut to ``columns`` columns."""
-        starts = self.starts or ()
         self.prompt_columns = min(self.prompt_columns, columns)
-        self.residency.crop(layer, lambda row: max(0, columns - starts[row]) if row < len(starts) else 0)
+        self.residency.crop(layer, np.maximum(0, columns - self._first_columns()))
 
     def rows_changed(self) -> None:
         """The batch has other rows now: nobody holds anything of them, and who copies whom is not known."""
@@ -187,11 +141,13 @@ class SequenceState:
 
     def reorder(self, layer: int, rows: Sequence[int]) -> None:
         """Row i of ``layer`` became a copy of row ``rows[i]``: beams of one prompt keep the prompt."""
-        starts = self.starts or ()
+        now, starts = np.arange(len(rows)), self._first_columns()
+        # What of a row is still what it was: all if it stayed, the prompt if it became another beam of it.
+        kept = np.where(now == rows, np.iinfo(np.int64).max, 0)
+        if self.copies > 1:
+            beams = (now // self.copies == np.asarray(rows) // self.copies) & (now != rows) & (now < len(starts))
+            kept[beams] = np.maximum(0, self.prompt_columns - starts[now[beams]])
+        self.residency.crop(layer, kept)
 
-        def common(row: int, source: int) -> int:
-            if self.copies > 1 and row // self.copies == source // self.copies and row < len(starts):
-                return max(0, self.prompt_columns - starts[row])
-            return 0
-
-        self.residency.reorder(layer, rows, common)
+    def _first_columns(self) -> np.ndarray[Any, Any]:
+        return np.array(self.starts or (), dtype=np.int64)

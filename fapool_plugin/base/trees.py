@@ -11,17 +11,20 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
+
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.requests import Request
 from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import LinkCost
 from fapool_plugin.plan.trees import arrangements, choose_reduction
 
-Guard = Callable[[PoolRank], AbstractContextManager[None]]
+Guarded = Callable[[PoolRank], AbstractContextManager[None]]
 
 
 def arrange(
-    requests: Sequence[Request], config: FAPoolConfig, link: LinkCost | None, lane_bytes: int, guard: Guard
+    requests: Sequence[Request], config: FAPoolConfig, link: LinkCost | None, lane_bytes: int, guard: Guarded
 ) -> None:
     """Settles whose answers are merged by whom: sets ``above``, ``below`` and ``merge``.
 
@@ -33,8 +36,7 @@ def arrange(
     if len(team) < 2 or config.reduction == "direct" or (config.reduction == "auto" and link is None):
         return
     nodes = tuple(request.rank.node for request in team)
-    lanes = [{(t.row, head) for t in one.tiles for head in range(t.head_start, t.head_stop)} for one in team]
-    sizes, whole = tuple(len(some) * lane_bytes for some in lanes), len(set().union(*lanes)) * lane_bytes
+    sizes, whole = _merged_bytes([one.tiles for one in team], lane_bytes)
     way, _ = choose_reduction(config.reduction, link, sizes, whole, config.reduction_fan_in, nodes)
     for request, parent in zip(team, arrangements(len(team), config.reduction_fan_in, nodes)[way], strict=True):
         if parent is not None and _introduce(team[parent].rank, request.rank, guard):
@@ -46,7 +48,18 @@ def arrange(
         request.merge = request.rank.merge = merge
 
 
-def _introduce(one: PoolRank, other: PoolRank, guard: Guard) -> bool:
+def _merged_bytes(tiles: Sequence[Sequence[Tile]], lane_bytes: int) -> tuple[tuple[int, ...], int]:
+    """Bytes of each rank's results, and of all of them merged."""
+    shape = max(t.row_stop for one in tiles for t in one), max(t.head_stop for one in tiles for t in one)
+    lanes = np.zeros((len(tiles), *shape), dtype=bool)
+    for mine, one in zip(lanes, tiles, strict=True):
+        for t in one:
+            mine[t.row_start : t.row_stop, t.head_start : t.head_stop] = True
+    sizes = (lanes.sum(axis=(1, 2)) * lane_bytes).tolist()
+    return tuple(sizes), int(lanes.any(axis=0).sum()) * lane_bytes
+
+
+def _introduce(one: PoolRank, other: PoolRank, guard: Guarded) -> bool:
     """Has two ranks open a link, once in a lease; False if one of them is lost."""
     name = secrets.randbits(62)
     for rank, peer in ((one, other), (other, one)):

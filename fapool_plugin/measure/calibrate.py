@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.kernels.forward import attend, available_kernels, pick_kernel
+from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import AttentionCost, Fit, LinkCost, Machine, Shape, least_squares
 from fapool_plugin.wire.messages import TILE_FIELDS, Header, Op, Status, dtype_code, float_bits
 
@@ -346,7 +347,12 @@ def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], floa
     function that sends it, waits for the answer, and returns the seconds without those that the rank computed."""
     empty, numbers = torch.empty(0), torch.zeros(nbytes // 4)
     if queries:
-        table, q, k, v = [[0, 0, 1, 0, queries, 0, 1, 0, 1]], numbers, torch.zeros(_NARROW), torch.zeros(_WIDE)
+        table, q, k, v = (
+            [[*Tile(0, 1, 0, 1, 0, queries, 0, 1), 0, 1]],
+            numbers,
+            torch.zeros(_NARROW),
+            torch.zeros(_WIDE),
+        )
     else:
         table, q, k, v = [], empty, numbers, empty
     tiles = torch.tensor(table, dtype=torch.int64).view(-1, TILE_FIELDS)

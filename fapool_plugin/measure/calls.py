@@ -24,6 +24,7 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.measure.calibrate import threads_restored
 from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.observe.timeline import ATTENTION, MERGE, SEND, WAIT
+from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import CallCost, Profile, Shape, share_s
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.wire.messages import Header, Op, dtype_code, float_bits
@@ -65,7 +66,7 @@ def kept_busy(rank: PoolRank, shape: Shape, seconds: float) -> Iterator[None]:
     dtype = getattr(torch, shape.dtype)
     q = torch.zeros(_BUSY_QUERIES * shape.heads * shape.head_dim, dtype=dtype)
     k, v = (torch.zeros(_KEYS * shape.kv_heads * dim, dtype=dtype) for dim in (shape.head_dim, shape.v_head_dim))
-    tile = [[0, 0, shape.kv_heads, _KEYS, _KEYS + _BUSY_QUERIES, 0, _KEYS, 0, _KEYS]]
+    tile = [[*Tile(0, 1, 0, shape.kv_heads, _KEYS, _KEYS + _BUSY_QUERIES, 0, _KEYS), 0, _KEYS]]
     header = Header(
         op=Op.ATTEND,
         dtype=dtype_code(dtype),

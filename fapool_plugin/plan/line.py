@@ -10,11 +10,12 @@ relative.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from math import floor, isfinite, sqrt
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from fapool_plugin.plan.box import Box
 
 Axis = Literal["queries", "keys"]
 Mode = Literal["line", "query_blocks"]
@@ -23,33 +24,52 @@ GRANULE = 64
 """Positions: the row block of the flash kernels, of which blocks in flight are multiples, and cuts in long prompts."""
 _SLIVER = 1e-9
 """Of a lane's work: less is rounding, and a cut there falls on the lane's end."""
+_FINE = 64
+"""A lane with at most one part in so many of a mean share's work is not cut."""
+FINEST_PART = 0.5 / _FINE
+"""Of a mean share: so much a cut is off at most where it falls between lanes."""
 
 
 class Tile(NamedTuple):
-    """One rectangle of the attention matrix, for a run of lanes of one sequence that share the same ranges.
+    """One rectangle of the attention matrix, for all lanes of neighbouring rows and heads that share its ranges.
 
     All ranges are half-open. Positions are lane-relative: 0 is the sequence's first unpadded token.
     """
 
-    row: int  # sequence index in the batch
-    head_start: int  # KV heads [head_start, head_stop): the lanes
+    row_start: int  # sequences of the batch
+    row_stop: int
+    head_start: int  # KV heads
     head_stop: int
     q_start: int
     q_stop: int
     k_start: int
     k_stop: int
 
+    @property
+    def box(self) -> Box:
+        """Its lanes."""
+        return Box(*self[:4])
+
+    @property
+    def lanes(self) -> int:
+        """How many."""
+        return (self.row_stop - self.row_start) * (self.head_stop - self.head_start)
+
 
 Share = tuple[Tile, ...]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence's geometry in this call: new queries at positions [q_start, q_stop), keys at [0, keys)."""
+class Row(NamedTuple):
+    """Neighbouring sequences with new queries at positions [q_start, q_stop) and keys at [0, keys).
+
+    ``alike`` says how many; ``column`` where position 0 of each lies in padded tensors.
+    """
 
     q_start: int
     q_stop: int
     keys: int
+    alike: int = 1
+    column: int = 0
 
     @property
     def pairs(self) -> int:
@@ -58,9 +78,11 @@ class Row:
 
 
 class Piece(NamedTuple):
-    """The part [start, stop) of the work of each lane of a run of heads of one sequence."""
+    """The part [start, stop) of the work of each lane of some heads of some sequences, which are alike."""
 
-    row: int
+    run: int  # of alike sequences
+    row_start: int  # in that run
+    row_stop: int
     head_start: int
     head_stop: int
     start: float
@@ -69,11 +91,18 @@ class Piece(NamedTuple):
     @property
     def lanes(self) -> int:
         """How many."""
-        return self.head_stop - self.head_start
+        return (self.row_stop - self.row_start) * (self.head_stop - self.head_start)
+
+
+class Runs(NamedTuple):
+    """All lanes of the runs of alike sequences [start, stop)."""
+
+    start: int
+    stop: int
 
 
 _Cut = tuple[int, int, float]
-"""A point on the line: row, head, and the part of that lane's work before it."""
+"""A point on the line: run of sequences, lane in it, and the part of that lane's work before it."""
 
 
 def round_up(length: int, block: int) -> int:
@@ -89,7 +118,7 @@ def allowed_pairs(tile: Tile) -> int:
 
     Queries 2..4 against keys 0..3: queries 2, 3 and 4 see 3, 4 and 4 of them.
 
-    >>> allowed_pairs(Tile(0, 0, 1, 2, 5, 0, 4))
+    >>> allowed_pairs(Tile(0, 1, 0, 1, 2, 5, 0, 4))
     11
     """
     queries, width = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
@@ -102,46 +131,74 @@ def allowed_pairs(tile: Tile) -> int:
         return rising * (rising - 1) // 2 + max(edge - width, 0) * width
 
     first = tile.q_start - tile.k_start + 1
-    return (below(first + queries) - below(first)) * (tile.head_stop - tile.head_start)
+    return (below(first + queries) - below(first)) * tile.lanes
 
 
-def line_pieces(works: Sequence[float], kv_heads: int, speeds: Sequence[float]) -> list[list[Piece]]:
-    """The line of ``kv_heads`` lanes a row, each of the row's work, cut into one run of pieces for each speed: the rest
-    of a lane that was begun, whole lanes, and the beginning of one. A cut on the end of a lane leaves no sliver."""
-    starts = [0, *accumulate(work * kv_heads for work in works)]
-    ends = list(accumulate(map(float, speeds)))
+class Line:
+    """All lanes' work laid end to end: ``kv_heads`` lanes a sequence, each of its row's work."""
 
-    def cut(end: float) -> _Cut:
-        at = end / ends[-1] * starts[-1]
-        row = bisect_right(starts, at) - 1
-        if row == len(works):
-            return row, 0, 0.0
-        lanes = (at - starts[row]) / works[row]
-        head = floor(lanes + _SLIVER)
-        part = lanes - head
-        return (row, head, part if part > _SLIVER else 0.0) if head < kv_heads else (row + 1, 0, 0.0)
+    def __init__(self, rows: Sequence[Row], kv_heads: int) -> None:
+        self.rows, self.kv_heads = rows, kv_heads
+        self._works, self._lanes = [row.pairs for row in rows], [row.alike * kv_heads for row in rows]
+        self._starts = [0, *accumulate(work * count for work, count in zip(self._works, self._lanes, strict=True))]
 
-    cuts = [cut(0.0), *map(cut, ends)]
-    return [_between(begin, end, works, kv_heads) for begin, end in pairwise(cuts)]
+    @property
+    def work(self) -> int:
+        """(query, key) pairs of all lanes."""
+        return self._starts[-1]
+
+    def pieces(self, speeds: Sequence[float]) -> list[list[Piece | Runs]]:
+        """One stretch of the line for each speed: the rest of a lane that was begun, whole lanes, and the beginning of
+        one. Where lanes are many a cut falls between them."""
+        ends = list(accumulate(map(float, speeds)))
+        cuts = [self._cut(end / ends[-1] * self.work, self.work / len(ends)) for end in (0.0, *ends)]
+        return [self._between(begin, end) for begin, end in pairwise(cuts)]
+
+    def _cut(self, at: float, mean: float) -> _Cut:
+        """The point with so much work before it, where a rank has ``mean``."""
+        run = bisect_right(self._starts, at) - 1
+        if run == len(self._works):
+            return run, 0, 0.0
+        passed = (at - self._starts[run]) / self._works[run]
+        fine = self._works[run] * _FINE <= mean
+        lane = floor(passed + (0.5 if fine else _SLIVER))
+        part = 0.0 if fine or passed - lane <= _SLIVER else passed - lane
+        return (run, lane, part) if lane < self._lanes[run] else (run + 1, 0, 0.0)
+
+    def _between(self, begin: _Cut, end: _Cut) -> list[Piece | Runs]:
+        (run, lane, part), (last_run, last_lane, last_part) = begin, end
+        pieces: list[Piece | Runs] = []
+        if part and (run, lane) < (last_run, last_lane):
+            pieces.append(_one_lane(run, lane, self.kv_heads, part, 1.0))
+            lane, part = lane + 1, 0.0
+        if run < last_run:
+            pieces += _whole_lanes(run, lane, self._lanes[run], self.kv_heads) if lane else [Runs(run, run + 1)]
+            pieces += [Runs(run + 1, last_run)] if run + 1 < last_run else []
+            lane = 0
+        pieces += _whole_lanes(last_run, lane, last_lane, self.kv_heads)
+        if part < last_part:
+            pieces.append(_one_lane(last_run, last_lane, self.kv_heads, part, last_part))
+        return pieces
 
 
-def _between(begin: _Cut, end: _Cut, works: Sequence[float], kv_heads: int) -> list[Piece]:
-    """The pieces from one cut to another: at most the rest of a lane, the other heads of its row, whole rows, the first
-    heads of the last row, the beginning of a lane."""
-    (row, head, part), (last_row, last_head, last_part) = begin, end
-    pieces = []
-    if part and (row, head) < (last_row, last_head):
-        pieces.append(Piece(row, head, head + 1, part, 1.0))
-        head, part = head + 1, 0.0
-    while row < last_row:
-        if head < kv_heads and works[row]:
-            pieces.append(Piece(row, head, kv_heads, 0.0, 1.0))
-        row, head = row + 1, 0
-    if head < last_head:
-        pieces.append(Piece(row, head, last_head, 0.0, 1.0))
-    if part < last_part:
-        pieces.append(Piece(row, last_head, last_head + 1, part, last_part))
-    return pieces
+def _one_lane(run: int, lane: int, kv_heads: int, start: float, stop: float) -> Piece:
+    row, head = divmod(lane, kv_heads)
+    return Piece(run, row, row + 1, head, head + 1, start, stop)
+
+
+def _whole_lanes(run: int, lane: int, stop: int, kv_heads: int) -> list[Piece]:
+    """The lanes [lane, stop) of a run, row by row."""
+    (row, head), (last_row, last_head) = divmod(lane, kv_heads), divmod(stop, kv_heads)
+    if row == last_row:
+        rectangles = [(row, row + 1, head, last_head)]
+    else:
+        first = row + (head > 0)
+        rectangles = [
+            (row, first, head, kv_heads),
+            (first, last_row, 0, kv_heads),
+            (last_row, last_row + 1, 0, last_head),
+        ]
+    return [Piece(run, *r, 0.0, 1.0) for r in rectangles if r[0] < r[1] and r[2] < r[3]]
 
 
 def partition(
@@ -159,16 +216,17 @@ def partition(
     Every allowed (row, head, query, key) lies in exactly one tile; a tile may also hold pairs that the mask
     forbids.
 
-    rows: the batch's sequences, lengths in tokens; a row without queries or keys gets no tile.
+    rows: the batch's sequences in order, lengths in tokens; those without queries or keys get no tile.
     kv_heads: KV heads K, so lanes per row.
     speeds: relative, >= 0 and not all 0; a rank of speed 0 gets an empty share.
     axis: "queries" cuts a lane along its queries and trims each tile's keys to what they see (prefill);
         "keys" gives each tile all of the lane's queries and cuts along the keys that they see (decode).
-    mode: "line" cuts the whole line at the cumulative fractions of `speeds`, so whole heads come first.
+    mode: "line" cuts the whole line at the cumulative fractions of `speeds`, so whole heads come first; a lane with
+        at most a 64th of a mean share's work is not cut.
         "query_blocks" cuts every lane at those fractions, with K and V replicated and O = concat(O_i).
     block: a cut inside a lane falls on the multiple of this many positions, from the start of the lane's cut
         range, whose work is nearest to the ideal.
-    whole: the rows of the whole prompt that `rows` is a run of positions of. Then the line is laid out for the
+    whole: the rows of the whole prompt that `rows` is a block of. Then the line is laid out for the
         prompt, and every run cuts a lane at the same fractions: a rank works on the same lanes in all of them, and
         is sent no keys of others. None: `rows` is all there is.
 
@@ -180,37 +238,72 @@ def partition(
 
     >>> first, second = partition([Row(0, 4, 4)], 3, [1.0, 1.0], block=1)
     >>> [tuple(tile) for tile in first]
-    [(0, 0, 1, 0, 4, 0, 4), (0, 1, 2, 0, 3, 0, 3)]
+    [(0, 1, 0, 1, 0, 4, 0, 4), (0, 1, 1, 2, 0, 3, 0, 3)]
     >>> [tuple(tile) for tile in second]
-    [(0, 1, 2, 3, 4, 0, 4), (0, 2, 3, 0, 4, 0, 4)]
+    [(0, 1, 1, 2, 3, 4, 0, 4), (0, 1, 2, 3, 0, 4, 0, 4)]
     """
     _check(rows, kv_heads, speeds, axis, mode, block)
-    if whole is not None and len(whole) != len(rows):
-        raise ValueError(f"whole has {len(whole)} rows, the call {len(rows)}; give the prompt's own rows")
-    for index, (row, prompt) in enumerate(zip(rows, whole or rows, strict=True)):
+    rows, whole = paired(rows, rows if whole is None else whole)
+    firsts = [0, *accumulate(row.alike for row in rows)]
+    for first, row, prompt in zip(firsts, rows, whole, strict=False):
         if row.pairs and not prompt.pairs:
-            raise ValueError(f"row {index} has queries here and none in whole; give the prompt that it is a run of")
+            raise ValueError(f"row {first} has queries here and none in whole; give the prompt that it is a block of")
     if mode == "query_blocks":
         ends = list(accumulate(map(float, speeds), initial=0.0))
         cuts = list(pairwise(end / ends[-1] for end in ends))
-        pieces = [[Piece(row, 0, kv_heads, *cut) for row in range(len(rows)) if cut[0] < cut[1]] for cut in cuts]
+        pieces = [
+            [Piece(run, 0, row.alike, 0, kv_heads, *cut) for run, row in enumerate(rows) if cut[0] < cut[1]]
+            for cut in cuts
+        ]
     else:
-        pieces = line_pieces([row.pairs for row in whole or rows], kv_heads, speeds)
+        pieces = [
+            [one for piece in mine for one in _apart(piece, rows, kv_heads)]
+            for mine in Line(whole, kv_heads).pieces(speeds)
+        ]
     return [
-        _joined([tile for piece in mine for tile in _tiles(piece, rows[piece.row], axis, block)]) for mine in pieces
+        tuple(joined((p.run, tile) for p in mine for tile in _tiles(p, rows[p.run], firsts[p.run], axis, block)))
+        for mine in pieces
     ]
 
 
-def _tiles(piece: Piece, row: Row, axis: Axis, block: int) -> list[Tile]:
-    """The tile of a piece, cut at positions; none if nothing is left of it."""
+def paired(rows: Sequence[Row], whole: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The same sequences, neighbours together that are alike in both. Raises ValueError for different numbers."""
+    ends, whole_ends = (list(accumulate(row.alike for row in some)) for some in (rows, whole))
+    if ends[-1:] != whole_ends[-1:]:
+        numbers = [sum(row.alike for row in some) for some in (whole, rows)]
+        raise ValueError(f"whole has {numbers[0]} rows, the call {numbers[1]}; give the prompt's own rows")
+    pairs: list[tuple[Row, Row]] = []
+    counts: list[int] = []
+    for start, stop in pairwise([0, *sorted({*ends, *whole_ends})]):
+        one, other = rows[bisect_right(ends, start)], whole[bisect_right(whole_ends, start)]
+        pair = one._replace(alike=1), other._replace(alike=1)
+        if pairs and pairs[-1] == pair:
+            counts[-1] += stop - start
+        else:
+            pairs.append(pair)
+            counts.append(stop - start)
+    both = [[pair[side]._replace(alike=count) for pair, count in zip(pairs, counts, strict=True)] for side in (0, 1)]
+    return both[0], both[1]
+
+
+def _apart(piece: Piece | Runs, rows: Sequence[Row], kv_heads: int) -> list[Piece]:
+    """A piece of each run."""
+    if isinstance(piece, Piece):
+        return [piece]
+    return [Piece(run, 0, rows[run].alike, 0, kv_heads, 0.0, 1.0) for run in range(*piece)]
+
+
+def _tiles(piece: Piece, row: Row, first: int, axis: Axis, block: int) -> list[Tile]:
+    """The tile of a piece, cut at positions; none if nothing is left of it. ``first`` is the first row of its run."""
     if row.q_start == row.q_stop:
         return []
     start, stop = (position(row, part, axis, block) for part in (piece.start, piece.stop))
     if start == stop:
         return []
+    lanes = first + piece.row_start, first + piece.row_stop, piece.head_start, piece.head_stop
     if axis == "keys":
-        return [Tile(*piece[:3], row.q_start, row.q_stop, start, stop)]
-    return [Tile(*piece[:3], row.q_start + start, row.q_start + stop, 0, row.q_start + stop)]
+        return [Tile(*lanes, row.q_start, row.q_stop, start, stop)]
+    return [Tile(*lanes, row.q_start + start, row.q_start + stop, 0, row.q_start + stop)]
 
 
 def position(row: Row, part: float, axis: Axis, block: int) -> int:
@@ -244,16 +337,26 @@ def position(row: Row, part: float, axis: Axis, block: int) -> int:
     return low if 2 * target <= work(low) + work(high) + _SLIVER * row.pairs else high
 
 
-def _joined(tiles: list[Tile]) -> Share:
-    """The same tiles; neighbouring heads whose cuts came out alike are one."""
-    joined: list[Tile] = []
-    for tile in tiles:
-        last = joined[-1] if joined else None
-        if last and last.row == tile.row and last.head_stop == tile.head_start and last[3:] == tile[3:]:
-            joined[-1] = last._replace(head_stop=tile.head_stop)
-        else:
-            joined.append(tile)
-    return tuple(joined)
+def joined(tiles: Iterable[tuple[Any, Tile]]) -> list[Tile]:
+    """The same tiles, in the line's order, neighbours together that are one rectangle. Each comes with what its rows
+    must have in common to be in one."""
+    found: list[tuple[Any, Tile]] = []
+    for kind, tile in tiles:
+        found.append((kind, tile))
+        while len(found) > 1 and found[-2][0] == kind and (both := _both(found[-2][1], found[-1][1])):
+            found[-2:] = [(kind, both)]
+    return [tile for _, tile in found]
+
+
+def _both(one: Tile, other: Tile) -> Tile | None:
+    """Two neighbours as one, if they are a rectangle."""
+    if one[4:] != other[4:]:
+        return None
+    if one[:2] == other[:2] and one.head_stop == other.head_start:
+        return one._replace(head_stop=other.head_stop)
+    if one[2:4] == other[2:4] and one.row_stop == other.row_start:
+        return one._replace(row_stop=other.row_stop)
+    return None
 
 
 def _check(rows: Sequence[Row], kv_heads: int, speeds: Sequence[float], axis: Axis, mode: Mode, block: int) -> None:
@@ -269,8 +372,8 @@ def _check(rows: Sequence[Row], kv_heads: int, speeds: Sequence[float], axis: Ax
     if not all(isfinite(speed) and speed >= 0 for speed in speeds) or not any(speeds):
         raise ValueError(f"speeds are {list(speeds)}; give each rank a finite number >= 0, and at least one above 0")
     for index, row in enumerate(rows):
-        if not 0 <= row.q_start <= row.q_stop <= row.keys:
+        if not 0 <= row.q_start <= row.q_stop <= row.keys or row.alike < 1:
             raise ValueError(
                 f"row {index} has queries [{row.q_start}, {row.q_stop}) and {row.keys} keys; give 0 <= q_start <= "
-                f"q_stop, and the new tokens' keys, too (keys >= q_stop)"
+                f"q_stop, and the new tokens' keys, too (keys >= q_stop), for 1 sequence or more"
             )

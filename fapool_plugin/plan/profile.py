@@ -212,11 +212,12 @@ def share_s(cost: AttentionCost, kv_heads: int, tiles: Iterable[Tile]) -> float:
     """Seconds that one layer's ``tiles`` take with this kernel, causal.
 
     A square of n positions and all lanes has n * (n + 1) / 2 pairs a lane, so a fit A + B n + C n^2 gives seconds
-    per row and per pair. A tile of one query is a decode tile: its cost goes with the keys it reads.
+    per call, per row and per pair. A tile is one call, whatever its rows. A tile of one query is a decode tile: its
+    cost goes with the keys it reads.
     """
     seconds = 0.0
     for tile in tiles:
-        queries, lanes = tile.q_stop - tile.q_start, tile.head_stop - tile.head_start
+        queries, lanes = tile.q_stop - tile.q_start, tile.lanes
         if queries == 1:
             fit, keys = cost.decode, tile.k_stop - tile.k_start
             seconds += fit.a + (fit.b + fit.c * keys) * keys * lanes / kv_heads

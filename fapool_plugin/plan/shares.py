@@ -5,12 +5,15 @@ Knows neither tensors nor links, nor what a plan takes: shares follow given spee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from fapool_plugin.plan.line import GRANULE, Row, Share, Tile, partition
+import numpy as np
+
+from fapool_plugin.plan.line import GRANULE, Row, Share, Tile, paired, partition, round_up
 
 SHORTEST_BLOCK, MOST_BLOCKS = 64, 8
 """Of a prompt in flight: shorter blocks waste the kernels, more of them only cost memory and messages."""
@@ -33,31 +36,33 @@ class Geometry:
         """The run of columns [start, stop) of this call as a call of its own."""
         return Geometry(self.starts, tuple(min(end, stop) for end in self.stops), start, stop)
 
-    def row(self, index: int) -> Row:
-        """Row ``index`` in lane-relative positions."""
-        start, stop = self.starts[index], self.stops[index]
-        keys = max(0, stop - start)
-        first = min(max(self.q_column, start), max(stop, start)) - start
-        return Row(q_start=first, q_stop=keys, keys=keys)
-
-    @property
+    @cached_property
     def rows(self) -> list[Row]:
-        """All rows."""
-        return [self.row(index) for index in range(len(self.starts))]
+        """All rows in lane-relative positions, neighbours together that are alike."""
+        starts, stops = np.array(self.starts, dtype=np.int64), np.array(self.stops, dtype=np.int64)
+        keys = np.maximum(0, stops - starts)
+        first = np.clip(self.q_column - starts, 0, keys)
+        changes = np.flatnonzero((np.diff(starts) != 0) | (np.diff(keys) != 0) | (np.diff(first) != 0)) + 1
+        edges = [0, *changes.tolist(), len(starts)]
+        return [
+            Row(int(first[at]), int(keys[at]), int(keys[at]), end - at, int(starts[at]))
+            for at, end in pairwise(edges)
+            if end > at
+        ]
 
     @property
     def longest(self) -> int:
         """Tokens in the longest sequence after this call."""
-        return max((stop - start for start, stop in zip(self.starts, self.stops, strict=True)), default=0)
+        return max((row.keys for row in self.rows), default=0)
 
     def q_slice(self, tile: Tile) -> slice:
         """A tile's queries in the call's query tensor."""
-        shift = self.starts[tile.row] - self.q_column
+        shift = self.starts[tile.row_start] - self.q_column
         return slice(tile.q_start + shift, tile.q_stop + shift)
 
-    def k_slice(self, row: int, start: int, stop: int) -> slice:
-        """Lane-relative key positions as columns."""
-        return slice(self.starts[row] + start, self.starts[row] + stop)
+    def k_slice(self, tile: Tile, start: int, stop: int) -> slice:
+        """Key positions of a tile's lanes as columns."""
+        return slice(self.starts[tile.row_start] + start, self.starts[tile.row_start] + stop)
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,13 @@ class Plan:
     axis: Literal["queries", "keys"]
     ranks: tuple[Any, ...] = ()
     """Whose the shares are, in their order; what names a rank is the caller's matter."""
+    worked_out: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What the caller has derived from it, to be found again at the next layer."""
 
     def positions_held(self, rank: int, capacity: int, block: int) -> int:
         """Positions of all lanes together that pool rank ``rank`` must have room for: in each lane ``capacity``, or
         whole blocks for the keys of its tiles if those are more."""
-        return sum(
-            (tile.head_stop - tile.head_start) * max(capacity, -(-tile.k_stop // block) * block)
-            for tile in self.shares[rank]
-        )
+        return sum(tile.lanes * max(capacity, round_up(tile.k_stop, block)) for tile in self.shares[rank])
 
 
 def speeds(ranks: int, base_share: float | None) -> list[float]:
@@ -135,20 +139,20 @@ def new_columns(rows: Sequence[Row]) -> int:
     return max(row.q_stop - row.q_start for row in rows)
 
 
-def cut_rows(rows: Sequence[Row], blocks: int) -> list[list[Row]]:
-    """The rows' queries of each block in flight, with the keys that they see. Rows end at the same column."""
+def cut_positions(rows: Sequence[Row], blocks: int) -> np.ndarray[Any, Any]:
+    """Where each row's queries of each block in flight begin, and after the last where they end: (edges, rows). Rows
+    end at the same column, and a row's first columns are padding if it is not the longest."""
     columns = new_columns(rows)
-    edges = [0, *(stop for _, stop in block_edges(0, columns, blocks, GRANULE))]
-    # A row's first columns are padding if it is not the longest.
-    positions = [[max(row.q_start, row.q_stop - columns + edge) for row in rows] for edge in edges]
-    return [[Row(*edge, edge[1]) for edge in zip(*ends, strict=True)] for ends in pairwise(positions)]
+    edges = np.array([0, *(stop for _, stop in block_edges(0, columns, blocks, GRANULE))])
+    bounds = np.array([(row.q_start, row.q_stop) for row in rows])
+    return np.maximum(bounds[:, 0], bounds[:, 1] - columns + edges[:, None])
 
 
 def _fits(prompt: Sequence[Row] | None, rows: Sequence[Row]) -> bool:
     """Whether these are rows of that prompt."""
-    if prompt is None or len(prompt) != len(rows):
+    if prompt is None or sum(row.alike for row in prompt) != sum(row.alike for row in rows):
         return False
-    return all(before.q_stop > before.q_start for before, row in zip(prompt, rows, strict=True) if row.keys)
+    return all(before.q_stop > before.q_start for row, before in zip(*paired(rows, prompt), strict=True) if row.keys)
 
 
 def shortened(plan: Plan, part: float, block: int) -> Plan:
@@ -167,20 +171,19 @@ def shortened(plan: Plan, part: float, block: int) -> Plan:
     return replace(plan, shares=tuple(shares), base=tuple(base))
 
 
-def in_batches(tiles: Iterable[Tile], geometry: Geometry) -> list[tuple[Tile, int]]:
-    """The same tiles, those of neighbouring rows together that one kernel call can compute: the first of them, and
-    how many rows. Padding must be alike, or positions would not be columns alike."""
-    batches: list[tuple[Tile, int]] = []
-    open_: dict[tuple[int, ...], int] = {}
+def lane_runs(tiles: Iterable[Tile], kv_heads: int) -> list[tuple[int, int]]:
+    """The lanes of tiles in the line's order, numbered row by row, as runs [start, stop)."""
+    runs: list[tuple[int, int]] = []
     for tile in tiles:
-        key = (*tile[1:], geometry.starts[tile.row])
-        at = open_.get(key)
-        if at is not None and batches[at][0].row + batches[at][1] == tile.row:
-            batches[at] = batches[at][0], batches[at][1] + 1
-        else:
-            open_[key] = len(batches)
-            batches.append((tile, 1))
-    return batches
+        whole = tile.head_stop - tile.head_start == kv_heads
+        rows = [(tile.row_start, tile.row_stop)] if whole else pairwise(range(tile.row_start, tile.row_stop + 1))
+        for first, last in rows:
+            start, stop = first * kv_heads + tile.head_start, (last - 1) * kv_heads + tile.head_stop
+            if runs and runs[-1][1] == start:
+                runs[-1] = runs[-1][0], stop
+            else:
+                runs.append((start, stop))
+    return runs
 
 
 class TileWithKeys(NamedTuple):
@@ -193,16 +196,18 @@ class TileWithKeys(NamedTuple):
 
 
 def within_residency(
-    share: Share, held: Callable[[Tile], int], axis: Literal["queries", "keys"], block: int
+    share: Iterable[tuple[Tile, int]], axis: Literal["queries", "keys"], block: int
 ) -> tuple[list[TileWithKeys], list[Tile]]:
     """What a pool rank is asked to compute of its share, and what the base keeps.
 
     Along the queries every missing key is sent. Along the keys a rank works on what it holds: missing keys are sent
     only in whole blocks, so a decode step normally sends none, and what lies beyond is left to the base.
+
+    Args:
+        share: each tile with the prefix that the rank holds of its lanes.
     """
     requests, left = [], []
-    for tile in share:
-        have = held(tile)
+    for tile, have in share:
         if axis == "queries":
             requests.append(TileWithKeys(tile, min(have, tile.k_stop), tile.k_stop))
             continue
@@ -218,7 +223,8 @@ def within_residency(
 
 
 def layout(tiles: Iterable[Tile], group: int, head_dim: int) -> Iterator[tuple[Tile, slice, slice]]:
-    """Where each tile's out (queries, heads, E) and lse (heads, queries) lie in flat results, tile behind tile.
+    """Where each tile's out (rows, queries, heads, E) and lse (rows, heads, queries) lie in flat results, tile behind
+    tile.
 
     Args:
         tiles: in the order in which their results were written.
@@ -227,7 +233,7 @@ def layout(tiles: Iterable[Tile], group: int, head_dim: int) -> Iterator[tuple[T
     """
     out_at = lse_at = 0
     for tile in tiles:
-        size = (tile.q_stop - tile.q_start) * (tile.head_stop - tile.head_start) * group
+        size = (tile.q_stop - tile.q_start) * tile.lanes * group
         yield tile, slice(out_at, out_at + size * head_dim), slice(lse_at, lse_at + size)
         out_at, lse_at = out_at + size * head_dim, lse_at + size
 
@@ -235,8 +241,8 @@ def layout(tiles: Iterable[Tile], group: int, head_dim: int) -> Iterator[tuple[T
 def gradient_layout(
     tiles: Iterable[Tile], group: int, head_dim: int, v_head_dim: int
 ) -> Iterator[tuple[Tile, slice, slice, slice]]:
-    """Where each tile's dq (query heads, queries, D), dk (heads, keys, D) and dv (heads, keys, E) lie in flat
-    gradients, tile behind tile.
+    """Where each tile's dq (rows, query heads, queries, D), dk (rows, heads, keys, D) and dv (rows, heads, keys, E) lie
+    in flat gradients, tile behind tile.
 
     Args:
         tiles: in the order in which their gradients were written.
@@ -246,8 +252,8 @@ def gradient_layout(
     """
     q_at = k_at = v_at = 0
     for tile in tiles:
-        heads, keys = tile.head_stop - tile.head_start, tile.k_stop - tile.k_start
-        q_stop = q_at + heads * group * (tile.q_stop - tile.q_start) * head_dim
-        k_stop, v_stop = k_at + heads * keys * head_dim, v_at + heads * keys * v_head_dim
+        keys = tile.lanes * (tile.k_stop - tile.k_start)
+        q_stop = q_at + tile.lanes * group * (tile.q_stop - tile.q_start) * head_dim
+        k_stop, v_stop = k_at + keys * head_dim, v_at + keys * v_head_dim
         yield tile, slice(q_at, q_stop), slice(k_at, k_stop), slice(v_at, v_stop)
         q_at, k_at, v_at = q_stop, k_stop, v_stop

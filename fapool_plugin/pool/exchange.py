@@ -141,7 +141,7 @@ class Exchange:
         results = PartialResults(asked.group, asked.v_head_dim)
         if own.status == Status.OK:
             for row, out, lse in zip(request.tensors[0].tolist(), *tensors, strict=True):
-                results.add(Tile(*row[:7]), out, lse)
+                results.add(Tile(*row[:8]), out, lse)
         below = request.tensors[-1].tolist() if asked.peers else []
         # Others have as much to compute, and may have begun when this rank ended.
         for part in self._await(asked.merge, below, self._patience_s + own.extra / 1e9):

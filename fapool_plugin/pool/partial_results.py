@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fapool_plugin.kernels.forward import merge_
+from fapool_plugin.plan.box import Box
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.shares import layout
 
@@ -27,27 +28,24 @@ class PartialResults:
         self.group, self.head_dim = group, head_dim
         self._merged: list[tuple[Tile, Tensor, Tensor]] = []
 
-    def add(self, tile: Tile, out_1SHE: Tensor, lse_1HS: Tensor) -> None:
+    def add(self, tile: Tile, out_RSHE: Tensor, lse_RHS: Tensor) -> None:
         """Merges one tile's result; the tensors are changed or kept."""
         for known, out, lse in self._merged:
-            first, last = max(known.head_start, tile.head_start), min(known.head_stop, tile.head_stop)
-            if (known.row, known.q_start, known.q_stop) == (tile.row, tile.q_start, tile.q_stop) and first < last:
-                here, there = self._heads(known, first, last), self._heads(tile, first, last)
-                merge_(out[:, :, here], lse[:, here], out_1SHE[:, :, there], lse_1HS[:, there])
-                for start, stop in ((tile.head_start, first), (last, tile.head_stop)):
-                    if start < stop:
-                        rest = self._heads(tile, start, stop)
-                        self.add(
-                            tile._replace(head_start=start, head_stop=stop), out_1SHE[:, :, rest], lse_1HS[:, rest]
-                        )
+            if known[4:6] == tile[4:6] and (both := known.box.common(tile.box)).lanes:
+                here, there = self._at(both, known.box), self._at(both, tile.box)
+                mine = out[here[0], :, here[1]], lse[here]
+                merge_(*mine, out_RSHE[there[0], :, there[1]], lse_RHS[there])
+                for rest in tile.box.without(both):
+                    rows, heads = self._at(rest, tile.box)
+                    self.add(Tile(*rest, *tile[4:]), out_RSHE[rows, :, heads], lse_RHS[rows, heads])
                 return
-        self._merged.append((tile, out_1SHE.to(lse_1HS.dtype), lse_1HS))
+        self._merged.append((tile, out_RSHE.to(lse_RHS.dtype), lse_RHS))
 
     def add_flat(self, table: Sequence[Sequence[int]], out: Tensor, lse: Tensor) -> None:
         """Merges flat results, of the tiles in a tile table."""
-        for tile, outs, lses in layout([Tile(*row[:7]) for row in table], self.group, self.head_dim):
-            heads = (tile.head_stop - tile.head_start) * self.group
-            part = out[outs].view(1, -1, heads, self.head_dim), lse[lses].view(1, heads, -1)
+        for tile, outs, lses in layout([Tile(*row[:8]) for row in table], self.group, self.head_dim):
+            rows, heads = tile.row_stop - tile.row_start, (tile.head_stop - tile.head_start) * self.group
+            part = out[outs].view(rows, -1, heads, self.head_dim), lse[lses].view(rows, heads, -1)
             device = self._merged[0][1].device if self._merged else out.device
             self.add(tile, part[0].to(device), part[1].to(device))
 
@@ -56,5 +54,7 @@ class PartialResults:
         table = [[*tile, 0, 0] for tile, _, _ in self._merged]
         return table, [[out for _, out, _ in self._merged], [lse for _, _, lse in self._merged]]
 
-    def _heads(self, tile: Tile, start: int, stop: int) -> slice:
-        return slice((start - tile.head_start) * self.group, (stop - tile.head_start) * self.group)
+    def _at(self, part: Box, box: Box) -> tuple[slice, slice]:
+        """Rows and query heads of a part of a box."""
+        rows, heads = part.inside(box)
+        return rows, slice(heads.start * self.group, heads.stop * self.group)

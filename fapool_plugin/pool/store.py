@@ -6,28 +6,40 @@ Knows tensors and lanes, but no model, no link and no plan.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from fapool_plugin.plan.line import round_up
+from fapool_plugin.plan.box import Box
+from fapool_plugin.plan.line import Tile, round_up
 
 
-class Prefix(NamedTuple):
-    """A run of lanes' resident keys: ``k`` (heads, capacity, D), ``v`` (heads, capacity, E), a length per head."""
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    """Resident keys of a box of lanes: ``k`` (rows, heads, capacity, D), ``v`` (rows, heads, capacity, E), and how many
+    positions of each lane there are, ``lengths`` (rows, heads)."""
 
-    head_start: int
+    box: Box
     k: Tensor
     v: Tensor
-    lengths: list[int]
+    lengths: np.ndarray[Any, Any]
 
     @property
     def nbytes(self) -> int:
         return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
 
 
+_Rows = dict[int, list[Prefixes]]
+
+
 class PrefixStore:
     """The prefixes a pool rank holds, by sequence; when memory runs short the least recently used sequence goes.
+
+    Lanes that were sent together lie together in one box. One that is sent or used together with lanes of several
+    boxes brings these into one, so what a rank holds lies as its share is cut. All lanes of a box have the same room,
+    which grows with the first that needs more.
 
     Args:
         limit_bytes: what all storage together may take.
@@ -38,7 +50,8 @@ class PrefixStore:
         self.limit_bytes, self.block, self.nbytes, self.evictions = limit_bytes, block, 0, 0
         self.reserved = 0
         """Bytes of the limit that something else than prefixes takes."""
-        self._sequences: OrderedDict[int, dict[tuple[int, int], Prefix]] = OrderedDict()
+        self._sequences: OrderedDict[int, dict[int, _Rows]] = OrderedDict()
+        """By sequence, layer and row; a box stands with each of its rows."""
 
     def __contains__(self, sequence: int) -> bool:
         return sequence in self._sequences
@@ -47,85 +60,95 @@ class PrefixStore:
         self,
         sequence: int,
         layer: int,
-        row: int,
-        head_start: int,
-        k_HTD: Tensor,
-        v_HTE: Tensor,
+        tile: Tile,
+        k_RHTD: Tensor,
+        v_RHTE: Tensor,
         start: int,
         capacity: int = 0,
     ) -> bool:
-        """Writes keys from position ``start`` on for heads from ``head_start``; what lay there is overwritten.
+        """Writes keys from position ``start`` on for a tile's lanes; what lay there is overwritten.
 
         Returns False, and keeps nothing new, if the prefix before ``start`` is not here or memory does not suffice.
         """
-        heads, count_new, _ = k_HTD.shape
-        old = self._sequences.get(sequence, {}).get((layer, row))
-        if old is not None and (old.k.dtype, old.v.dtype) != (k_HTD.dtype, v_HTE.dtype):
-            # Never converted in silence: what is here was sent for another kind of call.
-            self.nbytes -= old.nbytes
-            del self._sequences[sequence][(layer, row)]
-        if start and self.length(sequence, layer, row, head_start, head_start + heads) < start:
+        box, stop = tile.box, start + k_RHTD.shape[2]
+        for old in self._meeting(sequence, layer, box):
+            if (old.k.dtype, old.v.dtype) != (k_RHTD.dtype, v_RHTE.dtype):
+                # Never converted in silence: what is here was sent for another kind of call.
+                self._drop(sequence, layer, old)
+        if start and self.length(sequence, layer, tile) < start:
             return False
-        prefix = self._room(sequence, layer, row, head_start, k_HTD, v_HTE, start + count_new, capacity)
-        if prefix is None:
+        prefixes = self._room(sequence, layer, box, k_RHTD, v_RHTE, stop, capacity)
+        if prefixes is None:
             return False
-        at = head_start - prefix.head_start
-        prefix.k[at : at + heads, start : start + count_new] = k_HTD
-        prefix.v[at : at + heads, start : start + count_new] = v_HTE
-        prefix.lengths[at : at + heads] = [start + count_new] * heads
+        lanes = box.inside(prefixes.box)
+        prefixes.k[(*lanes, slice(start, stop))] = k_RHTD
+        prefixes.v[(*lanes, slice(start, stop))] = v_RHTE
+        prefixes.lengths[lanes] = stop
         return True
 
-    def length(self, sequence: int, layer: int, row: int, head_start: int, head_stop: int) -> int:
-        """The prefix that all these lanes have here; 0 if any is missing. Marks the sequence as used."""
-        rows = self._sequences.get(sequence)
-        prefix = rows.get((layer, row)) if rows is not None else None
-        if prefix is None:
+    def length(self, sequence: int, layer: int, tile: Tile) -> int:
+        """The prefix that all lanes of a tile have here; 0 if any is missing. Marks the sequence as used, and brings
+        the lanes into one box, for which other sequences may have to go; 0 if memory does not suffice for that."""
+        if sequence not in self._sequences:
             return 0
         self._sequences.move_to_end(sequence)
-        at, stop = head_start - prefix.head_start, head_stop - prefix.head_start
-        return min(prefix.lengths[at:stop]) if 0 <= at < stop <= len(prefix.lengths) else 0
+        box = tile.box
+        found = self._meeting(sequence, layer, box)
+        if sum(box.common(one.box).lanes for one in found) < box.lanes:
+            return 0
+        prefixes = self._room(sequence, layer, box, found[0].k, found[0].v, 0, 0)
+        return int(prefixes.lengths[box.inside(prefixes.box)].min()) if prefixes is not None else 0
 
-    def get(self, sequence: int, layer: int, row: int, heads: slice, keys: slice) -> tuple[Tensor, Tensor]:
-        """Views (heads, keys, D) and (heads, keys, E) of a resident range; see :meth:`length` for what is here."""
-        prefix = self._sequences[sequence][(layer, row)]
-        lanes = slice(heads.start - prefix.head_start, heads.stop - prefix.head_start)
-        return prefix.k[lanes, keys], prefix.v[lanes, keys]
+    def get(self, sequence: int, layer: int, tile: Tile) -> tuple[Tensor, Tensor]:
+        """Views (rows, heads, keys, D) and (rows, heads, keys, E) of a tile's keys; :meth:`length` says if they are
+        here, and brings them together."""
+        box = tile.box
+        (prefixes,) = self._meeting(sequence, layer, box)
+        at = *box.inside(prefixes.box), slice(tile.k_start, tile.k_stop)
+        return prefixes.k[at], prefixes.v[at]
 
     def free(self, sequence: int) -> None:
         """Forgets one sequence."""
-        for prefix in self._sequences.pop(sequence, {}).values():
-            self.nbytes -= prefix.nbytes
+        for rows in self._sequences.pop(sequence, {}).values():
+            self.nbytes -= sum(one.nbytes for one in dict.fromkeys(one for row in rows.values() for one in row))
 
     def clear(self) -> None:
         """Forgets everything."""
         self._sequences.clear()
         self.nbytes = 0
 
+    def _meeting(self, sequence: int, layer: int, box: Box) -> list[Prefixes]:
+        rows = self._sequences.get(sequence, {}).get(layer, {})
+        for one in rows.get(box.row_start, ()):
+            if one.box.covers(box):
+                return [one]  # boxes share no lane
+        near = (one for row in range(box.row_start, box.row_stop) for one in rows.get(row, ()))
+        return [one for one in dict.fromkeys(near) if one.box.common(box).lanes]
+
+    def _drop(self, sequence: int, layer: int, prefixes: Prefixes) -> None:
+        self.nbytes -= prefixes.nbytes
+        for row in range(*prefixes.box[:2]):
+            self._sequences[sequence][layer][row].remove(prefixes)
+
     def _room(
-        self,
-        sequence: int,
-        layer: int,
-        row: int,
-        head_start: int,
-        k: Tensor,
-        v: Tensor,
-        stop: int,
-        capacity: int,
-    ) -> Prefix | None:
-        """Storage that covers the heads and positions asked for, with what was there before; None if too large."""
-        old = self._sequences.get(sequence, {}).get((layer, row))
-        first, last, size = head_start, head_start + k.shape[0], 0
-        if old is not None:
-            first, last, size = (
-                min(first, old.head_start),
-                max(last, old.head_start + len(old.lengths)),
-                old.k.shape[1],
-            )
-            if first == old.head_start and last - first == len(old.lengths) and stop <= size:
-                return old
+        self, sequence: int, layer: int, box: Box, k: Tensor, v: Tensor, stop: int, capacity: int
+    ) -> Prefixes | None:
+        """Storage that covers a box and positions up to ``stop``, for keys and values like these, with what was there
+        before; None if too large."""
+        olds = self._meeting(sequence, layer, box)
+        if len(olds) == 1 and olds[0].box.covers(box) and stop <= olds[0].k.shape[2]:
+            return olds[0]
+        # What meets the larger box goes into it, too.
+        while (larger := box.around(old.box for old in olds)) != box:
+            box, olds = larger, self._meeting(sequence, layer, larger)
+        for old in [one for one in olds if (one.k.dtype, one.v.dtype) != (k.dtype, v.dtype)]:
+            self._drop(sequence, layer, old)
+            olds.remove(old)
+        size = max((old.k.shape[2] for old in olds), default=0)
         size = max(size, capacity if capacity >= stop else round_up(stop, self.block))
-        wanted = (last - first) * size * (k.shape[2] * k.element_size() + v.shape[2] * v.element_size())
-        freed, limit = old.nbytes if old is not None else 0, self.limit_bytes - self.reserved
+        lanes = box.row_stop - box.row_start, box.head_stop - box.head_start
+        wanted = lanes[0] * lanes[1] * size * (k.shape[3] * k.element_size() + v.shape[3] * v.element_size())
+        freed, limit = sum(old.nbytes for old in olds), self.limit_bytes - self.reserved
         if wanted > limit:
             return None
         while self.nbytes - freed + wanted > limit:
@@ -134,25 +157,26 @@ class PrefixStore:
                 return None
             self.free(victim)
             self.evictions += 1
-        new = Prefix(
-            first,
-            k.new_empty(last - first, size, k.shape[2]),
-            v.new_empty(last - first, size, v.shape[2]),
-            [0] * (last - first),
+        new = Prefixes(
+            box,
+            k.new_empty(*lanes, size, k.shape[3]),
+            v.new_empty(*lanes, size, v.shape[3]),
+            np.zeros(lanes, dtype=np.int64),
         )
-        if old is not None:
-            at, used = old.head_start - first, max(old.lengths)
-            new.k[at : at + len(old.lengths), :used] = old.k[:, :used]
-            new.v[at : at + len(old.lengths), :used] = old.v[:, :used]
-            new.lengths[at : at + len(old.lengths)] = old.lengths
-        self._sequences.setdefault(sequence, {})[(layer, row)] = new
+        for old in olds:
+            at, used = old.box.inside(box), slice(int(old.lengths.max()))
+            new.k[(*at, used)], new.v[(*at, used)], new.lengths[at] = old.k[:, :, used], old.v[:, :, used], old.lengths
+            self._drop(sequence, layer, old)
+        rows = self._sequences.setdefault(sequence, {}).setdefault(layer, {})
+        for row in range(*box[:2]):
+            rows.setdefault(row, []).append(new)
         self._sequences.move_to_end(sequence)
-        self.nbytes += wanted - freed
+        self.nbytes += wanted
         return new
 
 
 class KeptTile(NamedTuple):
-    """What a tile's gradients are made of beside dout, as kernels take it: one row, (1, S, H, D) and so on."""
+    """What a tile's gradients are made of beside dout, as kernels take it: (rows, S, H, D) and so on."""
 
     q: Tensor
     k: Tensor

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
+from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Inbox, Payload, connect_at
 from fapool_plugin.pool.process import run_to_end
 from fapool_plugin.pool.store import CallStore, KeptTile, PrefixStore
@@ -132,28 +133,22 @@ class Worker:
                 return _attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
         request, computed = _Request(message, self.device), []
-        for tile in message.tensors[0].tolist():
-            row, head_start, head_stop, q_start, q_stop, k_start, k_stop, key_start, key_stop = tile
-            heads, lanes = head_stop - head_start, (row, head_start)
-            new_k, new_v = request.keys(heads, key_stop - key_start)
+        for *ranges, key_start, key_stop in message.tensors[0].tolist():
+            tile = Tile(*ranges)
+            new_k, new_v = request.keys(tile, key_stop - key_start)
             if asked.keep != 1:
-                k, v = (
-                    new_k[:, k_start - key_start : k_stop - key_start],
-                    new_v[:, k_start - key_start : k_stop - key_start],
-                )
+                keys = slice(tile.k_start - key_start, tile.k_stop - key_start)
+                k, v = new_k[:, :, keys], new_v[:, :, keys]
             else:
-                where = (request.header.sequence, request.header.layer, *lanes)
-                stored = key_stop == key_start or self.prefixes.put(
-                    *where, new_k, new_v, key_start, request.header.capacity
-                )
-                held = self.prefixes.length(*where[:3], head_start, head_stop)
-                if not stored or held < max(k_stop, key_start):
-                    return message.header._replace(status=Status.STALE), ()
-                k, v = self.prefixes.get(*where[:3], slice(head_start, head_stop), slice(k_start, k_stop))
-            q, k, v = (x[None].transpose(1, 2) for x in (request.queries(heads, q_stop - q_start), k, v))
+                where = asked.sequence, asked.layer, tile
+                stored = key_stop == key_start or self.prefixes.put(*where, new_k, new_v, key_start, asked.capacity)
+                if not stored or self.prefixes.length(*where) < max(tile.k_stop, key_start):
+                    return asked._replace(status=Status.STALE), ()
+                k, v = self.prefixes.get(*where)
+            q, k, v = (x.transpose(1, 2) for x in (request.queries(tile), k, v))
             out, lse = attend(
                 q, k, v,
-                softmax_scale=request.scale, causal=True, q_offset=q_start - k_start, softcap=request.softcap,
+                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start, softcap=request.softcap,
             )  # fmt: skip
             computed.append(KeptTile(q, k, v, out, lse))
         if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
@@ -168,19 +163,19 @@ class Worker:
         if kept is None or (asked.keep and len(kept) != len(table)):
             return asked._replace(status=Status.STALE), ()
         request, dqs, dks, dvs = _Request(message, self.device), [], [], []
-        for index, (_, head_start, head_stop, q_start, q_stop, k_start, k_stop, _, _) in enumerate(table):
-            heads, length = head_stop - head_start, q_stop - q_start
+        for index, ranges in enumerate(table):
+            tile = Tile(*ranges[:8])
             if asked.keep:
                 q, k, v, out, lse = kept[index]
             else:
-                q = request.queries(heads, length)[None].transpose(1, 2)
-                k, v = (x[None].transpose(1, 2) for x in request.keys(heads, k_stop - k_start))
+                keys = request.keys(tile, tile.k_stop - tile.k_start)
+                q, k, v = (x.transpose(1, 2) for x in (request.queries(tile), *keys))
             if asked.keep < 2:
-                out, lse = request.results(heads, length)
-            dout = request.dout(heads, length)
+                out, lse = request.results(tile)
+            dout = request.dout(tile)
             dq, dk, dv = attend_backward(
                 dout, q, k, v, out, lse,
-                softmax_scale=request.scale, causal=True, q_offset=q_start - k_start, softcap=request.softcap,
+                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start, softcap=request.softcap,
             )  # fmt: skip
             # Heads first, as all that travels.
             dqs.append(dq.transpose(1, 2))
@@ -215,31 +210,37 @@ class _Request:
         self._q_at = self._k_at = self._v_at = self._row_at = self._dout_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 
-    def queries(self, kv_heads: int, length: int) -> Tensor:
-        """The next tile's queries, (H, S, D)."""
-        heads, dim = kv_heads * self.header.group, self.header.head_dim
-        self._q_at, start = self._q_at + heads * length * dim, self._q_at
-        return self._q[start : self._q_at].view(heads, length, dim)
+    def queries(self, tile: Tile) -> Tensor:
+        """The next tile's queries, (rows, H, S, D)."""
+        rows, heads, length = self._sizes(tile)
+        self._q_at, start = self._q_at + rows * heads * length * self.header.head_dim, self._q_at
+        return self._q[start : self._q_at].view(rows, heads, length, self.header.head_dim)
 
-    def results(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor]:
-        """The next tile's outputs (1, S, H, E) and LSEs (1, H, S)."""
-        heads, dim = kv_heads * self.header.group, self.header.v_head_dim
-        self._row_at, start = self._row_at + heads * length, self._row_at
-        out = self._results[0][start * dim : self._row_at * dim].view(1, length, heads, dim)
-        return out, self._results[1][start : self._row_at].view(1, heads, length)
+    def results(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The next tile's outputs (rows, S, H, E) and LSEs (rows, H, S)."""
+        (rows, heads, length), dim = self._sizes(tile), self.header.v_head_dim
+        self._row_at, start = self._row_at + rows * heads * length, self._row_at
+        out = self._results[0][start * dim : self._row_at * dim].view(rows, length, heads, dim)
+        return out, self._results[1][start : self._row_at].view(rows, heads, length)
 
-    def dout(self, kv_heads: int, length: int) -> Tensor:
-        """The gradients of the next tile's outputs, (1, S, H, E)."""
-        heads, dim = kv_heads * self.header.group, self.header.v_head_dim
-        self._dout_at, start = self._dout_at + heads * length * dim, self._dout_at
-        return self._results[2][start : self._dout_at].view(1, length, heads, dim)
+    def dout(self, tile: Tile) -> Tensor:
+        """The gradients of the next tile's outputs, (rows, S, H, E)."""
+        (rows, heads, length), dim = self._sizes(tile), self.header.v_head_dim
+        self._dout_at, start = self._dout_at + rows * heads * length * dim, self._dout_at
+        return self._results[2][start : self._dout_at].view(rows, length, heads, dim)
 
-    def keys(self, kv_heads: int, length: int) -> tuple[Tensor, Tensor]:
-        """The next tile's new keys (K, T, D) and values (K, T, E)."""
-        self._k_at, k_start = self._k_at + kv_heads * length * self.header.head_dim, self._k_at
-        self._v_at, v_start = self._v_at + kv_heads * length * self.header.v_head_dim, self._v_at
-        k = self._k[k_start : self._k_at].view(kv_heads, length, self.header.head_dim)
-        return k, self._v[v_start : self._v_at].view(kv_heads, length, self.header.v_head_dim)
+    def keys(self, tile: Tile, length: int) -> tuple[Tensor, Tensor]:
+        """The next tile's new keys (rows, K, T, D) and values (rows, K, T, E)."""
+        self._k_at, k_start = self._k_at + tile.lanes * length * self.header.head_dim, self._k_at
+        self._v_at, v_start = self._v_at + tile.lanes * length * self.header.v_head_dim, self._v_at
+        shape = tile.row_stop - tile.row_start, tile.head_stop - tile.head_start, length
+        k = self._k[k_start : self._k_at].view(*shape, self.header.head_dim)
+        return k, self._v[v_start : self._v_at].view(*shape, self.header.v_head_dim)
+
+    def _sizes(self, tile: Tile) -> tuple[int, int, int]:
+        """Rows, query heads, and queries of each."""
+        heads = (tile.head_stop - tile.head_start) * self.header.group
+        return tile.row_stop - tile.row_start, heads, tile.q_stop - tile.q_start
 
 
 def end_with_parent(parent: int) -> None:

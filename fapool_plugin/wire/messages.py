@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-PROTOCOL_VERSION = 6
-TILE_FIELDS, PART_FIELDS = 9, 4
+PROTOCOL_VERSION = 7
+TILE_FIELDS, PART_FIELDS = 10, 4
 INLINE_BYTES = 4096
 """Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
 

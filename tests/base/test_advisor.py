@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def test_threads_set_later_are_planned_with(folder: Path) -> None:
     with planned(folder, two, kv_block=64) as model, torch.no_grad():
         manager, geometry = model.fa_pool, Geometry((0,), (41,), 40, 41)
         manager.advisor.profile = two
-        choices = [manager.advisor.decode(geometry, manager.advisor.cores(n), [[60]]) for n in (1, 2)]
+        choices = [manager.advisor.decode(geometry, manager.advisor.cores(n), [60]) for n in (1, 2)]
     assert choices[0].alone_s > 1 > choices[1].alone_s, f"{choices}"
 
 
@@ -222,10 +223,9 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     told: list[Any] = []
 
     def asked(self: PoolRank, header: Any, tensors: Any) -> int:
-        for row, first, last, *_, start, stop in tensors[0].tolist():
-            told.extend(
-                (self.number, header.layer, (self.number, row, head), start, stop) for head in range(first, last)
-            )
+        for row, row_stop, first, last, *_, start, stop in tensors[0].tolist():
+            lanes = product(range(row, row_stop), range(first, last))
+            told.extend((self.number, header.layer, (self.number, *lane), start, stop) for lane in lanes)
         return ask(self, header, tensors)
 
     def since() -> list[Any]:
@@ -247,8 +247,6 @@ def choice(seconds: float, alone_s: float) -> Choice:
         ceiling_s=0.0,
         base_busy_s=0.0,
         pool_busy_s=0.0,
-        bytes_sent=0,
-        bytes_received=0,
     )
 
 

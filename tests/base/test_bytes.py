@@ -6,6 +6,7 @@ Which tiles a rank computes is taken from its requests; that they are right, the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ class Ledger:
         self.tables += table.numel() * 8
         parts = [x for part in payload for x in ([part] if isinstance(part, Tensor) else part)]
         self.payload += sum(part.numel() * FP32 for part in parts)
-        for row, first, last, q_start, q_stop, k_start, k_stop, *_ in table.tolist():
-            for head in range(first, last):
+        for row, row_stop, first, last, q_start, q_stop, k_start, k_stop, *_ in table.tolist():
+            for lane in product(range(row, row_stop), range(first, last)):
                 # Backward with every query its output, that one's gradient, and its LSEs; what is kept needs none.
                 row_bytes = QUERY if kept or not backward else 3 * QUERY + GROUP * FP32
                 self.needed += row_bytes * (q_stop - q_start)
                 # Keys of a lane lie in one prefix: what is before the first one needed is there as well.
-                seen = {(rank, layer, row, head, at) for at in range(min(k_stop, q_stop))}
+                seen = {(rank, layer, *lane, at) for at in range(min(k_stop, q_stop))}
                 self.needed += POSITION * len(seen - self.known)
                 self.known |= seen
                 assert k_start < k_stop

@@ -58,7 +58,7 @@ def test_finite_differences(managers: Any, ranks: int, mode: str, with_sinks: bo
     assert manager.stats()["backward"]["pooled_calls"] > before
 
 
-ROWS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 40)), min_size=1, max_size=3)
+ROWS = st.lists(st.one_of(st.just((0, 30)), st.tuples(st.integers(0, 20), st.integers(0, 40))), min_size=1, max_size=5)
 
 
 @settings(max_examples=50, deadline=None)

@@ -11,7 +11,7 @@ from fapool_plugin.base.kept_calls import KeptCalls, fingerprint
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.store import CallStore, KeptTile, PrefixStore
 
-TILES = [Tile(0, 0, 1, 0, 5, 0, 5)]
+TILES = [Tile(0, 1, 0, 1, 0, 5, 0, 5)]
 
 
 def tile(elements: int) -> KeptTile:
@@ -21,16 +21,18 @@ def tile(elements: int) -> KeptTile:
 
 def test_calls_and_prefixes_share_one_limit() -> None:
     prefixes = PrefixStore(limit_bytes=1000, block=1)
-    calls, keys = CallStore(prefixes), torch.zeros(1, 10, 5)
+    calls, keys = CallStore(prefixes), torch.zeros(1, 1, 10, 5)
     assert calls.put(1, 1, [tile(10), tile(10)])
     assert prefixes.reserved == 400
-    assert prefixes.put(7, 0, 0, 0, keys, keys, 0), "400 bytes, of 600 that are left"
-    assert not prefixes.put(8, 0, 0, 0, keys[:, :4], torch.zeros(1, 4, 150), 0), "calls make no way for prefixes"
+    assert prefixes.put(7, 0, TILES[0], keys, keys, 0), "400 bytes, of 600 that are left"
+    assert not prefixes.put(8, 0, TILES[0], keys[:, :, :4], torch.zeros(1, 1, 4, 150), 0), (
+        "calls make no way for prefixes"
+    )
     assert not calls.put(1, 2, [tile(11)]), "prefixes make no way for calls"
     assert 7 in prefixes
     assert calls.put(1, 2, [tile(10)])
     assert prefixes.reserved + prefixes.nbytes == 1000
-    assert prefixes.put(8, 0, 0, 0, keys, keys, 0), "prefixes make way for prefixes"
+    assert prefixes.put(8, 0, TILES[0], keys, keys, 0), "prefixes make way for prefixes"
     assert (7 in prefixes, prefixes.evictions) == (False, 1)
     assert calls.pop(1, 1) is not None
     assert prefixes.reserved == 200

@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.plan.line import Tile
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import Message
 from tests.blocks import in_blocks, overlaps, save_long
@@ -162,7 +163,7 @@ class Striker:
                 self.asked += 1
                 self.strikes.get(self.asked, lambda _: None)(self)
             call = ask(rank, header, tensors)
-            queries = sum((tile[2] - tile[1]) * (tile[4] - tile[3]) for tile in tensors[0].tolist())
+            queries = sum(Tile(*at[:8]).lanes * (at[5] - at[4]) for at in tensors[0].tolist())
             self.work.setdefault((rank.number, header.layer), []).append(queries)
             return call
 

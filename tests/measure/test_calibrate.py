@@ -206,7 +206,7 @@ class FakeRank:
         assert len(tiles) == header.tiles
         self.clock.now += self.latency_s + self.there_s * sum(4 * t.numel() for t in payload)
         computing_s, nbytes = 0.5, 0
-        for _, head_start, head_stop, q_start, q_stop, *_ in tiles.tolist():
+        for _, _, head_start, head_stop, q_start, q_stop, *_ in tiles.tolist():
             assert header.q_elements == (q_stop - q_start) * header.head_dim
             nbytes += 4 * (head_stop - head_start) * header.group * (q_stop - q_start) * (header.v_head_dim + 1)
         self.clock.now += computing_s + self.latency_s + self.back_s * nbytes

@@ -144,9 +144,9 @@ fits = st.builds(fit, *[st.floats(0, 1e-3)] * 3)
 @given(fits, fits, st.integers(2, 5000))
 def test_a_square_of_all_lanes_costs_what_was_measured(prefill: Fit, decode: Fit, n: int) -> None:
     cost = attention().model_copy(update={"prefill": prefill, "decode": decode})
-    square = share_s(cost, KV_HEADS, [Tile(0, 0, KV_HEADS, 0, n, 0, n)])
+    square = share_s(cost, KV_HEADS, [Tile(0, 1, 0, KV_HEADS, 0, n, 0, n)])
     assert square == pytest.approx(prefill.at(n), rel=1e-9), f"{square} is not {prefill.at(n)}"
-    row = share_s(cost, KV_HEADS, [Tile(0, 0, KV_HEADS, n, n + 1, 0, n)])
+    row = share_s(cost, KV_HEADS, [Tile(0, 1, 0, KV_HEADS, n, n + 1, 0, n)])
     assert row == pytest.approx(decode.at(n), rel=1e-9), f"{row} is not {decode.at(n)}"
 
 
@@ -157,13 +157,13 @@ def test_a_square_of_all_lanes_costs_what_was_measured(prefill: Fit, decode: Fit
     st.sampled_from(["line", "query_blocks"]),
 )
 def test_shares_add_up(prefill: Fit, rows: list[int], speeds: list[float], mode: Any) -> None:
-    """Whatever the cuts, all shares together cost the whole, and a tile's own cost for each more tile."""
+    """Whatever the cuts, all shares together cost the whole, and a call's own cost for each tile."""
     assume(any(speeds))
     cost = attention().model_copy(update={"prefill": prefill})
     shares = partition([Row(0, n, n) for n in rows], KV_HEADS, speeds, mode=mode, block=1)
     tiles = [tile for share in shares for tile in share]
     assume(all(tile.q_stop - tile.q_start > 1 for tile in tiles))  # single queries are priced as decode
-    whole = sum(prefill.at(n) for n in rows) + (len(tiles) - len(rows)) * prefill.a
+    whole = sum(prefill.at(n) - prefill.a for n in rows) + len(tiles) * prefill.a
     parts = sum(share_s(cost, KV_HEADS, share) for share in shares)
     assert parts == pytest.approx(whole, rel=1e-9, abs=1e-15), f"{parts} is not {whole}"
 
@@ -173,7 +173,7 @@ def test_decode_adds_up_over_keys_and_lanes(keys: int, cuts: list[int]) -> None:
     cost = attention()
     edges = sorted({0, keys, *(cut for cut in cuts if cut < keys)})
     tiles = [
-        Tile(0, head, head + 1, keys, keys + 1, start, stop) for head in range(3) for start, stop in pairwise(edges)
+        Tile(0, 1, head, head + 1, keys, keys + 1, start, stop) for head in range(3) for start, stop in pairwise(edges)
     ]
     assert share_s(cost, KV_HEADS, tiles) == pytest.approx(cost.decode.at(keys), rel=1e-9)
 

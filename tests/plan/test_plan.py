@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin.plan.line import Row, Tile
-from fapool_plugin.plan.shares import Geometry, in_batches, make_plan, shortened, speeds, within_residency
+from fapool_plugin.plan.shares import Geometry, Plan, make_plan, shortened, speeds, within_residency
 
 
 def test_geometry_turns_columns_into_positions() -> None:
     # Two past columns and five new ones; row 0 has one column of padding on the left, row 1 two on the right.
     geometry = Geometry(starts=(1, 0, 4), stops=(7, 5, 7), q_column=2, columns=7)
-    assert geometry.rows == [Row(1, 6, 6), Row(2, 5, 5), Row(0, 3, 3)]
+    assert geometry.rows == [Row(1, 6, 6, 1, 1), Row(2, 5, 5), Row(0, 3, 3, 1, 4)]
     assert geometry.longest == 6
-    tile = Tile(row=2, head_start=0, head_stop=1, q_start=0, q_stop=3, k_start=0, k_stop=3)
+    tile = Tile(row_start=2, row_stop=3, head_start=0, head_stop=1, q_start=0, q_stop=3, k_start=0, k_stop=3)
     assert geometry.q_slice(tile) == slice(2, 5)
-    assert geometry.k_slice(2, 0, 3) == slice(4, 7)
-    assert Geometry((0,), (2,), 2, 5).row(0) == Row(2, 2, 2), "a row whose new columns are all padding asks nothing"
-    assert Geometry((5,), (5,), 0, 5).row(0) == Row(0, 0, 0)
+    assert geometry.k_slice(tile, 0, 3) == slice(4, 7)
+    assert Geometry((0,), (2,), 2, 5).rows == [Row(2, 2, 2)], "a row whose new columns are all padding asks nothing"
+    assert Geometry((5,), (5,), 0, 5).rows == [Row(0, 0, 0, 1, 5)]
+    assert Geometry((0, 0, 1, 0), (5, 5, 5, 5), 4, 5).rows == [Row(4, 5, 5, 2), Row(3, 4, 4, 1, 1), Row(4, 5, 5)]
+    assert Geometry((), (), 0, 0).rows == []
 
 
 def test_shares_of_the_base() -> None:
@@ -61,8 +65,8 @@ def test_prefill_residency_covers_the_first_decode_step() -> None:
     block=st.integers(1, 16),
 )
 def test_every_key_of_a_share_is_asked_or_left(axis: str, k_start: int, width: int, have: int, block: int) -> None:
-    tile = Tile(0, 0, 1, 90, 100, k_start, k_start + width)
-    requests, left = within_residency((tile,), lambda _: have, axis, block)  # type: ignore[arg-type]
+    tile = Tile(0, 1, 0, 1, 90, 100, k_start, k_start + width)
+    requests, left = within_residency([(tile, have)], axis, block)  # type: ignore[arg-type]
     covered = [k for r in requests for k in range(r.tile.k_start, r.tile.k_stop)]
     covered += [k for t in left for k in range(t.k_start, t.k_stop)]
     assert sorted(covered) == list(range(tile.k_start, tile.k_stop))
@@ -77,8 +81,8 @@ def test_a_decode_step_sends_no_keys_until_a_block_is_full() -> None:
     sent = []
     have = 1000
     for step in range(1, 65):
-        tile = Tile(0, 0, 1, 1000 + step - 1, 1000 + step, 0, 1000 + step)
-        requests, _ = within_residency((tile,), lambda _, have=have: have, "keys", 32)  # type: ignore[misc]
+        tile = Tile(0, 1, 0, 1, 1000 + step - 1, 1000 + step, 0, 1000 + step)
+        requests, _ = within_residency([(tile, have)], "keys", 32)
         (request,) = requests
         sent.append(request.key_stop - request.key_start)
         have = max(have, request.key_stop)
@@ -87,23 +91,35 @@ def test_a_decode_step_sends_no_keys_until_a_block_is_full() -> None:
 
 
 @given(
-    starts=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    starts=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+    prompt=st.integers(1, 3),
     ranks=st.integers(0, 3),
     heads=st.integers(1, 4),
     keys=st.integers(1, 40),
 )
-def test_batches_are_the_same_tiles(starts: list[int], ranks: int, heads: int, keys: int) -> None:
-    columns = max(starts) + keys + 1
-    geometry = Geometry(tuple(starts), (columns,) * len(starts), columns - 1, columns)
-    plan = make_plan(geometry, heads, speeds(ranks, None), few_queries=4)
-    tiles = [tile for share in (*plan.shares, plan.base) for tile in share]
-    batches = in_batches(tiles, geometry)
-    apart = [first._replace(row=first.row + row) for first, rows in batches for row in range(rows)]
-    assert sorted(apart) == sorted(tiles)
-    for first, rows in batches:
-        assert len(set(starts[first.row : first.row + rows])) == 1, "rows with other padding in one call"
-    if ranks == 0 and len(set(starts)) == 1:
-        assert len(batches) == 1, "equal rows make one call"
+def test_a_decode_step_finds_its_prompt_whatever_rows_are_alike(
+    starts: list[int], prompt: int, ranks: int, heads: int, keys: int
+) -> None:
+    """Rows are joined where both their prompts and their steps are alike; a whole lane stays with its rank."""
+    columns = max(starts) + keys + prompt
+    stops = tuple(columns - index % 2 for index in range(len(starts)))
+    before = Geometry(tuple(starts), stops, 0, columns)
+    step = Geometry(tuple(starts), tuple(stop + 1 for stop in stops), columns, columns + 1)
+    parts = speeds(ranks, None)
+    plans = [make_plan(before, heads, parts), make_plan(step, heads, parts, prompt=before.rows)]
+    assert plans[1].axis == "keys" or not any(row.q_start < row.q_stop for row in step.rows)
+
+    def ranks_of(plan: Plan) -> dict[tuple[int, int], set[int]]:
+        found: dict[tuple[int, int], set[int]] = {}
+        for rank, share in enumerate((*plan.shares, plan.base)):
+            for lane in (lane for tile in share for lane in product(range(*tile[:2]), range(*tile[2:4]))):
+                found.setdefault(lane, set()).add(rank)
+        return found
+
+    before_ranks, after_ranks = map(ranks_of, plans)
+    for lane, now in after_ranks.items():
+        known = before_ranks[lane]
+        assert len(now) > 1 or len(known) > 1 or now == known, f"{lane} was with {known} and is with {now}"
 
 
 @given(part=st.floats(0, 1), ranks=st.integers(1, 4), heads=st.integers(1, 4), keys=st.integers(1, 300))

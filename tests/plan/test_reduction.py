@@ -123,7 +123,7 @@ def test_without_costs_or_when_told_nothing_is_compared() -> None:
 
 
 def test_flat_results_lie_tile_behind_tile() -> None:
-    tiles = [Tile(0, 0, 2, 5, 8, 0, 9), Tile(1, 2, 3, 0, 4, 0, 4)]
+    tiles = [Tile(0, 1, 0, 2, 5, 8, 0, 9), Tile(1, 2, 2, 3, 0, 4, 0, 4)]
     (first, outs, lses), (second, more_outs, more_lses) = layout(tiles, 3, 5)
     assert (first, second) == tuple(tiles)
     assert (outs, lses) == (slice(0, 90), slice(0, 18))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def meet() -> Iterator[Callable[[int], list[Exchange]]]:
 def request(merge: int, below: list[int]) -> Message:
     """One query of one KV head."""
     header = Header(op=Op.ATTEND, token=TOKEN, merge=merge, tiles=1, group=GROUP, v_head_dim=E, peers=len(below))
-    table = torch.tensor([[0, 0, 1, 9, 10, 0, 9, 0, 0]])
+    table = torch.tensor([[0, 1, 0, 1, 9, 10, 0, 9, 0, 0]])
     return Message(header, [table, NOTHING, NOTHING, NOTHING, *([torch.tensor(below)] if below else [])])
 
 
@@ -71,7 +72,7 @@ def test_parts_are_merged_on_their_way_and_every_rank_is_reported(meet: Callable
     header, (outs, lses, table, rows) = ranks[0].merged(request(1, [1]), *answers[0])
     assert (header.status, header.parts, header.tiles) == (Status.OK, 3, 1)
     assert torch.as_tensor(rows).tolist() == [[number, Status.OK, 5, 6] for number in range(3)]
-    assert torch.as_tensor(table).tolist() == [[0, 0, 1, 9, 10, 0, 9, 0, 0]]
+    assert torch.as_tensor(table).tolist() == [[0, 1, 0, 1, 9, 10, 0, 9, 0, 0]]
     for got, want in ((outs[0], want_out), (lses[0], want_lse)):
         difference = (got - want).abs().max().item()
         assert difference < 1e-6, f"largest difference {difference:.2e}"
@@ -142,19 +143,20 @@ def test_what_comes_too_late_is_not_kept(meet: Callable[[int], list[Exchange]]) 
 
 @given(st.data())
 def test_results_are_merged_lane_by_lane(data: st.DataObject) -> None:
-    """Tiles of any runs of heads, against one accumulator for each lane."""
+    """Tiles of any runs of rows and heads, against one accumulator for each lane."""
     total = PartialResults(GROUP, E)
     lanes: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
     for _ in range(data.draw(st.integers(1, 8))):
-        row, start = data.draw(st.integers(0, 1)), data.draw(st.integers(0, 4))
-        stop, queries = data.draw(st.integers(start + 1, 5)), data.draw(st.integers(1, 2))
-        tile = Tile(row, start, stop, 3, 3 + queries, 0, 9)
+        row, start = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 4))
+        row_stop, stop = data.draw(st.integers(row + 1, 4)), data.draw(st.integers(start + 1, 5))
+        queries = data.draw(st.integers(1, 2))
+        tile = Tile(row, row_stop, start, stop, 3, 3 + queries, 0, 9)
         heads = (stop - start) * GROUP
-        out, lse = torch.randn(1, queries, heads, E), torch.randn(1, heads, queries)
-        for head in range(start, stop):
-            at = slice((head - start) * GROUP, (head - start + 1) * GROUP)
+        out, lse = torch.randn(row_stop - row, queries, heads, E), torch.randn(row_stop - row, heads, queries)
+        for lane in product(range(row, row_stop), range(start, stop)):
+            part = lane_of(tile, lane, out, lse)
             empty = torch.zeros(1, queries, GROUP, E), torch.full((1, GROUP, queries), -torch.inf)
-            merge_(*lanes.setdefault((row, head, queries), empty), out[:, :, at], lse[:, at])
+            merge_(*lanes.setdefault((*lane, queries), empty), *part)
         if data.draw(st.booleans()):
             total.add_flat([tile], out.reshape(-1).clone(), lse.reshape(-1).clone())
         else:
@@ -162,16 +164,22 @@ def test_results_are_merged_lane_by_lane(data: st.DataObject) -> None:
     table, (outs, lses) = total.result()
     found = set()
     for entry, out, lse in zip(table, outs, lses, strict=True):
-        tile = Tile(*entry[:7])
-        for head in range(tile.head_start, tile.head_stop):
-            lane = tile.row, head, tile.q_stop - tile.q_start
-            assert lane not in found, f"{lane} was answered twice"
-            found.add(lane)
-            at = slice((head - tile.head_start) * GROUP, (head - tile.head_start + 1) * GROUP)
-            for got, want in zip((out[:, :, at], lse[:, at]), lanes[lane], strict=True):
+        tile = Tile(*entry[:8])
+        for row, head in product(range(*tile[:2]), range(*tile[2:4])):
+            answered = row, head, tile.q_stop - tile.q_start
+            assert answered not in found, f"{answered} was answered twice"
+            found.add(answered)
+            for got, want in zip(lane_of(tile, (row, head), out, lse), lanes[answered], strict=True):
                 difference = (got - want).abs().max().item()
                 assert difference < 1e-5, f"largest difference {difference:.2e}"
     assert found == set(lanes)
+
+
+def lane_of(tile: Tile, lane: tuple[int, int], out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a tile's result that is of one row and KV head."""
+    row, head = lane[0] - tile.row_start, lane[1] - tile.head_start
+    heads = slice(head * GROUP, (head + 1) * GROUP)
+    return out[row : row + 1, :, heads], lse[row : row + 1, heads]
 
 
 def test_each_base_rank_has_its_own_ranks_and_leases_do_not_mix() -> None:

@@ -51,7 +51,7 @@ def ask(
     torch.manual_seed(keys)
     k, v = torch.randn(keys, D), torch.randn(keys, D)
     q = torch.randn(1, D)
-    tiles = torch.tensor([[0, 0, 1, keys - 1, keys, 0, keys, held, keys]])
+    tiles = torch.tensor([[0, 1, 0, 1, keys - 1, keys, 0, keys, held, keys]])
     header = Header(
         op=Op.ATTEND, token=token, call=9, sequence=sequence, keep=keep, tiles=1, group=1, head_dim=D, v_head_dim=D,
         q_elements=D, k_elements=(keys - held) * D, v_elements=(keys - held) * D, dtype=dtype_code(q.dtype),
@@ -141,7 +141,7 @@ def again(link: Link, sequence: int, call: int = 9) -> Message:
 
 def gradients(link: Link, sequence: int, call: int = 9) -> Message:
     """Asks for the gradients of a kept call of seven keys, with dout alone."""
-    table = torch.tensor([[0, 0, 1, 6, 7, 0, 7, 0, 7]])
+    table = torch.tensor([[0, 1, 0, 1, 6, 7, 0, 7, 0, 7]])
     header = Header(
         op=Op.BACKWARD, token=1, sequence=sequence, keep=2, extra=call, tiles=1, group=1, head_dim=D, v_head_dim=D,
         lse_elements=1, scale_bits=float_bits(1.0),

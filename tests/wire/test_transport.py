@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import (
+    TILE_FIELDS,
     Header,
     LinkLost,
     Op,
@@ -61,7 +62,7 @@ def pair() -> Iterator[tuple[Link, Link]]:
 
 
 def request(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Header, list[torch.Tensor]]:
-    tiles = torch.arange(18).view(2, 9)
+    tiles = torch.arange(2 * TILE_FIELDS).view(2, TILE_FIELDS)
     header = Header(
         op=Op.ATTEND,
         tiles=2,

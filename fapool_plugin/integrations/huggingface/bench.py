@@ -117,7 +117,7 @@ def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
     if advisor.profile is None:
         return None
     cores = advisor.cores(torch.get_num_threads())
-    held = [[keys * advisor.profile.shape.kv_heads] * batch] * manager.config.pool_ranks
+    held = [keys * advisor.profile.shape.kv_heads * batch] * manager.config.pool_ranks
     return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
 
 

@@ -13,6 +13,7 @@ import torch
 from fapool_plugin.integrations.huggingface import calibrate as huggingface_calibrate
 from fapool_plugin.plan.clocks import Cores
 from fapool_plugin.plan.forecast import choose_prefill
+from fapool_plugin.plan.line import Row
 from fapool_plugin.plan.profile import Fit
 from tests.base.test_advisor import DEAR, kinds, planned, profile_of
 from tests.blocks import save_long
@@ -41,7 +42,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_share_is_the_best_for_a_prompt_in_as_many_pieces(llama: Path, batch: int, most: int) -> None:
     reference, seen = eager(llama).train(), []
     told = profile_of(reference, linear=WEIGHTY)
-    expected = choose_prefill(told, [LENGTH] * batch, ranks=1, cores=Cores(1, 1, 7), max_blocks=most, alone=False)
+    expected = choose_prefill(
+        told, [Row(0, LENGTH, LENGTH, batch)], ranks=1, cores=Cores(1, 1, 7), max_blocks=most, alone=False
+    )
     assert 0 < expected.base_share < 0.5, f"{expected}: a share that a plan finds and nobody would by chance"
     with planned(llama, told) as model:
         begin = model.fa_pool.begin
