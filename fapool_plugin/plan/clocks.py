@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import sqrt
+from itertools import pairwise
 from typing import NamedTuple
 
-from fapool_plugin.plan.line import Piece, Row, line_pieces, partition
+import numpy as np
+
+from fapool_plugin.plan.block import Block
+from fapool_plugin.plan.line import FINEST_PART, Line, Piece, Row, Runs, partition
 from fapool_plugin.plan.profile import AttentionCost, Profile
-from fapool_plugin.plan.shares import SHORTEST_BLOCK, cut_rows, granule, new_columns
+from fapool_plugin.plan.shares import SHORTEST_BLOCK, cut_positions, granule, new_columns
+
+_SAME = 1e-9
+"""Relative: steps of clocks that differ by less are alike."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,16 @@ class Prefill:
     cores: Cores
     slowdown: Sequence[float] = ()
     _known: dict[int, _Sides] = field(default_factory=dict, init=False, repr=False)
+    _cut: dict[int, list[Block]] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def line(self) -> Line:
+        return Line(self.rows, self.profile.shape.kv_heads)
 
     @cached_property
     def tokens(self) -> int:
         """New tokens of all rows."""
-        return sum(row.q_stop - row.q_start for row in self.rows)
+        return sum((row.q_stop - row.q_start) * row.alike for row in self.rows)
 
     @cached_property
     def alone_s(self) -> float:
@@ -131,8 +142,14 @@ class Prefill:
         """Seconds that this way takes at least; quickly known."""
         side, layers = self._sides(way.ranks), self.profile.shape.layers
         linear = side.linear_s + (way.blocks - 1) * side.block_s
-        mine, theirs = layers * way.base_share * side.base_s, layers * (1 - way.base_share) * side.ranks_s
-        return linear + max(mine, theirs) if way.blocks == 1 else max(linear + mine, theirs)
+        # Cuts between lanes may move so much from one side to the other.
+        moved = FINEST_PART / (way.ranks + 1)
+        mine = layers * max(0.0, way.base_share - moved) * side.base_s
+        theirs = layers * max(0.0, 1 - way.base_share - moved) * side.ranks_s
+        asking, merging = (layers * way.blocks * seconds for seconds in self._messages_s(way))
+        if way.blocks == 1:
+            return linear + merging + max(mine + asking, theirs)
+        return max(linear + mine + asking + merging, theirs)
 
     def play(self, way: Way) -> Played:
         """Both clocks through the forward.
@@ -143,43 +160,50 @@ class Prefill:
         """
         side, layers = self._sides(way.ranks), self.profile.shape.layers
         link, call = self.profile.link, self.profile.call
-        works = [row.pairs for row in self.rows]
-        *pieces, own = line_pieces(works, self.profile.shape.kv_heads, _parts(way, self.slowdown))
-        speeds, cuts = _speeds(way.ranks, self.slowdown), cut_rows(self.rows, way.blocks)
-        per_pair = [side.ranks_s * sum(speeds) / speed / sum(works) for speed in speeds]
+        *pieces, own = self.line.pieces(_parts(way, self.slowdown))
+        speeds, cuts = _speeds(way.ranks, self.slowdown), self._blocks(way.blocks)
+        per_pair = [side.ranks_s * sum(speeds) / speed / self.line.work for speed in speeds]
         asking = merging = 0.0
         messages = []
         for mine in pieces:
-            out, back = (nbytes / way.blocks for nbytes in self._bytes(mine, cuts))
+            # Keys are sent once, by the last block that needs them.
+            moved = sum(block.queries(mine) for block in cuts), cuts[-1].keys(mine)
+            out, back = (nbytes / way.blocks for nbytes in _payload_bytes(self.profile, *moved))
             messages.append(_Message(asking + link.to_rank.at(out), link.take.at(out), link.send.at(back), back))
             if mine:
                 asking += call.ask_s + link.send.at(out)
                 merging += call.merge_s + link.take.at(back)
         linears, owns, pools = [], [], []
-        for rows in cuts:
-            tokens = sum(row.q_stop - row.q_start for row in rows) / self.tokens
-            pairs = [row.pairs / self.profile.shape.kv_heads for row in rows]
-            linears.append((side.block_s + (side.linear_s - side.block_s) * tokens) / layers)
-            owns.append(
-                asking + bool(own) * call.own_s + _seconds_of(own, pairs, side.base_call_s, side.base_s / sum(works))
-            )
+        for block in cuts:
+            linears.append((side.block_s + (side.linear_s - side.block_s) * block.tokens / self.tokens) / layers)
+            mine_s = block.calls(own) * side.base_call_s + block.pairs(own) * side.base_s / self.line.work
+            owns.append(asking + bool(own) * call.own_s + mine_s)
             pools.append([
-                bool(mine) * call.rank_s + message.taking + _seconds_of(mine, pairs, side.rank_call_s, pair_s)
+                bool(mine) * call.rank_s + message.taking
+                + block.calls(mine) * side.rank_call_s + block.pairs(mine) * pair_s
                 for mine, pair_s, message in zip(pieces, per_pair, messages, strict=True)
             ])  # fmt: skip
         base, free, replies = 0.0, [0.0] * way.ranks, [0.0] * way.blocks
-        merge = 0.0
-        for _ in range(layers):
-            for block, linear in enumerate(linears):
-                posted = max(base, replies[block]) + merge + linear
-                for rank, (message, busy) in enumerate(zip(messages, pools[block], strict=True)):
-                    if not pieces[rank]:
-                        continue
+        merge, at_hand = 0.0, [rank for rank, mine in enumerate(pieces) if mine]
+        before: list[float] = []
+        for layer in range(layers):
+            for turn, linear in enumerate(linears):
+                posted = max(base, replies[turn]) + merge + linear
+                for rank in at_hand:
+                    message, busy = messages[rank], pools[turn][rank]
                     done = max(free[rank], posted + message.arrives) + busy
                     free[rank] = done + message.sending
-                    replies[block] = max(replies[block], done + link.to_base.at(message.back))
-                base = posted + owns[block]
+                    replies[turn] = max(replies[turn], done + link.to_base.at(message.back))
+                base = posted + owns[turn]
             merge = merging
+            clocks = [base, *(free[rank] for rank in at_hand), *(replies if at_hand else ())]
+            steps = [now - then for now, then in zip(clocks, before, strict=False)]
+            if steps and max(steps) - min(steps) <= _SAME * max(steps):
+                # All clocks go on by as much: so they do in every layer that is left.
+                rest = (layers - 1 - layer) * steps[0]
+                base, free, replies = base + rest, [x + rest for x in free], [x + rest for x in replies]
+                break
+            before = clocks
         for reply in replies:
             base = max(base, reply) + merging
         sending = [message.sending * way.blocks for message in messages]
@@ -191,17 +215,25 @@ class Prefill:
         """Bytes of all layers to and from all ranks, of the tiles that :func:`partition` gives. Keys of the past
         count as not yet sent."""
         shape, queries = self.profile.shape, 0
-        furthest: dict[tuple[int, int, int], int] = {}
-        for rows in cut_rows(self.rows, way.blocks):
+        furthest = np.zeros((way.ranks, sum(row.alike for row in self.rows), shape.kv_heads), dtype=np.int64)
+        edges = cut_positions(self.rows, way.blocks).tolist()
+        for starts, stops in pairwise(edges):
+            rows = [Row(a, b, b, row.alike) for row, a, b in zip(self.rows, starts, stops, strict=True)]
             block = granule(new_columns(rows), way.ranks + 1)
             shares = partition(rows, shape.kv_heads, _parts(way, self.slowdown), block=block, whole=self.rows)
             for rank, tile in ((rank, tile) for rank, share in enumerate(shares[:-1]) for tile in share):
-                queries += (tile.q_stop - tile.q_start) * (tile.head_stop - tile.head_start)
-                for head in range(tile.head_start, tile.head_stop):
-                    lane = (rank, tile.row, head)
-                    furthest[lane] = max(furthest.get(lane, 0), tile.k_stop)
-        sent, received = _payload_bytes(self.profile, queries, sum(furthest.values()))
+                queries += (tile.q_stop - tile.q_start) * tile.lanes
+                lanes = furthest[rank, tile.row_start : tile.row_stop, tile.head_start : tile.head_stop]
+                np.maximum(lanes, tile.k_stop, out=lanes)
+        sent, received = _payload_bytes(self.profile, queries, int(furthest.sum()))
         return round(sent) * shape.layers, round(received) * shape.layers
+
+    def _messages_s(self, way: Way) -> tuple[float, float]:
+        """What asking and merging cost the base at least in one block of one layer, beside their bytes."""
+        call, link = self.profile.call, self.profile.link
+        # Equal ranks that have half of the work or more have no empty share; of others nothing is known.
+        ranks = way.ranks if way.base_share <= 0.5 and not self.slowdown else 0
+        return ranks * (call.ask_s + link.send.a), ranks * (call.merge_s + link.take.a)
 
     def _sides(self, ranks: int) -> _Sides:
         if ranks not in self._known:
@@ -222,23 +254,20 @@ class Prefill:
     def _attention_s(self, cost: AttentionCost) -> float:
         """One layer's attention without the cost of a call, as :func:`cost.share_s` counts it."""
         fit = cost.prefill
-        return max(0.0, (fit.b - fit.c) * self.tokens + 2 * fit.c * sum(row.pairs for row in self.rows))
+        pairs = self.line.work / self.profile.shape.kv_heads
+        return max(0.0, (fit.b - fit.c) * self.tokens + 2 * fit.c * pairs)
 
-    def _bytes(self, pieces: Sequence[Piece], cuts: Sequence[Sequence[Row]]) -> tuple[float, float]:
-        """Bytes of one layer to and from a rank with these pieces, cut anywhere."""
-        queries = keys = 0.0
-        for piece in pieces:
-            last = 0.0
-            for block in cuts:
-                last = _position_at(block[piece.row], piece.stop)
-                queries += piece.lanes * (last - _position_at(block[piece.row], piece.start))
-            keys += piece.lanes * last
-        return _payload_bytes(self.profile, queries, keys)
+    def _blocks(self, count: int) -> list[Block]:
+        if count not in self._cut:
+            edges, alike = cut_positions(self.rows, count), np.array([row.alike for row in self.rows])
+            heads = self.profile.shape.kv_heads
+            self._cut[count] = [Block(first, last, alike, heads) for first, last in pairwise(edges)]
+        return self._cut[count]
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One decode step: a new token a sequence, ``lengths`` keys with it. Nothing overlaps: one block. Ranks sleep while
+    """One decode step: one new token for each sequence of ``rows``. Nothing overlaps: one block. Ranks sleep while
     the base computes what is linear; at an attention call all wake at once.
 
     ``held`` are keys that each rank holds, of all lanes together. What a share lacks is sent once for ``steps``
@@ -246,7 +275,7 @@ class Decode:
     """
 
     profile: Profile
-    lengths: Sequence[int]
+    rows: Sequence[Row]
     cores: Cores
     held: Sequence[int]
     steps: int = 1
@@ -254,11 +283,25 @@ class Decode:
     _known: dict[int, _Sides] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
+    def line(self) -> Line:
+        return Line(self.rows, self.profile.shape.kv_heads)
+
+    @cached_property
+    def _keys(self) -> tuple[int, int]:
+        """Of all rows, and their squares."""
+        return sum(row.keys * row.alike for row in self.rows), sum(row.keys**2 * row.alike for row in self.rows)
+
+    @cached_property
+    def _block(self) -> Block:
+        first, last, alike = np.array([(row.q_start, row.q_stop, row.alike) for row in self.rows]).T
+        return Block(first, last, alike, self.profile.shape.kv_heads)
+
+    @cached_property
     def alone_s(self) -> float:
         """Seconds of the base alone, with all its threads."""
         cost = self.profile.attention_for(self.cores.total)
-        linear = self.profile.linear_for(self.cores.total).decode.at(len(self.lengths))
-        calls = self.profile.call.own_s + len(self.lengths) * cost.decode.a
+        linear = self.profile.linear_for(self.cores.total).decode.at(self._block.tokens)
+        calls = self.profile.call.own_s + len(self.rows) * cost.decode.a
         return linear + self.profile.shape.layers * (calls + self._attention_s(cost))
 
     def ceiling_s(self, ranks: int) -> float:
@@ -283,28 +326,22 @@ class Decode:
         for mine, missing in zip(pieces, self._missing(way), strict=True):
             if not mine:
                 continue
-            out, back = _payload_bytes(self.profile, sum(piece.lanes for piece in mine), missing / self.steps)
-            work = call.rank_s + len(mine) * side.rank_call_s + (1 - way.base_share) * side.ranks_s
+            out, back = _payload_bytes(self.profile, self._block.lanes(mine), missing / self.steps)
+            work = call.rank_s + self._block.calls(mine) * side.rank_call_s + (1 - way.base_share) * side.ranks_s
             slowest = max(slowest, asking + link.to_rank.at(out) + work + link.to_base.at(back) + call.away_s)
             busiest = max(busiest, link.take.at(out) + work + link.send.at(back))
             asking += call.ask_s + link.send.at(out)
             merging += call.merge_s + link.take.at(back)
-        mine_s = bool(own) * call.own_s + len(own) * side.base_call_s + way.base_share * side.base_s
+        mine_s = bool(own) * call.own_s + self._block.calls(own) * side.base_call_s + way.base_share * side.base_s
         step = max(asking + mine_s, slowest, busiest) + merging
         busy = asking + mine_s + merging
         return Played(side.linear_s + layers * step, side.linear_s + layers * busy, layers * busiest)
 
-    def real_bytes(self, way: Way) -> tuple[int, int]:
-        """Bytes of all layers to and from all ranks in this step, with all keys that are sent for later steps."""
-        lanes = sum(piece.lanes for mine in self._pieces(way)[:-1] for piece in mine)
-        sent, received = _payload_bytes(self.profile, lanes, sum(self._missing(way)))
-        return round(sent) * self.profile.shape.layers, round(received) * self.profile.shape.layers
-
-    def _pieces(self, way: Way) -> list[list[Piece]]:
-        return line_pieces(self.lengths, self.profile.shape.kv_heads, _parts(way, self.slowdown))
+    def _pieces(self, way: Way) -> list[list[Piece | Runs]]:
+        return self.line.pieces(_parts(way, self.slowdown))
 
     def _missing(self, way: Way) -> list[int]:
-        keys = self.profile.shape.kv_heads * sum(self.lengths)
+        keys = self.line.work
         parts = _parts(way, self.slowdown)[:-1]
         return [max(0, round(part * keys) - held) for part, held in zip(parts, self.held, strict=False)]
 
@@ -315,7 +352,7 @@ class Decode:
             base, rank = _attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).decode
             self._known[ranks] = _Sides(
-                linear.at(len(self.lengths)),
+                linear.at(self._block.tokens),
                 0.0,
                 self._attention_s(base) * crowding,
                 self._attention_s(rank) * crowding / sum(_speeds(ranks, self.slowdown)),
@@ -326,7 +363,8 @@ class Decode:
 
     def _attention_s(self, cost: AttentionCost) -> float:
         """One layer's attention without the cost of a call."""
-        return sum(cost.decode.at(keys) - cost.decode.a for keys in self.lengths)
+        keys, squares = self._keys
+        return cost.decode.b * keys + cost.decode.c * squares
 
 
 def _attention_costs(profile: Profile, cores: Cores, ranks: int) -> tuple[AttentionCost, AttentionCost]:
@@ -352,16 +390,3 @@ def _payload_bytes(profile: Profile, queries: float, keys: float) -> tuple[float
     heads, lse = queries * (shape.heads // shape.kv_heads), 8 if shape.dtype == "float64" else 4
     sent = (heads * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim)) * shape.element_bytes
     return sent, heads * (shape.v_head_dim * shape.element_bytes + lse)
-
-
-def _seconds_of(pieces: Sequence[Piece], pairs: Sequence[float], call_s: float, pair_s: float) -> float:
-    """Seconds of one block's part of these pieces; ``pairs`` of each row, a part of them for each lane."""
-    parts = ((pairs[piece.row], piece.lanes * (piece.stop - piece.start)) for piece in pieces)
-    return sum(call_s + pair_s * row * part for row, part in parts if row)
-
-
-def _position_at(row: Row, fraction: float) -> float:
-    """Where a lane's work reaches this fraction."""
-    if fraction in (0.0, 1.0):
-        return row.q_stop if fraction else row.q_start
-    return sqrt(row.q_start**2 + fraction * (row.q_stop**2 - row.q_start**2))

@@ -14,7 +14,7 @@ from fapool_plugin.plan.clocks import Cores, Decode, Played, Prefill, Way
 from fapool_plugin.plan.line import GRANULE, Row
 from fapool_plugin.plan.profile import Profile
 
-__all__ = ["Choice", "Cores", "Thresholds", "auto_threshold", "choose_decode", "choose_prefill"]
+__all__ = ["Choice", "Cores", "Thresholds", "auto_threshold", "choose_decode", "choose_prefill", "moved_bytes"]
 
 _STEPS = 100
 """The base's share is tried in so many steps."""
@@ -42,19 +42,20 @@ class Choice:
     base_busy_s: float
     pool_busy_s: float
     """The busiest pool rank's."""
-    bytes_sent: int
-    """To all ranks, payloads of all layers."""
-    bytes_received: int
+
+    @property
+    def way(self) -> Way:
+        """How the forward is computed."""
+        return Way(self.ranks, self.blocks, self.base_share)
 
 
 def choose_prefill(
     profile: Profile,
-    lengths: Sequence[int],
+    rows: Sequence[Row],
     *,
     ranks: int,
     cores: Cores,
     max_blocks: int,
-    past: Sequence[int] = (),
     overlap: bool = True,
     slowdown: Sequence[float] = (),
     base_share: float | None = None,
@@ -64,11 +65,10 @@ def choose_prefill(
 
     Args:
         profile: measured costs.
-        lengths: tokens of each sequence after the forward.
+        rows: the sequences; keys of the past count as not yet sent.
         ranks: pool ranks that may be used, in this order.
         cores: how threads move.
         max_blocks: blocks that may be in flight; fewer where they would be shorter than 64 positions.
-        past: tokens of each sequence before the forward (default 0); their keys count as not yet sent.
         overlap: False allows one block only.
         slowdown: measured over predicted seconds of each rank (default 1); a slower rank gets a smaller share.
         base_share: the base's part, in [0, 1); None tries all in hundredths.
@@ -77,13 +77,9 @@ def choose_prefill(
     Raises:
         ValueError: the arguments describe no forward.
     """
-    before = tuple(past) or (0,) * len(lengths)
-    _check(lengths, before, ranks, slowdown, base_share)
+    _check(rows, ranks, slowdown, base_share)
     if max_blocks < 1:
         raise ValueError(f"max_blocks is {max_blocks}; give at least 1")
-    if all(old == new for old, new in zip(before, lengths, strict=True)):
-        raise ValueError(f"lengths {list(lengths)} leave nothing new after the past; a forward has new tokens")
-    rows = [Row(old, new, new) for old, new in zip(before, lengths, strict=True)]
     prefill = Prefill(profile, rows, cores, slowdown)
     counts = prefill.block_counts(max_blocks if overlap else 1)
     return _best(prefill, ranks, counts, base_share, alone)
@@ -91,11 +87,11 @@ def choose_prefill(
 
 def choose_decode(
     profile: Profile,
-    lengths: Sequence[int],
+    rows: Sequence[Row],
     *,
     ranks: int,
     cores: Cores,
-    resident: Sequence[Sequence[int]],
+    resident: Sequence[int],
     steps: int = 1,
     block: int = 1,
     slowdown: Sequence[float] = (),
@@ -108,24 +104,28 @@ def choose_decode(
     rest, the newest keys among it, is the base's.
 
     Args:
-        lengths: keys of each sequence, the new one included.
-        resident: for each rank and sequence, keys held, summed over the KV heads.
+        rows: the sequences, each with one new token.
+        resident: keys that each rank holds, of all lanes together.
         steps: steps for which the choice will be kept; ``seconds`` are one step's, with its part of what is sent.
         block: keys of a lane that a rank takes or leaves as one: shares are tried in such steps.
 
     The other arguments and errors are :func:`choose_prefill`'s.
     """
-    _check(lengths, (0,) * len(lengths), ranks, slowdown, base_share)
+    _check(rows, ranks, slowdown, base_share)
     if steps < 1 or block < 1:
         raise ValueError(f"steps is {steps} and block {block}; give at least 1 of each")
-    if len(resident) < ranks or any(len(rows) != len(lengths) for rows in resident):
-        raise ValueError(
-            f"resident has {[len(rows) for rows in resident]} sequences of each rank; give {len(lengths)} for each "
-            f"of {ranks} ranks"
-        )
-    step = Decode(profile, lengths, cores, [sum(rows) for rows in resident], steps, slowdown)
-    finest = max(lengths) // block
+    if any(row.q_stop - row.q_start != 1 for row in rows):
+        raise ValueError("a decode step has one new token for each sequence; give rows with q_start = q_stop - 1")
+    if len(resident) < ranks:
+        raise ValueError(f"resident has {len(resident)} entries; give one for each of {ranks} ranks")
+    step = Decode(profile, rows, cores, resident, steps, slowdown)
+    finest = max(row.keys for row in rows) // block
     return _best(step, ranks, [1], base_share, alone, min(_STEPS, finest) if finest else 1)
+
+
+def moved_bytes(profile: Profile, rows: Sequence[Row], cores: Cores, choice: Choice) -> tuple[int, int]:
+    """Bytes of payloads to and from all ranks, of all layers, in a prefill computed so."""
+    return Prefill(profile, rows, cores).real_bytes(choice.way) if choice.ranks else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,16 @@ def auto_threshold(profile: Profile, *, ranks: int, cores: Cores, longest: int, 
         raise ValueError(f"{ranks} pool ranks and lengths up to {longest}; give at least 1 and {GRANULE}")
 
     def pooled(length: int) -> Choice:
-        return choose_prefill(profile, [length], ranks=ranks, cores=cores, max_blocks=max_blocks, alone=False)
+        return choose_prefill(
+            profile, [Row(0, length, length)], ranks=ranks, cores=cores, max_blocks=max_blocks, alone=False
+        )
 
     def attention_rules(length: int) -> bool:
         choice, link = pooled(length), profile.link
         messages = profile.shape.layers * choice.blocks * choice.ranks
         overhead = messages * (link.to_rank.a + link.to_base.a) + profile.activation_s
-        overhead += link.to_rank.b * choice.bytes_sent + link.to_base.b * choice.bytes_received
+        sent, received = moved_bytes(profile, [Row(0, length, length)], cores, choice)
+        overhead += link.to_rank.b * sent + link.to_base.b * received
         linear = profile.linear_for(cores.total).prefill.at(length)
         return choice.alone_s - linear > linear + overhead
 
@@ -206,7 +209,6 @@ def _best(
             trial = forward.play(way)
             if trial.seconds <= limit:
                 best, played = way, trial
-    sent, received = forward.real_bytes(best) if best.ranks else (0, 0)
     return Choice(
         ranks=best.ranks,
         base_share=best.base_share,
@@ -216,20 +218,19 @@ def _best(
         ceiling_s=min(forward.ceiling_s(p) for p in range(ranks + 1)),
         base_busy_s=played.base_busy_s,
         pool_busy_s=played.pool_busy_s,
-        bytes_sent=sent,
-        bytes_received=received,
     )
 
 
-def _check(
-    lengths: Sequence[int], past: Sequence[int], ranks: int, slowdown: Sequence[float], base_share: float | None
-) -> None:
+def _check(rows: Sequence[Row], ranks: int, slowdown: Sequence[float], base_share: float | None) -> None:
     """Refuses what describes no forward, with the numbers and the remedy."""
-    if not lengths or len(past) != len(lengths):
-        raise ValueError(f"{len(lengths)} lengths and {len(past)} of the past; give one of each for every sequence")
-    for length, old in zip(lengths, past, strict=True):
-        if not 0 <= old <= length or length < 1:
-            raise ValueError(f"a sequence has {length} tokens, {old} of them before; give 1 or more, and 0 to that")
+    for row in rows:
+        if not 0 <= row.q_start <= row.q_stop <= row.keys or row.keys < 1 or row.alike < 1:
+            raise ValueError(
+                f"{row.alike} sequence(s) of {row.keys} keys have queries [{row.q_start}, {row.q_stop}); give 1 key or "
+                "more, and 0 <= q_start <= q_stop <= keys"
+            )
+    if not any(row.q_start < row.q_stop for row in rows):
+        raise ValueError(f"{len(rows)} run(s) of sequences without a new token; a forward has new tokens")
     if ranks < 0:
         raise ValueError(f"ranks is {ranks}; give 0 or more")
     if not all(isfinite(factor) and factor > 0 for factor in slowdown):

@@ -17,7 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fapool_plugin.plan.forecast import Choice, Cores, Thresholds, auto_threshold, choose_prefill
+from fapool_plugin.plan.forecast import Choice, Cores, Thresholds, auto_threshold, choose_prefill, moved_bytes
+from fapool_plugin.plan.line import Row
 from fapool_plugin.plan.profile import Fit, Profile
 from fapool_plugin.tools.demo import Screen
 
@@ -52,6 +53,8 @@ class Outlook:
 
     pool_ranks: int
     choices: dict[int, Choice]
+    moved: dict[int, tuple[int, int]]
+    """Bytes to and from all ranks, by length."""
     thresholds: Thresholds
 
 
@@ -166,13 +169,15 @@ def outlooks(profile: Profile, lengths: Sequence[int], setting: Setting) -> list
     known: dict[str, Any] = {"cores": setting.cores, "max_blocks": setting.max_blocks}
     with Screen() as screen:
         for ranks in setting.pool_ranks:
-            choices = {}
+            choices, moved = {}, {}
             for length in lengths:
                 screen("predicting", done, total)
-                choices[length] = choose_prefill(profile, [length], ranks=ranks, alone=False, **known)
+                rows = [Row(0, length, length)]
+                choices[length] = choose_prefill(profile, rows, ranks=ranks, alone=False, **known)
+                moved[length] = moved_bytes(profile, rows, setting.cores, choices[length])
                 done += 1
             thresholds = auto_threshold(profile, ranks=ranks, longest=max(64, *lengths), **known)
-            found.append(Outlook(ranks, choices, thresholds))
+            found.append(Outlook(ranks, choices, moved, thresholds))
         screen("predicting", done, total)
     return found
 
@@ -199,7 +204,7 @@ def show_plan(found: Sequence[Outlook]) -> None:
                 str(choice.ranks),
                 f"{choice.base_share:.0%}",
                 str(choice.blocks),
-                f"{(choice.bytes_sent + choice.bytes_received) / 1e9:.2f}",
+                f"{sum(outlook.moved[length]) / 1e9:.2f}",
             )
         table.caption = _caption(outlook)
         Console().print(table)
@@ -230,7 +235,13 @@ def plan_values(profile: Profile, found: Sequence[Outlook], setting: Setting) ->
                 "pool_ranks": outlook.pool_ranks,
                 "thresholds": asdict(outlook.thresholds),
                 "lengths": [
-                    {"tokens": length, "pays": pays(choice), **asdict(choice)}
+                    {
+                        "tokens": length,
+                        "pays": pays(choice),
+                        **asdict(choice),
+                        "bytes_sent": outlook.moved[length][0],
+                        "bytes_received": outlook.moved[length][1],
+                    }
                     for length, choice in outlook.choices.items()
                 ],
             }

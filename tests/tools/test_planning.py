@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from fapool_plugin.integrations.huggingface import calibrate as huggingface_calibrate
 from fapool_plugin.measure.calibrate import machine
 from fapool_plugin.plan.forecast import Cores, auto_threshold, choose_prefill
+from fapool_plugin.plan.line import Row
 from fapool_plugin.plan.profile import AttentionCost, Fit, LinearCost, LinkCost, Profile
 from fapool_plugin.tools import cli, options
 
@@ -99,7 +100,9 @@ def test_plan_shows_what_the_forecast_says(profile, forbidden, tmp_path) -> None
     for plan, ranks in zip(values["plans"], (1, 2), strict=True):
         assert plan["pool_ranks"] == ranks
         for line, length in zip(plan["lengths"], (512, 8192), strict=True):
-            choice = choose_prefill(profile, [length], ranks=ranks, cores=cores, max_blocks=4, alone=False)
+            choice = choose_prefill(
+                profile, [Row(0, length, length)], ranks=ranks, cores=cores, max_blocks=4, alone=False
+            )
             assert line["seconds"] == choice.seconds, f"{line} is not {choice}"
             assert line["pays"] == (choice.seconds < choice.alone_s)
             assert (line["tokens"], line["ranks"]) == (length, choice.ranks)
