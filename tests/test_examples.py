@@ -55,6 +55,16 @@ def test_an_example_pools_a_long_prompt(folder: Path, tmp_path: Path, example: s
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
+def test_a_large_batch_is_compared() -> None:
+    done = run("decode_batches.py", "--rows", 20, "--tokens", 40, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "decode: 8 pooled calls, 0 local ones" in done.stdout, done.stdout
+    (worst,) = re.findall(r"largest difference of logits: (\S+) of", done.stdout)
+    assert float(worst) < 1e-4, done.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
 def test_serve_mixed_leases_for_long_prompts_only(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text(words(100))
     options = ("--model", folder, "--prompt-file", tmp_path / "prompt.txt", "--threshold", 40, "--new-tokens", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -47,6 +48,26 @@ def test_prefill(tmp_path, none_left) -> None:
         assert 0 < facts["attention_s"] < seconds
     assert "speed-up" in done.output
     assert picture.stat().st_size > 0
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(LIMIT_S)
+def test_control(tmp_path, none_left) -> None:
+    file = tmp_path / "control.json"
+    words = ["--rows", "5", "--kv-heads", "2", "--pool-ranks", "3", "--layers", "2", "--steps", "1"]
+    done = run("control", *words, "--json", str(file))
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    assert found["options"]["rows"] == 5
+    assert set(found["measured"]) == {"nowhere", "sockets"}
+    for phases in found["measured"].values():
+        assert set(phases) == {"prefill", "decode"}
+        assert all(0 < value < 1e4 for measured in phases.values() for value in measured.values()), phases
+    assert "budget: plan 5, call 1" in done.output
+    for word in words[0:8:2]:
+        refused = run("control", word, "0")
+        assert (refused.exit_code, f"{word} is 0" in refused.output) == (2, True), refused.output
+    assert "--layers is 1" in run("control", "--layers", "1").output
 
 
 @pytest.mark.full

@@ -220,6 +220,35 @@ def short(
         finish(Report("short", options, "a prompt", results), json_file, plot_file)
 
 
+@app.command()
+def control(
+    rows: Annotated[int, typer.Option(help="Sequences of the batch.")] = 1024,
+    kv_heads: Annotated[int, typer.Option(help="KV heads, of one query head each.")] = 32,
+    layers: Annotated[int, typer.Option(help="Attention layers.")] = 4,
+    pool_ranks: Annotated[int, typer.Option(help="Pool ranks; they only pretend.")] = 40,
+    tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 16,
+    steps: Annotated[int, typer.Option(help="Measured prompts, and measured decode steps.")] = 5,
+    json_file: Json = None,
+) -> None:
+    """What the base does beside attention: with links that lead nowhere, and over sockets.
+
+    Exit codes: 0 done, 2 an error.
+    """
+    from fapool_plugin.tools.bench import control as pretended  # loads torch
+
+    with told_errors():
+        counts = {"--rows": rows, "--kv-heads": kv_heads, "--pool-ranks": pool_ranks, "--tokens": tokens}
+        _check(counts | {"--layers": layers, "--steps": steps}, json_file, None)
+        if layers < 2:
+            raise ValueError("--layers is 1; give at least 2: the first layer works out what the others find")
+        setting = pretended.Setting(rows, kv_heads, layers, pool_ranks, tokens, steps)
+        with Screen() as screen:
+            found = {over: pretended.measure(setting, over, screen) for over in pretended.WAYS}
+        pretended.show(setting, found)
+        if json_file is not None:
+            pretended.write(json_file, setting, found)
+
+
 def ours(
     phase: str, plain: dict[str, Any], pooled: dict[str, Any], base_threads: int, pool_ranks: int
 ) -> list[Contender]:
