@@ -55,11 +55,11 @@ class Block:
         return self._of("pairs", pieces, lambda piece: piece.lanes * (piece.stop - piece.start) * int(part[piece.run]))
 
     def queries(self, pieces: Pieces) -> float:
-        """Of all lanes."""
+        """New queries, of all lanes."""
         return self._of("queries", pieces, lambda p: p.lanes * (self._position(p, p.stop) - self._position(p, p.start)))
 
     def keys(self, pieces: Pieces) -> float:
-        """That the pieces' queries see, of all lanes."""
+        """Keys that the pieces' queries see, of all lanes."""
         return self._of("keys", pieces, lambda piece: piece.lanes * self._position(piece, piece.stop))
 
     def _of(self, name: str, pieces: Pieces, one: Callable[[Piece], float]) -> float:
