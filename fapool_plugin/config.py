@@ -65,6 +65,14 @@ class FAPoolConfig(BaseModel):
     store_port: int | None = Field(
         None, ge=1, le=65535, description="Where base and pool ranks of a launch meet; null: MASTER_PORT + 1."
     )
+    link_key_file: str | None = Field(
+        None,
+        description="A file with a key of 32 bytes or more that only its user may read (mode 0600), the same on every "
+        "machine of a launch: links between machines are authenticated and encrypted with it.",
+    )
+    insecure: bool = Field(
+        False, description="true: links between machines without a key, which whoever reaches their ports can use."
+    )
     base: BaseConfig = Field(
         BaseConfig(tensor_parallel=None, tensor_parallel_size=None),
         description="How the base ranks of a launch share one model; see docs/deepspeed.md.",
@@ -119,7 +127,16 @@ class FAPoolConfig(BaseModel):
     key_distribution: Literal["auto", "direct"] = Field(
         "auto", description="How keys that several ranks need reach them: from the base to each, either way."
     )
-    timeout_s: float = Field(5.0, gt=0, description="Seconds; a pool rank silent for this long is lost.")
+    timeout_s: float = Field(
+        5.0, gt=0, description="Seconds; a pool rank that is silent, or does not get on, for this long is lost."
+    )
+    spot_check: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of all answers of which the base computes a few random rows once more; a rank that answers "
+        "wrongly is given up. 1: of every answer.",
+    )
     start_timeout_s: float = Field(
         120.0, gt=0, description="Seconds; a pool rank not ready this long after its start is given up."
     )

@@ -6,49 +6,41 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.pool.exchange import Arrived, Inbox, connect_at
+from fapool_plugin.pool.exchange import Arrived, Inbox
 from fapool_plugin.pool.worker import Worker
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.rendezvous import open_store
-
-HOST = "127.0.0.1"
-
-
-def make_store() -> dist.TCPStore:
-    """A store on a port of its own."""
-    return open_store(HOST, timedelta(seconds=30))
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.sockets import pair
 
 
 def link_pair(
-    store: dist.TCPStore,
+    base_loop: Loop,
+    pool_loop: Loop,
     name: str = "test",
     timeout_s: float = 5.0,
-    connect_timeout_s: float = 30.0,
     into: Callable[[Arrived], object] | None = None,
 ) -> tuple[Link, Link]:
     """Both ends of one link: (base, pool). Pool ends may receive into one inbox, as a worker's do."""
-    ends: dict[str, Link] = {}
-    patience: dict[str, Any] = {"timeout_s": timeout_s, "connect_timeout_s": connect_timeout_s}
+    one, other = pair()
+    base = Link(one, base_loop, name=name, timeout_s=timeout_s, asks=True)
+    return base, Link(other, pool_loop, name=name, timeout_s=timeout_s, asks=False, into=into)
 
-    def pool_end() -> None:
-        # A store's client waits under a lock: two ends that share one would wait for each other.
-        client = dist.TCPStore(HOST, store.port, None, False, timedelta(seconds=30))
-        ends["pool"] = Link(client, name, "pool", **patience, host=HOST, into=into)
 
-    thread = threading.Thread(target=pool_end)
-    thread.start()
-    base = Link(store, name, "base", **patience, host=HOST)
-    thread.join(20)
-    return base, ends["pool"]
+@contextmanager
+def two_loops() -> Iterator[tuple[Loop, Loop]]:
+    """For the base's ends and for a pool rank's."""
+    loops = Loop(), Loop()
+    try:
+        yield loops
+    finally:
+        for loop in loops:
+            loop.close()
 
 
 class ThreadPool:
@@ -59,7 +51,7 @@ class ThreadPool:
     bases = 1
 
     def __init__(self, config: FAPoolConfig) -> None:
-        self.config, self.store = config, make_store()
+        self.config, self.loop = config, Loop()
         self.links: dict[int, Link] = {}
         self.more: list[dict[int, Link]] = [{} for _ in range(self.bases - 1)]
         self.workers: dict[int, Worker] = {}
@@ -67,7 +59,7 @@ class ThreadPool:
         self.ends: list[Link] = []
         """The pool ranks' ends of all links."""
         self._threads: list[threading.Thread] = []
-        self._made = 0
+        self._loops: list[Loop] = []
 
     def new_token(self) -> int:
         return secrets.randbits(62)
@@ -75,12 +67,14 @@ class ThreadPool:
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
         for rank in range(self.config.pool_ranks):
             if rank not in self.links:
-                inbox = Inbox(self._connect, self.config.timeout_s)
-                pairs = [self._pair(rank, inbox) for _ in range(self.bases)]
+                loop = Loop()
+                inbox = Inbox(loop, self.config.timeout_s / 2)
                 limit = self.config.memory_limit_mib * 2**20
                 worker = Worker(inbox, limit, torch.device("cpu"), self.config.kv_block, self.nodes.get(rank, 0))
+                pairs = [self._pair(rank, worker) for _ in range(self.bases)]
                 thread = threading.Thread(target=worker.serve, args=([pool for _, pool in pairs],), daemon=True)
                 thread.start()
+                self._loops.append(loop)
                 self.links[rank], self.workers[rank] = pairs[0][0], worker
                 for links, (base, _) in zip(self.more, pairs[1:], strict=True):
                     links[rank] = base
@@ -101,18 +95,13 @@ class ThreadPool:
             link.close()
         for thread in self._threads:
             thread.join(5)
-        for link in (*bases, *self.ends):
-            link.join(5)
+        for loop in (self.loop, *self._loops):
+            loop.close()
 
-    def _pair(self, rank: int, inbox: Inbox) -> tuple[Link, Link]:
-        self._made += 1
-        return link_pair(self.store, f"r{rank}.{self._made}", self.config.timeout_s, into=inbox.put)
-
-    def _connect(self, name: str, side: Any, into: Any) -> Link:
-        """A pool rank's link to another one."""
-        link = connect_at(HOST, self.store.port, self.config.timeout_s)(name, side, into)
-        self.ends.append(link)
-        return link
+    def _pair(self, rank: int, worker: Worker) -> tuple[Link, Link]:
+        one, other = pair()
+        base = Link(one, self.loop, name=f"rank {rank}", timeout_s=self.config.timeout_s, asks=True)
+        return base, worker.link(other, self.config.timeout_s)
 
 
 @contextmanager

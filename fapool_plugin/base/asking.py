@@ -21,7 +21,7 @@ from fapool_plugin.base.residency import Held, alike_rows, grown
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.result import Result
 from fapool_plugin.base.sequence import SequenceState
-from fapool_plugin.base.trees import arrange
+from fapool_plugin.base.trees import arrange, check_merged
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import share_s
 from fapool_plugin.plan.shares import Plan, within_residency
@@ -95,6 +95,16 @@ class AttentionRequests:
         """The rank now holds what it was sent."""
         if self.resident:
             self.sequence.residency.hold(request.rank.key, self.layer, request.notes.after)
+
+    def check(self, answer: Message, request: Request) -> None:
+        """Lanes that were asked for, each once, and finite numbers."""
+        asked = reported = request.tiles
+        if answer.header.parts:
+            asked, reported = check_merged(answer, request)
+        if answer.tensors:
+            self.result.check(answer)
+            if self.manager.spot_check.is_due():
+                self.manager.spot_check.attention(answer, self.result, asked, reported)
 
     def merge(self, answer: Message, request: Request) -> None:
         """Into the call's result."""

@@ -140,6 +140,16 @@ class Gradients:
     def sent(self, request: Request) -> None:
         """Nothing stays on a rank."""
 
+    def check(self, answer: Message, request: Request) -> None:
+        """Gradients may be infinite: losses are scaled until they are."""
+        spot_check = self.shares.manager.spot_check
+        if answer.tensors and request.tiles and spot_check.is_due():
+            q, k, v, out, lse, _ = self.saved
+            shares, rest = self.shares, (self.dout, out, lse)
+            spot_check.gradients(
+                answer, (q, k, v), rest, shares.geometry, request.tiles, shares.softmax_scale, shares.softcap
+            )
+
     def merge(self, answer: Message, request: Request) -> None:
         """Adds the gradients of its tiles."""
         dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors)

@@ -7,20 +7,90 @@ it knows those that this one was introduced to.
 from __future__ import annotations
 
 import secrets
+import socket
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import torch
 
 from fapool_plugin.observe.metrics import RankCounters
+from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status
+from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLost, Message, Op, Payload, Status
+
+_STEPS = 4
+"""A rank that takes so many times as long for a step as it should does not get on."""
+_BUSY_S = 0.05
 
 
 class RanksStarting(RuntimeError):
     """There is no rank now, and there soon will be: those that were lost are being started again."""
+
+
+class Expected(NamedTuple):
+    """What the answer to one request may announce."""
+
+    op: int
+    dtype: int
+    sizes: tuple[int, int, int, int]
+    """Elements of q, k, v and lse; of a merged answer at most so many."""
+    parts: int = 0
+    """Ranks whose parts it may have; 0: it is not merged."""
+
+
+def expected(header: Header, tiles: Iterable[Tile], ranks: int = 0) -> Expected:
+    """What the answer to a request for these tiles announces; ``ranks``: merged from so many, if they are merged."""
+    rows = keys = 0
+    for tile in tiles:
+        rows += tile.lanes * header.group * (tile.q_stop - tile.q_start)
+        keys += tile.lanes * (tile.k_stop - tile.k_start)
+    if header.op == Op.BACKWARD:
+        sizes = rows * header.head_dim, keys * header.head_dim, keys * header.v_head_dim, rows
+    else:
+        sizes = rows * header.v_head_dim, 0, 0, rows
+    return Expected(header.op, header.dtype, sizes, ranks)
+
+
+class Outstanding:
+    """What the other end of a link may say: each answer once, and no more than was asked for. Kept with the link,
+    which outlives leases. Called with every header before its body is received."""
+
+    def __init__(self) -> None:
+        self.hellos = 0
+        self._expected: dict[tuple[int, int], Expected] = {}
+
+    @classmethod
+    def of(cls, link: Link) -> Outstanding:
+        """The link's, from its first lease on."""
+        if not isinstance(link.check, Outstanding):
+            link.check = cls()
+        return link.check
+
+    def expect(self, token: int, call: int, expected: Expected) -> None:
+        """A request is about to be sent."""
+        self._expected[token, call] = expected
+
+    def __call__(self, header: Header) -> None:
+        """Raises LinkLost for what was not asked for."""
+        if header.op == Op.HELLO and self.hellos:
+            self.hellos -= 1
+            return
+        expected = self._expected.pop((header.token, header.call), None)
+        if expected is None or header.op != expected.op:
+            raise LinkLost(f"sent op {header.op} for call {header.call}, which was not asked for")
+        if header.status == Status.STALE:
+            return
+        sizes = header.q_elements, header.k_elements, header.v_elements, header.lse_elements
+        if header.op == Op.ATTEND:
+            sizes = header.q_elements, 0, 0, header.lse_elements
+        if expected.parts:
+            fits = all(size <= most for size, most in zip(sizes, expected.sizes, strict=True))
+            fits = fits and header.parts <= expected.parts and header.tiles <= expected.sizes[3]
+        else:
+            fits = (sizes, header.dtype, header.parts) == (expected.sizes, expected.dtype, 0)
+        if header.status != Status.OK or not fits:
+            raise LinkLost(f"answered call {header.call} with status {header.status} and {sizes} elements: {expected}")
 
 
 class PoolRank:
@@ -31,7 +101,7 @@ class PoolRank:
         self.key = secrets.randbits(62)
         """Names this rank in this lease, so that residency never outlives the lease."""
         self.lost = False
-        """Given up: nobody asks it any more."""
+        """Given up: it is asked no more."""
         self.memory_limit = 0
         self.clock_offset = 0
         """Nanoseconds that this process's ``time.perf_counter_ns`` is ahead of the rank's."""
@@ -41,22 +111,24 @@ class PoolRank:
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
         """Works together with no other rank any more: a part did not arrive in this lease."""
-        self._met: set[int] = set()
+        self.met = set[int]()
+        """Keys of the ranks that it was introduced to."""
+        self._outstanding = Outstanding.of(link)
         self._call = 0
-        self._sent: deque[tuple[int, int]] = deque()
-        """(call, messages the link had sent by then): what has gone once the call is answered."""
         self._early: dict[int, Message] = {}
-        """Replies to calls that nobody has waited for yet."""
+        """Replies to calls that were not waited for yet."""
         self._counted = link.bytes_sent, link.bytes_received
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds without any progress after which it is given up."""
+        return max(self.link.timeout_s, _STEPS * STEP_S)
 
     def open(self) -> None:
         """Takes the lease. Raises LinkLost if the rank is lost, busy or speaks another protocol."""
-        asked = time.perf_counter_ns()
-        self.link.send(Header(op=Op.HELLO, token=self.token))
-        # A link outlives leases: replies to calls that an earlier lease gave up may come first.
-        reply = self.link.receive().header
-        while reply.op != Op.HELLO:
-            reply = self.link.receive().header
+        deadline = time.monotonic() + self.link.timeout_s
+        while (reply := self._greet()).status == Status.BUSY and time.monotonic() < deadline:
+            time.sleep(_BUSY_S)  # a lease that ends may not have ended there yet
         if reply.version != PROTOCOL_VERSION:
             raise LinkLost(
                 f"speaks protocol {reply.version}, the base speaks {PROTOCOL_VERSION}: install one version on both"
@@ -64,45 +136,41 @@ class PoolRank:
         if reply.status != Status.OK:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
         self.memory_limit, self.node = reply.extra, reply.number
-        # Cristian (1989): the rank read its clock about midway between question and answer.
-        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
 
-    def ask(self, header: Header, tensors: Sequence[Tensor | Sequence[Tensor]]) -> int:
-        """Sends a request; returns its call number."""
+    def ask(self, header: Header, tensors: Payload, expected: Expected | None) -> int:
+        """Sends a request; returns its call number. ``expected``: its answer; None: that goes to another rank."""
         self._call += 1
+        if expected is not None:
+            self._outstanding.expect(self.token, self._call, expected)
         self.link.send(header._replace(token=self.token, call=self._call), tensors)
-        self._sent.append((self._call, self.link.messages_sent))
         return self._call
 
     def answer(self, call: int) -> Message:
         """Waits for the reply to ``call``. Replies to calls that were given up are dropped; but gradients may be asked
         for in another order than they were sent for, and are kept while the lease lasts."""
         while call not in self._early:
-            message = self.link.receive()
+            message = self.link.receive(self.stall_s)
             header = message.header
             if header.token == self.token and (header.call == call or header.op == Op.BACKWARD):
                 self._early[header.call] = message
-        self.answered(call)
+        self.count_bytes()
         return self._early.pop(call)
 
-    def answered(self, call: int) -> None:
-        """The answer to ``call`` is here, by whatever way: what was sent until then has gone."""
-        while self._sent and self._sent[0][0] <= call:
-            self.link.settle(self._sent.popleft()[1])
-        self._count_bytes()
-
-    def meet(self, other: PoolRank, name: int) -> None:
-        """Has this rank open its end of a link to ``other``, once in a lease; ``name`` is the link's at both."""
-        if other.key not in self._met:
-            self.link.send(Header(op=Op.PEER, token=self.token, number=self.number, peer=other.number, extra=name))
-            self._met.add(other.key)
+    def introduce(self, other: PoolRank, name: int, end: socket.socket | None, address: str = "") -> None:
+        """Has this rank open its end of a link to ``other``: over a socket that goes with the message, or at an
+        address; without either it waits for the other one. ``name`` is the link's at both."""
+        told = torch.tensor(list(address.encode()), dtype=torch.uint8, device="cpu")
+        header = Header(op=Op.PEER, token=self.token, number=self.number, peer=other.number, extra=name)
+        self.link.send(header._replace(address=len(told)), [told] if address else [], attached=end)
+        self.met.add(other.key)
 
     def check(self) -> None:
         """Raises LinkLost if the rank is known to be gone."""
         if self.link.lost:
             raise LinkLost(self.link.lost)
 
-    def _count_bytes(self) -> None:
+    def count_bytes(self) -> None:
+        """Counts what has moved on the link."""
         now = self.link.bytes_sent, self.link.bytes_received
         self.counters.bytes_sent += now[0] - self._counted[0]
         self.counters.bytes_received += now[1] - self._counted[1]
@@ -111,6 +179,17 @@ class PoolRank:
     def tell(self, op: Op, sequence: int = 0) -> None:
         """Sends a message that has no reply."""
         self.link.send(Header(op=op, token=self.token, sequence=sequence))
+
+    def _greet(self) -> Header:
+        asked = time.perf_counter_ns()
+        self._outstanding.hellos += 1
+        self.link.send(Header(op=Op.HELLO, token=self.token))
+        # A link outlives leases: replies to calls that an earlier lease gave up may come first.
+        while (reply := self.link.receive(self.stall_s).header).op != Op.HELLO:
+            pass
+        # Cristian (1989): the rank read its clock about midway between question and answer.
+        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
+        return reply
 
 
 class Guard:

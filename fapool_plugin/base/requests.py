@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.lease import Expected, PoolRank, expected
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.observe.timeline import MERGE, SEND, WAIT
 from fapool_plugin.plan.line import Tile
@@ -66,6 +66,13 @@ class Request:
         peer = 1 + self.above.rank.number if self.above is not None else 0
         return header._replace(merge=self.merge, peer=peer, peers=len(self.below)), [*tensors, *below]
 
+    def expected(self, header: Header) -> Expected | None:
+        """What its answer announces; None: it goes to another rank."""
+        if not self.merge:
+            return expected(header, self.tiles)
+        team = self.all()
+        return expected(header, (tile for one in team for tile in one.tiles), len(team)) if self.above is None else None
+
 
 class Part(NamedTuple):
     """What an answer says of one rank's part."""
@@ -84,6 +91,9 @@ class Call(Protocol):
 
     def sent(self, request: Request) -> None:
         """It has been sent."""
+
+    def check(self, answer: Message, request: Request) -> None:
+        """Holds an answer against what was asked, before anything of it is taken. Raises LinkLost."""
 
     def merge(self, answer: Message, request: Request) -> None:
         """Takes the results that an answer has, of this request or of what it says."""
@@ -126,9 +136,9 @@ class Requests:
     def _ask(self, call: Call, request: Request) -> None:
         """Leaves ``request.call`` at None if the rank is lost."""
         request.call = None
-        header, tensors = call.message(request)
+        header, tensors = request.joined(*call.message(request))
         with self._manager.guard(request.rank):
-            request.call = request.rank.ask(*request.joined(header, tensors))
+            request.call = request.rank.ask(header, tensors, request.expected(header))
             call.sent(request)
 
     def _gather(self, call: Call, request: Request, resolve: Resolve) -> bool:
@@ -136,7 +146,9 @@ class Requests:
         timeline.switch(WAIT)
         if request.call is not None:
             with self._manager.guard(request.rank):
-                answer = request.rank.answer(request.call)
+                came_in = request.rank.answer(request.call)
+                call.check(came_in, request)
+                answer = came_in
         timeline.switch(MERGE)
         if answer is not None and answer.tensors:
             call.merge(answer, request)
@@ -165,8 +177,8 @@ class Requests:
             with self._manager.guard(one.rank):
                 if part.status == Status.MISSING:
                     one.rank.check()
-                elif one.call is not None:
-                    one.rank.answered(one.call)
+                else:
+                    one.rank.count_bytes()
         if part.status == Status.MISSING:
             # What failed between ranks would fail again: they work apart until the lease ends.
             for request in self.asked:

@@ -22,6 +22,7 @@ from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.forward import Forward, stay_local
 from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.base.spot_check import SpotCheck
 from fapool_plugin.base.threads import SharedThreads
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, Phase
@@ -64,6 +65,7 @@ class ResourceManager:
         """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
         self.counters, self.timeline = Counters(), Timeline()
         self.advisor = Advisor(config, self.counters)
+        self.spot_check = SpotCheck(config.spot_check, self.counters)
         self.closing = ExitStack()
         """What ends with it: a trace, a server of metrics."""
         self._measuring = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from fapool_plugin.kernels.forward import attend, fold_sinks, merge_
 from fapool_plugin.plan.line import Tile, joined
 from fapool_plugin.plan.shares import Geometry, lane_runs, layout
-from fapool_plugin.wire.messages import Message
+from fapool_plugin.wire.messages import LinkLost, Message
 
 
 class Result:
@@ -84,6 +84,15 @@ class Result:
             self._own.append((tile, out, lse))
         if not self._side_by_side:
             self._take_own()
+
+    def check(self, answer: Message) -> None:
+        """Raises LinkLost if an answer's numbers are not finite though the call's are. An LSE may be -inf: of a query
+        that sees no key."""
+        out, lse = answer.tensors[:2]
+        if not out.numel() or (_bound(out) < torch.inf and lse.max().item() < torch.inf):
+            return
+        if all(_bound(x) < torch.inf for x in (self.q, self.k, self.v)):
+            raise LinkLost("answered with numbers that are not finite")
 
     def add(self, answer: Message, places: Sequence[Tile]) -> None:
         """Takes an answer: of these places, or, if ranks have merged theirs on the way, of what its table says."""
@@ -178,3 +187,9 @@ class Result:
         """The tile with columns in place of positions."""
         start = self.geometry.starts[tile.row_start]
         return Tile(*tile[:4], *(at + start for at in tile[4:]))
+
+
+def _bound(x: Tensor) -> float:
+    """No less than the largest magnitude; NaN if any is, inf if any is infinite."""
+    low, high = (end.item() for end in torch.aminmax(x.detach()))
+    return abs(low) + abs(high)  # NaN + anything is NaN

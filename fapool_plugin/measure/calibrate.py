@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.lease import PoolRank, expected
 from fapool_plugin.kernels.forward import attend, available_kernels, pick_kernel
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import AttentionCost, Fit, LinkCost, Machine, Shape, least_squares
-from fapool_plugin.wire.messages import TILE_FIELDS, Header, Op, Status, dtype_code, float_bits
+from fapool_plugin.wire.messages import Header, Op, Status, dtype_code, float_bits
 
 Progress = Callable[[str, int, int | None], object]
 """Called with what is being measured, how much of it is done, and of how much (None: not known)."""
@@ -343,23 +343,18 @@ def _processor_sample(n: float, work: Callable[[], float], known_s: float = 0.0)
 
 
 def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], float]:
-    """A request with ``nbytes`` bytes: of keys without a tile, or of queries against one key in one tile. Returns a
-    function that sends it, waits for the answer, and returns the seconds without those that the rank computed."""
-    empty, numbers = torch.empty(0), torch.zeros(nbytes // 4)
-    if queries:
-        table, q, k, v = (
-            [[*Tile(0, 1, 0, 1, 0, queries, 0, 1), 0, 1]],
-            numbers,
-            torch.zeros(_NARROW),
-            torch.zeros(_WIDE),
-        )
-    else:
-        table, q, k, v = [], empty, numbers, empty
-    tiles = torch.tensor(table, dtype=torch.int64).view(-1, TILE_FIELDS)
+    """A request with ``nbytes`` bytes, or a few more: of keys that its only tile does not use, or of queries against
+    one key. Returns a function that sends it, waits for the answer, and returns the seconds without those that the
+    rank computed."""
+    keys = 1 if queries else 1 + nbytes // 4 // (_NARROW + _WIDE)
+    tile = Tile(0, 1, 0, 1, 0, queries or 1, 0, 1)
+    q = torch.zeros(nbytes // 4 if queries else _NARROW)
+    k, v = torch.zeros(keys * _NARROW), torch.zeros(keys * _WIDE)
+    tiles = torch.tensor([[*tile, 0, keys]])
     header = Header(
         op=Op.ATTEND,
         dtype=dtype_code(torch.float32),
-        tiles=len(table),
+        tiles=1,
         q_elements=q.numel(),
         k_elements=k.numel(),
         v_elements=v.numel(),
@@ -371,7 +366,7 @@ def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], floa
 
     def timed() -> float:
         began = time.perf_counter()
-        answer = rank.answer(rank.ask(header, (tiles, q, k, v)))
+        answer = rank.answer(rank.ask(header, (tiles, q, k, v), expected(header, [tile])))
         seconds = time.perf_counter() - began
         if answer.header.status != Status.OK:
             status = Status(answer.header.status).name

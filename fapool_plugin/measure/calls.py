@@ -17,7 +17,7 @@ import torch
 
 from fapool_plugin.base.attention import FAPoolAttention
 from fapool_plugin.base.forward import Forward
-from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.lease import PoolRank, expected
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
@@ -66,7 +66,7 @@ def kept_busy(rank: PoolRank, shape: Shape, seconds: float) -> Iterator[None]:
     dtype = getattr(torch, shape.dtype)
     q = torch.zeros(_BUSY_QUERIES * shape.heads * shape.head_dim, dtype=dtype)
     k, v = (torch.zeros(_KEYS * shape.kv_heads * dim, dtype=dtype) for dim in (shape.head_dim, shape.v_head_dim))
-    tile = [[*Tile(0, 1, 0, shape.kv_heads, _KEYS, _KEYS + _BUSY_QUERIES, 0, _KEYS), 0, _KEYS]]
+    tile = Tile(0, 1, 0, shape.kv_heads, _KEYS, _KEYS + _BUSY_QUERIES, 0, _KEYS)
     header = Header(
         op=Op.ATTEND,
         dtype=dtype_code(dtype),
@@ -79,12 +79,12 @@ def kept_busy(rank: PoolRank, shape: Shape, seconds: float) -> Iterator[None]:
         group=shape.heads // shape.kv_heads,
         scale_bits=float_bits(1.0),
     )
-    payload = torch.tensor(tile), q, k, v
-    rank.answer(rank.ask(header, payload))
-    one_s = rank.answer(rank.ask(header, payload)).header.extra / 1e9
-    asked = [rank.ask(header, payload) for _ in range(ceil(1.5 * seconds / max(one_s, 1e-4)))]
+    request = header, (torch.tensor([[*tile, 0, _KEYS]]), q, k, v), expected(header, [tile])
+    rank.answer(rank.ask(*request))
+    one_s = rank.answer(rank.ask(*request)).header.extra / 1e9
+    asked = [rank.ask(*request) for _ in range(ceil(1.5 * seconds / max(one_s, 1e-4)))]
     # Sending costs the base something too, but that is counted elsewhere.
-    rank.link.settle(rank.link.messages_sent)
+    rank.link.drain(0)
     yield
     for call in asked:
         rank.answer(call)

@@ -76,6 +76,10 @@ class Counters:
     activations: int = 0
     releases: int = 0
     faults: int = 0
+    spot_checks: int = 0
+    """Random numbers of answers that were computed once more."""
+    spot_check_failures: int = 0
+    """Those that were wrong."""
     ranks: dict[int, RankCounters] = field(default_factory=dict)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=1000))
     local_reasons: dict[str, int] = field(default_factory=dict)
@@ -130,6 +134,8 @@ class Counters:
             "activations": self.activations,
             "releases": self.releases,
             "faults": self.faults,
+            "spot_checks": self.spot_checks,
+            "spot_check_failures": self.spot_check_failures,
             "stale": sum(rank["stale"] for rank in ranks),
             "bytes_sent": sum(rank["bytes_sent"] for rank in ranks),
             "bytes_received": sum(rank["bytes_received"] for rank in ranks),

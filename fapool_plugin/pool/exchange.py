@@ -1,76 +1,84 @@
 """A pool rank's links to other pool ranks: results are merged on their way to the base.
 
+      base ── PEER, one end of a pair each ──▶ rank 0, rank 1         on one machine
+      base ── PEER, rank 0's address ────────▶ rank 1 ── connects ──▶ rank 0      between machines
+
 What does not come in time is reported as missing: the base can compute everything itself. Knows links and parts; not
 who asked for what, nor why.
 """
 
 from __future__ import annotations
 
-import queue
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.partial_results import PartialResults
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import TILE_FIELDS, Header, LinkLost, Message, Op, Status, dtype_code, elements
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.messages import (
+    TILE_FIELDS,
+    Header,
+    LinkLost,
+    Message,
+    Op,
+    Payload,
+    Status,
+    dtype_code,
+    elements,
+    rooms,
+)
+from fapool_plugin.wire.sockets import connect
 
 Arrived = tuple[Link, Message | LinkLost]
-Payload = Sequence[torch.Tensor | Sequence[torch.Tensor]]
-Connect = Callable[[str, Literal["base", "pool"], Callable[[Arrived], object]], Link]
-"""Opens one end of a link with that name, which receives into the function given. Raises RuntimeError if the other
-end does not come."""
-
-_UNSETTLED = 8
-"""Messages to one rank that may be under way."""
-
-
-def connect_at(host: str, port: int, patience_s: float, bind: str | None = None) -> Connect:
-    """Links that meet on the store at ``host``:``port`` and bind to ``bind`` (default: ``host``); the other end is
-    waited for, and may be silent, for ``patience_s`` seconds."""
-
-    def connect(name: str, side: Literal["base", "pool"], into: Callable[[Arrived], object]) -> Link:
-        # A store's client waits under a lock: a link of its own must not wait for another.
-        store = dist.TCPStore(host, port, None, False, timedelta(seconds=patience_s))
-        return Link(store, name, side, timeout_s=patience_s, connect_timeout_s=patience_s, host=bind or host, into=into)
-
-    return connect
+_UNSENT = 8
+"""Messages to one rank that may wait to be sent."""
+_PART_BYTES = 2**30
+_UNCLAIMED = 64
 
 
 class Inbox:
-    """What a worker's links to base ranks receive into. Introductions are heeded at once, all else waits.
+    """What a worker's links receive into. Introductions are heeded at once, all else waits.
 
     Args:
-        connect: opens links to other pool ranks.
-        patience_s: seconds to wait for what they send.
+        loop: serves all links of the worker.
+        patience_s: seconds to wait for what other pool ranks send.
+        key: of links to ranks on other machines.
     """
 
-    def __init__(self, connect: Connect, patience_s: float) -> None:
-        self._connect, self._patience_s = connect, patience_s
-        self._waiting: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+    def __init__(self, loop: Loop, patience_s: float, key: bytes | None = None) -> None:
+        self.loop, self.patience_s, self._key = loop, patience_s, key
+        self.steps = 0
+        """What the worker has done so far; its links tell it."""
+        self._waiting: deque[Arrived] = deque()
         self._exchanges: dict[Link, Exchange] = {}
+        self._unclaimed: dict[int, Link] = {}
+        """Links of other pool ranks, by name, whose introduction has not come yet."""
 
     def put(self, arrived: Arrived) -> None:
-        """Called by the links' readers."""
+        """Called by the loop."""
         link, item = arrived
         if isinstance(item, LinkLost):
             if link in self._exchanges:
                 self._exchanges[link].stop()
         elif item.header.op == Op.PEER:
-            self._introduce(link, item.header)
+            if item.header.status == Status.OK:
+                self._claimed(item.header.extra, link)
+            else:
+                self._introduce(link, item)
             return
-        self._waiting.put(arrived)
+        self._waiting.append(arrived)
 
     def get(self) -> Arrived:
         """The next thing for the worker."""
-        return self._waiting.get()
+        self.loop.wait(lambda: self._waiting)
+        return self._waiting.popleft()
 
     def exchange(self, link: Link) -> Exchange:
         """The pool ranks that the base rank at ``link`` introduced. Raises LinkLost if there are none."""
@@ -85,12 +93,31 @@ class Inbox:
         if exchange is not None:
             exchange.close()
 
-    def _introduce(self, link: Link, header: Header) -> None:
-        known = self._exchanges.get(link)
+    def _introduce(self, link: Link, message: Message) -> None:
+        header, known = message.header, self._exchanges.get(link)
         if known is None or known.token != header.token:
             self.leave(link)
-            known = self._exchanges[link] = Exchange(header.number, header.token, self._connect, self._patience_s)
-        known.meet(header.peer, f"peer{header.extra}")
+            known = self._exchanges[link] = Exchange(header.number, header.token, self.loop, self.patience_s, self._key)
+        if message.socket is not None:
+            known.meet(header.peer, message.socket)
+        elif header.address:
+            address = bytes(message.tensors[0].tolist()).decode(errors="replace")
+            # The other end may be slow to answer: the worker goes on meanwhile.
+            threading.Thread(target=known.reach, args=(header.peer, address, header.extra), daemon=True).start()
+        else:
+            known.await_link(header.peer, header.extra)
+            if header.extra in self._unclaimed:
+                self._claimed(header.extra, self._unclaimed.pop(header.extra))
+
+    def _claimed(self, name: int, link: Link) -> None:
+        """A pool rank says that its link is the one of this name."""
+        for exchange in list(self._exchanges.values()):
+            if exchange.claim(name, link):
+                return
+        if len(self._unclaimed) >= _UNCLAIMED:
+            link.fail("it was not introduced")
+        else:
+            self._unclaimed[name] = link
 
 
 class Exchange:
@@ -99,37 +126,71 @@ class Exchange:
     Args:
         number: this rank's, in its pool.
         token: the lease.
-        connect: opens links to other pool ranks.
+        loop: serves the links.
         patience_s: seconds to wait for what they send.
+        key: of links to ranks on other machines.
     """
 
-    def __init__(self, number: int, token: int, connect: Connect, patience_s: float) -> None:
+    def __init__(self, number: int, token: int, loop: Loop, patience_s: float, key: bytes | None = None) -> None:
         self.number, self.token = number, token
-        self._connect, self._patience_s = connect, patience_s
+        self._loop, self._patience_s, self._key = loop, patience_s, key
         self._peers: dict[int, _Peer] = {}
-        self._changed = threading.Condition()
+        self._awaited: dict[int, int] = {}
+        """Numbers of ranks that will come by themselves, by the names of their links."""
         self._parts: dict[tuple[int, int], Message] = {}
         self._over = 0
         """The last merged call that waits for nothing any more; what comes for it or earlier ones comes too late."""
 
-    def meet(self, number: int, name: str) -> None:
-        """Opens a link to another rank, without waiting for it."""
+    def meet(self, number: int, sock: socket.socket) -> Link:
+        """Links to another rank over a connected socket."""
         peer = self._peer(number)
-        side: Literal["base", "pool"] = "base" if self.number < number else "pool"
-        threading.Thread(target=peer.open, args=(self._connect, name, side), name=f"fapool {name}", daemon=True).start()
+        link = Link(
+            sock, self._loop, name=f"peer {number}", timeout_s=2 * self._patience_s, asks=self.number < number,
+            into=lambda arrived: self.came(peer, arrived[1]),
+        )  # fmt: skip
+        link.check = _check_part
+        peer.stands(link)
+        return link
+
+    def reach(self, number: int, address: str, name: int) -> None:
+        """Connects to another rank, which waits for a link of this name."""
+        peer = self._peer(number)
+        try:
+            link = self.meet(number, connect(address, self._patience_s, self._key, str(name)))
+            link.send(Header(op=Op.PEER, status=Status.OK, extra=name))
+        except (OSError, LinkLost) as error:
+            self.came(peer, LinkLost(str(error)))
+
+    def await_link(self, number: int, name: int) -> None:
+        """Another rank will come."""
+        self._peer(number)
+        self._awaited[name] = number
+
+    def claim(self, name: int, link: Link) -> bool:
+        """Whether a link of this name is awaited here; it is this rank's then."""
+        number = self._awaited.pop(name, None)
+        if number is None:
+            return False
+        peer = self._peer(number)
+        link.into = lambda arrived: self.came(peer, arrived[1])
+        link.check = _check_part
+        peer.stands(link)
+        return True
 
     def came(self, peer: _Peer, item: Message | LinkLost) -> None:
         """Something arrived from another rank, or nothing will any more."""
-        with self._changed:
-            if isinstance(item, LinkLost):
-                peer.lost = True
-            elif item.header.merge > self._over:
-                self._parts[item.header.merge, peer.number] = item
-            self._changed.notify_all()
+        if isinstance(item, LinkLost):
+            peer.lost = True
+        elif item.header.merge > self._over:
+            self._parts[item.header.merge, peer.number] = item
+        self._loop.wake()
 
     def send(self, number: int, header: Header, tensors: Payload) -> None:
-        """Sends to another rank, as soon as its link stands; what cannot be sent is missed at the other end."""
-        self._peer(number).send(header, tensors)
+        """Sends to another rank, as soon as its link stands; what cannot be sent is missed at the other end. Raises
+        LinkLost if the base did not introduce it."""
+        if number not in self._peers:
+            raise LinkLost(f"the base wants an answer sent to pool rank {number}, which it did not introduce")
+        self._peers[number].send(header, tensors)
 
     def merged(self, request: Message, own: Header, tensors: Payload) -> tuple[Header, Payload]:
         """The answer that this rank computed, merged with those that the request says are to come.
@@ -162,10 +223,9 @@ class Exchange:
 
     def stop(self) -> None:
         """No rank is waited for any more."""
-        with self._changed:
-            for peer in list(self._peers.values()):
-                peer.lost = True
-            self._changed.notify_all()
+        for peer in list(self._peers.values()):
+            peer.lost = True
+        self._loop.wake()
 
     def close(self) -> None:
         """Ends all links to other ranks."""
@@ -174,46 +234,35 @@ class Exchange:
             peer.close()
 
     def _peer(self, number: int) -> _Peer:
-        with self._changed:
-            return self._peers.setdefault(number, _Peer(self, number))
+        return self._peers.setdefault(number, _Peer(number))
 
     def _await(self, merge: int, numbers: Sequence[int], patience_s: float) -> list[Message]:
         """The parts that come, of those that these ranks should send."""
         found, deadline = [], time.monotonic() + patience_s
-        with self._changed:
-            for number in numbers:
-                settled = partial(self._is_settled, merge, number)
-                self._changed.wait_for(settled, max(0.0, deadline - time.monotonic()))
-                if (merge, number) in self._parts:
-                    found.append(self._parts[merge, number])
-            self._end(merge)
+        for number in numbers:
+            self._loop.wait(partial(self._is_settled, merge, number), lambda: deadline)
+            if (merge, number) in self._parts:
+                found.append(self._parts[merge, number])
+        self._over = merge
+        self._parts = {call: kept for call, kept in self._parts.items() if call[0] > merge}
         return found
 
     def _is_settled(self, merge: int, number: int) -> bool:
         return (merge, number) in self._parts or number not in self._peers or self._peers[number].lost
 
-    def _end(self, merge: int) -> None:
-        self._over = merge
-        self._parts = {call: kept for call, kept in self._parts.items() if call[0] > merge}
-
 
 class _Peer:
     """Another pool rank; what is sent to it before its link stands waits."""
 
-    def __init__(self, exchange: Exchange, number: int) -> None:
-        self.exchange, self.number, self.lost = exchange, number, False
+    def __init__(self, number: int) -> None:
+        self.number, self.lost = number, False
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._waiting: list[tuple[Header, Payload]] = []
         self._closed = False
 
-    def open(self, connect: Connect, name: str, side: Literal["base", "pool"]) -> None:
-        """Waits for the other end."""
-        try:
-            link = connect(name, side, lambda arrived: self.exchange.came(self, arrived[1]))
-        except RuntimeError as error:
-            self.exchange.came(self, LinkLost(str(error)))
-            return
+    def stands(self, link: Link) -> None:
+        """Its link is there."""
         with self._lock:
             if self._closed:
                 link.close()
@@ -224,12 +273,15 @@ class _Peer:
             self._waiting.clear()
 
     def send(self, header: Header, tensors: Payload) -> None:
-        """Sends, or keeps for later; called by several threads."""
+        """Sends, or keeps for later."""
         with self._lock:
             if self._link is not None:
                 self._transmit(self._link, header, tensors)
             elif not (self.lost or self._closed):
                 self._waiting.append((header, tensors))
+            link = self._link
+        if link is not None:
+            link.drain(_UNSENT)
 
     def close(self) -> None:
         """Ends the link, now or once it stands."""
@@ -243,6 +295,12 @@ class _Peer:
     def _transmit(self, link: Link, header: Header, tensors: Payload) -> None:
         try:
             link.send(header, tensors)
-            link.settle(link.messages_sent - _UNSETTLED)
         except LinkLost as error:
             link.fail(str(error))
+
+
+def _check_part(header: Header) -> None:
+    """Held against what another pool rank sends, before its body is received."""
+    _, nbytes = rooms(header)
+    if header.op != Op.ATTEND or header.status != Status.OK or not header.merge or nbytes > _PART_BYTES:
+        raise LinkLost(f"another pool rank sent op {header.op} with {nbytes} bytes")

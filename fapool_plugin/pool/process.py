@@ -2,20 +2,21 @@
 
     started --> serves --> last word said and flushed --> os._exit, never the interpreter's own end
 
-An interpreter that tears down while threads of stores and links are in C++ may abort (seen: exit code -6, a finished
-job reported as failed). Knows how a process is called, not what it does, nor who asked for it.
+An interpreter that tears down while threads are in C++ may abort (seen: exit code -6, a finished job reported as
+failed). Knows how a process is called, not what it does, nor who asked for it.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from fapool_plugin.config import MIB, FAPoolConfig
 
@@ -24,33 +25,43 @@ _SILENCE_FACTOR = 6
 
 
 def start(
-    name: str, store: str, config: FAPoolConfig, *, device: str, bind: str = "", node: int = 0, stay: bool = False
+    use: Literal["link", "listen"],
+    sock: socket.socket,
+    config: FAPoolConfig,
+    *,
+    device: str,
+    node: int = 0,
+    key_file: str | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a pool rank that ends with this process, or when its standard input is closed.
+    """Starts a pool rank that ends with this process.
 
     Args:
-        name: by which links to it are asked for.
-        store: HOST:PORT where base and pool ranks meet.
+        use: whether it serves one base rank at the other end of ``sock`` and ends with it, or all that come to
+            the listener ``sock``. This process keeps its own descriptor.
         config: threads, memory, patience.
         device: torch device to compute on.
-        bind: address for its links; default: the store's host.
         node: number of the node it is on.
-        stay: whether it outlives its first link.
+        key_file: with the key of its links to other machines.
     """
-    command = [sys.executable, "-m", "fapool_plugin.pool.worker", "--store", store, "--name", name, "--device", device]
+    command = [sys.executable, "-m", "fapool_plugin.pool.worker", f"--{use}", str(sock.fileno()), "--device", device]
     command += ["--threads", str(config.threads_per_rank), "--parent", str(os.getpid()), "--node", str(node)]
     command += ["--memory-limit", str(config.memory_limit_mib * MIB), "--block", str(config.kv_block)]
-    command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s)), "--patience", str(config.timeout_s)]
-    command += [*(["--bind", bind] if bind else []), *(["--stay"] if stay else [])]
+    command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s))]
+    # The base gives a rank up that stands still for timeout_s: one that waits for another must have given up before.
+    command += ["--patience", str(config.timeout_s / 2)]
+    command += ["--link-key", key_file] if key_file is not None else []
     # The OpenMP runtime reads its team's size once, before torch can set it.
     environment = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}
-    # A store that is gone is how a job ends; torch would print a stack of its own for it.
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # A base that found this package by a path of its own must have ranks that find the same one.
     here = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=(sock.fileno(),),
+        start_new_session=True,
     )
 
 
@@ -74,8 +85,7 @@ def run_to_end(serve: Callable[[], object]) -> NoReturn:
 
 def end(process: subprocess.Popen[bytes], patience_s: float) -> None:
     """Ends such a process, by a word and then by force, and collects it."""
-    if process.stdin is not None:
-        process.stdin.close()
+    process.terminate()
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:

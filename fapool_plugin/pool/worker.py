@@ -9,29 +9,42 @@ from __future__ import annotations
 
 import argparse
 import os
-import threading
+import socket
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from datetime import timedelta
-from itertools import count
+from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.pool.exchange import Inbox, Payload, connect_at
+from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.process import run_to_end
+from fapool_plugin.pool.request import TileRequest, check_header
 from fapool_plugin.pool.store import CallStore, KeptTile, PrefixStore
-from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status, bits_float, elements
-from fapool_plugin.wire.rendezvous import wait_for_link_request
+from fapool_plugin.wire.key_file import read_key
+from fapool_plugin.wire.link import Link, first_line, watch_process
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.messages import (
+    PROTOCOL_VERSION,
+    STEP_S,
+    Header,
+    LinkLost,
+    Message,
+    Op,
+    Payload,
+    Status,
+    elements,
+)
+from fapool_plugin.wire.sockets import Listener
 
-_UNSETTLED = 8
-"""Replies that may be under way while the next request is computed."""
+_UNSENT = 8
+"""Replies that may wait to be sent while the next request is computed."""
+_SLOW_FLOPS_S = 2e9
+"""What a rank is taken to compute in a second until it has computed something."""
+_MEASURED_S = 0.01
+_FEWEST_QUERIES = 16
 
 
 class Worker:
@@ -51,8 +64,18 @@ class Worker:
         self.calls = CallStore(self.prefixes)
         self.lease: int | None = None
         self._holders: set[Link] = set()
+        self._flops_s = _SLOW_FLOPS_S
         self._kept_for: dict[Link, set[int]] = {}
         """Sequences of which calls are kept, by who asked for it."""
+
+    def link(self, sock: socket.socket, silence_s: float) -> Link:
+        """A base rank's, or another pool rank's, connection; lost when it is silent for so long."""
+        link = Link(
+            sock, self.inbox.loop, name="base", timeout_s=silence_s, asks=False, into=self.inbox.put,
+            steps=lambda: self.inbox.steps,
+        )  # fmt: skip
+        link.check = lambda header: check_header(header, self.prefixes.limit_bytes)
+        return link
 
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
@@ -65,9 +88,11 @@ class Worker:
             elif link.lost is None:
                 try:
                     self._handle(link, item)
-                except LinkLost:
-                    # It may be the base's word that was broken, not the connection: the base must learn of it.
-                    link.close()
+                except Exception as error:
+                    # Whatever it was about, the base learns that this was not computed, and others are served on.
+                    link.fail(first_line(error))
+                self.inbox.steps += 1
+            del item  # a body that waits for the next message would be kept
 
     def _handle(self, link: Link, message: Message) -> None:
         header = message.header
@@ -80,7 +105,7 @@ class Worker:
             if header.op == Op.ATTEND and header.keep == 2:
                 self._kept_for.setdefault(link, set()).add(header.sequence)
             self._answer(link, message)
-            link.settle(link.messages_sent - _UNSETTLED)
+            link.drain(_UNSENT)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
             self.calls.free(header.sequence)
@@ -132,9 +157,8 @@ class Worker:
                 known = self.calls.get(asked.sequence, asked.extra)
                 return _attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
-        request, computed = _Request(message, self.device), []
-        for *ranges, key_start, key_stop in message.tensors[0].tolist():
-            tile = Tile(*ranges)
+        request, computed = TileRequest(message, self.device), []
+        for tile, key_start, key_stop in request.entries:
             new_k, new_v = request.keys(tile, key_stop - key_start)
             if asked.keep != 1:
                 keys = slice(tile.k_start - key_start, tile.k_stop - key_start)
@@ -146,11 +170,7 @@ class Worker:
                     return asked._replace(status=Status.STALE), ()
                 k, v = self.prefixes.get(*where)
             q, k, v = (x.transpose(1, 2) for x in (request.queries(tile), k, v))
-            out, lse = attend(
-                q, k, v,
-                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start, softcap=request.softcap,
-            )  # fmt: skip
-            computed.append(KeptTile(q, k, v, out, lse))
+            computed.append(KeptTile(q, k, v, *self._attend(request, tile, q, k, v)))
         if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
             asked = asked._replace(keep=0)
         return _attended(asked, computed, began)
@@ -158,25 +178,22 @@ class Worker:
     def backward(self, message: Message) -> tuple[Header, Payload]:
         """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with
         no tensors, if a kept call it assumes is not here."""
-        began, asked, table = time.perf_counter_ns(), message.header, message.tensors[0].tolist()
+        began, asked, request = time.perf_counter_ns(), message.header, TileRequest(message, self.device)
         kept = self.calls.pop(asked.sequence, asked.extra) if asked.keep else []
-        if kept is None or (asked.keep and len(kept) != len(table)):
+        if kept is None or (asked.keep and len(kept) != len(request.entries)):
             return asked._replace(status=Status.STALE), ()
-        request, dqs, dks, dvs = _Request(message, self.device), [], [], []
-        for index, ranges in enumerate(table):
-            tile = Tile(*ranges[:8])
+        dqs, dks, dvs = [], [], []
+        for index, (tile, _, _) in enumerate(request.entries):
             if asked.keep:
                 q, k, v, out, lse = kept[index]
+                if q.shape[:3] != tuple(request.sizes(tile)[at] for at in (0, 2, 1)):
+                    raise LinkLost(f"asked for gradients of {tile}, and the call that is kept has others")
             else:
                 keys = request.keys(tile, tile.k_stop - tile.k_start)
                 q, k, v = (x.transpose(1, 2) for x in (request.queries(tile), *keys))
             if asked.keep < 2:
                 out, lse = request.results(tile)
-            dout = request.dout(tile)
-            dq, dk, dv = attend_backward(
-                dout, q, k, v, out, lse,
-                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start, softcap=request.softcap,
-            )  # fmt: skip
+            dq, dk, dv = self._attend_backward(request, tile, request.dout(tile), q, k, v, out, lse)
             # Heads first, as all that travels.
             dqs.append(dq.transpose(1, 2))
             dks.append(dk.transpose(1, 2))
@@ -191,6 +208,55 @@ class Worker:
         )
         return header, (dqs, dks, dvs)
 
+    def _attend(self, request: TileRequest, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a tile, in bands of queries."""
+        outs, lses = [], []
+        for band in self._bands(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
+            out, lse = attend(
+                q[:, band], k, v,
+                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
+                softcap=request.softcap,
+            )  # fmt: skip
+            outs.append(out)
+            lses.append(lse)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=1), torch.cat(lses, dim=2))
+
+    def _attend_backward(
+        self, request: TileRequest, tile: Tile, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dq, dk, dv) of a tile, in bands of queries."""
+        dqs, sums = list[Tensor](), list[Tensor]()
+        for band in self._bands(q.shape[1], 10 * q[:, 0].numel() * k.shape[1]):
+            dq, dk, dv = attend_backward(
+                dout[:, band], q[:, band], k, v, out[:, band], lse[:, :, band],
+                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
+                softcap=request.softcap,
+            )  # fmt: skip
+            dqs.append(dq)
+            sums = [dk, dv] if not sums else [sums[0].add_(dk), sums[1].add_(dv)]
+        return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1), sums[0], sums[1]
+
+    def _bands(self, queries: int, flops: int) -> Iterator[slice]:
+        """Runs of queries that should take no longer than a step each, by the speed of those before; ``flops`` of
+        each query."""
+        start = 0
+        while start < queries:
+            stop = min(queries, start + max(_FEWEST_QUERIES, int(self._flops_s * STEP_S / flops)))
+            began = time.perf_counter()
+            yield slice(start, stop)
+            took_s = time.perf_counter() - began
+            if took_s > _MEASURED_S:
+                self._flops_s = (stop - start) * flops / took_s
+            self.inbox.steps += 1
+            start = stop
+
+
+def end_with_parent(loop: Loop, parent: int) -> None:
+    """Ends this process once its parent is gone."""
+    watch_process(loop, parent, lambda: os._exit(0))
+    if os.getppid() != parent:
+        os._exit(0)  # it was gone before it was watched
+
 
 def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header, Payload]:
     """The reply to ATTEND with the results of these tiles."""
@@ -200,123 +266,41 @@ def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header,
     return header._replace(extra=took, clock=began), (outs, lses)
 
 
-class _Request:
-    """Reads a request's flat payload tile by tile."""
-
-    def __init__(self, message: Message, device: torch.device) -> None:
-        self.header = message.header
-        self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:4])
-        self._results = [tensor.to(device) for tensor in message.tensors[4:7]]
-        self._q_at = self._k_at = self._v_at = self._row_at = self._dout_at = 0
-        self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
-
-    def queries(self, tile: Tile) -> Tensor:
-        """The next tile's queries, (rows, H, S, D)."""
-        rows, heads, length = self._sizes(tile)
-        self._q_at, start = self._q_at + rows * heads * length * self.header.head_dim, self._q_at
-        return self._q[start : self._q_at].view(rows, heads, length, self.header.head_dim)
-
-    def results(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """The next tile's outputs (rows, S, H, E) and LSEs (rows, H, S)."""
-        (rows, heads, length), dim = self._sizes(tile), self.header.v_head_dim
-        self._row_at, start = self._row_at + rows * heads * length, self._row_at
-        out = self._results[0][start * dim : self._row_at * dim].view(rows, length, heads, dim)
-        return out, self._results[1][start : self._row_at].view(rows, heads, length)
-
-    def dout(self, tile: Tile) -> Tensor:
-        """The gradients of the next tile's outputs, (rows, S, H, E)."""
-        (rows, heads, length), dim = self._sizes(tile), self.header.v_head_dim
-        self._dout_at, start = self._dout_at + rows * heads * length * dim, self._dout_at
-        return self._results[2][start : self._dout_at].view(rows, length, heads, dim)
-
-    def keys(self, tile: Tile, length: int) -> tuple[Tensor, Tensor]:
-        """The next tile's new keys (rows, K, T, D) and values (rows, K, T, E)."""
-        self._k_at, k_start = self._k_at + tile.lanes * length * self.header.head_dim, self._k_at
-        self._v_at, v_start = self._v_at + tile.lanes * length * self.header.v_head_dim, self._v_at
-        shape = tile.row_stop - tile.row_start, tile.head_stop - tile.head_start, length
-        k = self._k[k_start : self._k_at].view(*shape, self.header.head_dim)
-        return k, self._v[v_start : self._v_at].view(*shape, self.header.v_head_dim)
-
-    def _sizes(self, tile: Tile) -> tuple[int, int, int]:
-        """Rows, query heads, and queries of each."""
-        heads = (tile.head_stop - tile.head_start) * self.header.group
-        return tile.row_stop - tile.row_start, heads, tile.q_stop - tile.q_start
-
-
-def end_with_parent(parent: int) -> None:
-    """Ends this process once its parent is gone: its standard input closes, or it is adopted."""
-
-    def read() -> None:
-        while os.read(0, 1):
-            pass
-        os._exit(0)
-
-    def poll() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(0)
-
-    for target in (read, poll):
-        threading.Thread(target=target, daemon=True).start()
-
-
-def _accept(connect: Callable[[str], Link], store: dist.Store, name: str) -> None:
-    """Opens every link that is asked for, until the store is gone."""
-
-    def open_link(link: str) -> None:
-        # Whoever asked and does not come learns it at the other end.
-        with suppress(RuntimeError):
-            connect(link)
-
-    with suppress(RuntimeError):
-        for number in count(1):
-            link = wait_for_link_request(store, name, number)
-            threading.Thread(target=open_link, args=(link,), name=f"fapool {link}", daemon=True).start()
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry of a pool rank's process."""
     parser = argparse.ArgumentParser(prog="python -m fapool_plugin.pool.worker", description=__doc__)
-    parser.add_argument("--store", required=True, metavar="HOST:PORT", help="where base and pool ranks meet")
-    parser.add_argument("--name", required=True, help="by which links to it are asked for")
-    parser.add_argument("--bind", help="address for links; default: the store's host")
-    parser.add_argument(
-        "--stay", action="store_true", help="serve one base rank after the other; else end with the first"
-    )
+    served = parser.add_mutually_exclusive_group(required=True)
+    served.add_argument("--link", type=int, help="descriptor of a socket to a base rank: serve it, and end with it")
+    served.add_argument("--listen", type=int, help="descriptor of a listening socket: serve all who come, and stay")
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
     parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
     parser.add_argument("--block", type=int, default=256, help="positions by which storage grows")
     parser.add_argument(
-        "--silence", type=float, default=30.0, help="seconds without a heartbeat after which a lease ends"
+        "--silence", type=float, default=30.0, help="seconds without a word of a base rank after which its lease ends"
     )
     parser.add_argument("--patience", type=float, default=5.0, help="seconds to wait for what another pool rank sends")
     parser.add_argument("--node", type=int, default=0, help="number of the node this rank is on")
     parser.add_argument("--device", default="cpu", help="torch device to compute on")
+    parser.add_argument("--link-key", metavar="FILE", help="with the key of all links; default: they have none")
     parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
     options = parser.parse_args(arguments)
-    if options.parent:
-        end_with_parent(options.parent)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    host, port = options.store.rsplit(":", 1)
-    bind, silence = options.bind or host, options.silence
-
-    def client() -> dist.TCPStore:
-        # A store's client waits under a lock: whoever waits has one of its own.
-        return dist.TCPStore(host, int(port), None, False, timedelta(seconds=silence))
-
-    def connect(name: str) -> Link:
-        return Link(client(), name, "pool", timeout_s=silence, host=bind, into=inbox.put)
-
-    inbox = Inbox(connect_at(host, int(port), options.patience, bind), options.patience)
+    loop = Loop()
+    if options.parent:
+        end_with_parent(loop, options.parent)
+    key = read_key(options.link_key) if options.link_key is not None else None
+    inbox = Inbox(loop, options.patience, key)
     worker = Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node)
-    store = client()
-    store.set(f"{options.name}/ready", str(os.getpid()))
-    if options.stay:
-        threading.Thread(target=_accept, args=(connect, store, options.name), daemon=True).start()
-        worker.serve([], stay=True)
-    else:
-        worker.serve([connect(wait_for_link_request(store, options.name, 1))])
+
+    def accepted(sock: socket.socket) -> Link:
+        return worker.link(sock, options.silence)
+
+    if options.listen is not None:
+        Listener(socket.socket(fileno=options.listen), loop, accepted, key, options.patience)
+    worker.serve(
+        [accepted(socket.socket(fileno=options.link))] if options.link is not None else [], stay=options.link is None
+    )
 
 
 if __name__ == "__main__":

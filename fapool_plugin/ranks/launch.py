@@ -13,10 +13,12 @@ import os
 import re
 import secrets
 import socket
+import warnings
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -24,7 +26,8 @@ import torch.distributed as dist
 
 from fapool_plugin.config import MIB, FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.placement import Placement, place
-from fapool_plugin.wire.rendezvous import open_store
+from fapool_plugin.wire.key_file import lease_token, read_key
+from fapool_plugin.wire.sockets import is_loopback
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -56,6 +59,8 @@ class Launch:
     node: int
     device: str
     """For a pool rank."""
+    one_machine: bool
+    """Whether all ranks are on one machine, and can meet in its file system."""
 
     def store(self, timeout_s: float) -> dist.TCPStore:
         """A client of the store; whoever may wait needs one of its own."""
@@ -111,6 +116,7 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
     run = f"fapool/{environment.get('TORCHELASTIC_RUN_ID', 'run')}/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     local_rank = _number(environment, _LOCAL_RANK) or 0
     seat = {
+        "machine": _machine(),
         "node": _number(environment, _NODE),
         "local": local_rank,
         "host": socket.gethostname(),
@@ -130,24 +136,61 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
         ) from None
     placement = place(_nodes(seats), config.pool_ranks, config.pool_placement)
     _check_memory(placement, seats, config)
+    one_machine, bind = len({seat["machine"] for seat in seats}) == 1, _address_towards(host, port)
+    key = None if one_machine else link_key(config, bind, warns=rank == 0)
     is_pool, node = rank in placement.pool, placement.nodes[rank]
     launch = Launch(
         host=host,
         port=port,
         run=run,
-        token=int(store.get(f"{run}/token")),
-        bind=_address_towards(host, port),
+        token=lease_token(key, run) if key is not None else int(store.get(f"{run}/token")),
+        bind=bind,
         base_ranks=len(placement.base),
         pool_ranks=len(placement.pool),
         number=(placement.pool if is_pool else placement.base).index(rank),
         is_pool=is_pool,
         node=node,
         device=f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu",
+        one_machine=one_machine,
     )
     if not is_pool:
         environment.update(_world_of_base_ranks(placement, launch, local_rank, host, environment))
         JOINED.set(launch)
     return launch, store
+
+
+def link_key(config: FAPoolConfig, bind: str, *, warns: bool = False) -> bytes | None:
+    """The key of links between machines, at the address ``bind``; None: they have none.
+
+    Raises:
+        FAPoolConfigError: there is none and they would be open to others, or it cannot be used.
+    """
+    if config.link_key_file is not None:
+        try:
+            return read_key(config.link_key_file)
+        except ValueError as error:
+            raise FAPoolConfigError(f"link_key_file: {error}") from None
+    if is_loopback(bind):
+        return None
+    if not config.insecure:
+        raise FAPoolConfigError(
+            f"ranks are on several machines and links at {bind} have no key: whoever reaches a port there could read "
+            "keys and values, or answer in a rank's place. Make a key (head -c 64 /dev/urandom > FILE; chmod 600 "
+            'FILE), copy it to every machine and set link_key_file to it; or set "insecure": true'
+        )
+    if warns:
+        warnings.warn(
+            f"fa_pool: links between machines, at {bind}, have no key (insecure: true): use this on networks where "
+            "you trust every process",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+def _machine() -> str:
+    """Alike for processes that see the same kernel and the same files."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/mnt').st_ino}"
 
 
 def _number(environment: MutableMapping[str, str], names: tuple[str, ...]) -> int | None:
@@ -180,7 +223,9 @@ def _meet(host: str, port: int, rank: int, config: FAPoolConfig) -> dist.TCPStor
                 f"rank 0 opens it there; can it be reached? ({str(error).splitlines()[0][:120]})"
             ) from None
     try:
-        return open_store(host, timeout, port)
+        # By itself a TCPStore listens on every interface.
+        listener = socket.create_server((host, port))
+        return dist.TCPStore(host, port, None, True, timeout, False, master_listen_fd=listener.detach())
     except OSError as error:
         why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
         raise FAPoolConfigError(

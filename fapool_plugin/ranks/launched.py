@@ -6,6 +6,7 @@ they are started, and not what they are asked to do.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from typing import Any
 
 from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.ranks.launch import Launch
-from fapool_plugin.wire.link import Link, first_line
-from fapool_plugin.wire.rendezvous import request_link
+from fapool_plugin.ranks.launch import Launch, link_key
+from fapool_plugin.wire.link import Link, first_line, watch_process
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.sockets import connect
 
-_LAST_S = 10.0
-"""For a link's threads to end; on a quiet machine they take milliseconds."""
 _OPERATION_S = 10.0
 """For single operations of the store; every wait of ours is a loop of them."""
 
@@ -50,6 +51,12 @@ class LaunchedPool:
     """Ranks that have been here once: one that is not ready again yet is not waited for."""
     _owner: int = field(default_factory=os.getpid)
     _client: Any = None
+    _loop: Loop = field(default_factory=Loop)
+    _key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if not self.launch.one_machine:
+            self._key = link_key(self.config, self.launch.bind)
 
     def new_token(self) -> int:
         """The lease that all base ranks of the job share."""
@@ -81,8 +88,8 @@ class LaunchedPool:
         if known is None:
             return ""
         known.link.fail(reason)
-        with suppress(RuntimeError):
-            self._store().set(f"{known.worker}/discarded", reason[:200])
+        known.link.close()
+        self._tell(f"{known.worker}/discarded", reason[:200])
         return f" (pid {known.pid})"
 
     def close(self) -> None:
@@ -92,41 +99,64 @@ class LaunchedPool:
         ranks, self._ranks = self._ranks, {}
         for rank in ranks.values():
             rank.link.close()
-        for rank in ranks.values():
-            # A thread that is still inside of gloo when the interpreter ends would abort it.
-            rank.link.join(_LAST_S)
+        self._loop.close()
 
     def _find(self, number: int, announce: Callable[[str], object]) -> _Rank:
-        store, key = self._store(), self.launch.pool_key(number)
+        key = self.launch.pool_key(number)
         deadline = time.monotonic() + (0.0 if number in self._seen else self.config.start_timeout_s)
-        while not self._is_ready(key):
-            if store.check([f"{key}/gone"]):
-                raise RuntimeError(store.get(f"{key}/gone").decode())
+        while (ready := self._ready(key)) is None:
+            if gone := self._read(f"{key}/gone"):
+                raise RuntimeError(gone)
             if time.monotonic() > deadline:
                 if number in self._seen:
                     raise RanksStarting("is being started")
                 raise RuntimeError(f"was not ready within start_timeout_s = {self.config.start_timeout_s:g} s")
             time.sleep(0.02)
-        worker = store.get(key).decode()
+        worker, pid, address = ready
         announce(f"linking to pool rank {number}")
         # A worker that died a moment ago is not waited for as long as one that starts.
-        patience, limit = self.config.timeout_s, min(self.config.start_timeout_s, max(5.0, self.config.timeout_s))
-        name, own = request_link(store, worker), self.launch.store(limit)
+        limit, link = min(self.config.start_timeout_s, max(5.0, self.config.timeout_s)), None
         try:
-            link = Link(own, name, "base", timeout_s=patience, connect_timeout_s=limit, host=self.launch.bind)
-        except RuntimeError:
-            store.set(f"{worker}/discarded", "it was ready and opened no link")
-            raise
-        return _Rank(worker, int(store.get(f"{worker}/ready")), link)
+            if not address.startswith("unix:" if self.launch.one_machine else "tcp:"):
+                raise LinkLost("it is not where ranks of this launch listen")
+            sock = connect(address, limit, self._key, worker)
+            link = Link(
+                sock, self._loop, name=f"pool rank {number}", timeout_s=self.config.timeout_s, asks=True,
+                address=address,
+            )  # fmt: skip
+            if self.launch.one_machine:
+                watch_process(self._loop, pid, functools.partial(link.fail, f"its process {pid} has ended"))
+            link.wait_until_heard(limit)
+        except (OSError, LinkLost) as error:
+            if link is not None:
+                link.close()
+            self._tell(f"{worker}/discarded", "it was ready and opened no link")
+            raise RuntimeError(f"{address} opened no link: {first_line(error)}") from error
+        return _Rank(worker, pid, link)
 
-    def _is_ready(self, key: str) -> bool:
-        store = self._store()
-        if not store.check([key]):
-            return False
-        worker = store.get(key).decode()
-        return bool(store.check([f"{worker}/ready"])) and not store.check([f"{worker}/discarded"])
+    def _ready(self, key: str) -> tuple[str, int, str] | None:
+        """(name, process id, address) of the worker that a supervisor runs, when it can be reached."""
+        worker = self._read(key)
+        told = self._read(f"{worker}/ready") if worker else None
+        if not worker or not told or self._read(f"{worker}/discarded") is not None:
+            return None
+        pid, address = told.split(" ", 1)
+        return worker, int(pid), address
 
-    def _store(self) -> Any:
-        if self._client is None:
-            self._client = self.launch.store(_OPERATION_S)
-        return self._client
+    def _read(self, key: str) -> str | None:
+        """A key's value; None if it is not there. A connection that has broken is opened again, once."""
+        for last in (False, True):
+            try:
+                if self._client is None:
+                    self._client = self.launch.store(_OPERATION_S)
+                return self._client.get(key).decode() if self._client.check([key]) else None
+            except RuntimeError:
+                self._client = None
+                if last:
+                    raise
+        return None
+
+    def _tell(self, key: str, value: str) -> None:
+        with suppress(RuntimeError):
+            self._read(key)  # over a connection that stands
+            self._client.set(key, value)

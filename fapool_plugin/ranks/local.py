@@ -1,27 +1,27 @@
 """Pool ranks on this machine: processes that the base starts, and that end with it.
 
-Knows how to start and end them; what they are asked to do is not known here.
+Each is at the other end of a pair of sockets that was made before it: there is no port, no name and no file by which a
+stranger could come between. Knows how to start and end them; what they are asked to do is not known here.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.pool.process import end, start
-from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.rendezvous import open_store, request_link
-
-_HOST = "127.0.0.1"
-_LAST_S = 10.0
-"""For a link's threads to end; on a quiet machine they take milliseconds."""
+from fapool_plugin.wire.link import Link, watch_process
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.sockets import pair
 
 
 class LocalPool:
@@ -32,38 +32,41 @@ class LocalPool:
     """
 
     def __init__(self, config: FAPoolConfig) -> None:
-        self.config, self._owner = config, os.getpid()
-        self._store = open_store(_HOST, timedelta(seconds=config.start_timeout_s))
+        self.config, self._owner, self._loop = config, os.getpid(), Loop()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._links: dict[int, Link] = {}
-        self._started = 0
 
     def new_token(self) -> int:
-        """A lease of its own each time: nobody else uses these ranks."""
+        """A lease of its own each time: these ranks are no other job's."""
         return secrets.randbits(62)
 
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to all ranks, starting those that are missing. Raises RuntimeError if none can be started."""
+        """Links to all ranks, starting those that are missing; a warning says how many did not start. Raises
+        RuntimeError if none did."""
         for rank, link in list(self._links.items()):
-            if link.lost:
-                self.discard(rank, link.lost)
+            if link.lost or not link.heard:
+                self.discard(rank, link.lost or "its start was interrupted")
         missing = [rank for rank in range(self.config.pool_ranks) if rank not in self._links]
-        for rank in missing:
-            self.discard(rank, "its start was interrupted")
         if missing:
             announce(f"starting {len(missing)} local pool rank(s)")
-        names = {rank: self._start(rank) for rank in missing}
-        problems = []
-        for rank, name in names.items():
+        for rank in missing:
+            self._start(rank)
+        deadline, problems = time.monotonic() + self.config.start_timeout_s, []
+        for rank in missing:
             try:
-                self._wait_ready(rank, name)
-                self._links[rank] = self._connect(name)
-            except RuntimeError as error:
-                problems.append(str(error))
-                self.discard(rank, str(error))
+                self._links[rank].wait_until_heard(max(0.0, deadline - time.monotonic()))
+            except LinkLost as error:
+                problems.append(f"pool rank {rank}{self.discard(rank, str(error))}: {self._why(str(error))}")
         if not self._links:
             raise RuntimeError("; ".join(problems))
-        return dict(self._links)
+        if problems:
+            warnings.warn(
+                f"fa_pool: {len(problems)} of {self.config.pool_ranks} pool ranks did not start, and the others do "
+                f"their work: {'; '.join(problems)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return dict(sorted(self._links.items()))
 
     def pids(self) -> dict[int, int]:
         """Process ids by rank."""
@@ -74,11 +77,10 @@ class LocalPool:
         link, process = self._links.pop(rank, None), self._processes.pop(rank, None)
         if link is not None:
             link.fail(reason)
+            link.close()
         if process is None:
             return ""
         end(process, 0)
-        if link is not None:
-            link.join(_LAST_S)
         return f" (pid {process.pid})"
 
     def close(self) -> None:
@@ -89,32 +91,21 @@ class LocalPool:
         processes, self._processes = self._processes, {}
         for link in links.values():
             link.close()
+        self._loop.close()
         for process in processes.values():
             end(process, 2.0)
-        for link in links.values():
-            # A thread that is still inside of gloo when the interpreter ends would abort it.
-            link.join(_LAST_S)
 
-    def _start(self, rank: int) -> str:
-        self._started += 1
-        name = f"rank{rank}.{self._started}"
+    def _start(self, rank: int) -> None:
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        self._processes[rank] = start(name, f"{_HOST}:{self._store.port}", self.config, device=device)
-        return name
+        mine, its = pair()
+        try:
+            process = self._processes[rank] = start("link", its, self.config, device=device)
+        finally:
+            its.close()
+        link = self._links[rank] = Link(
+            mine, self._loop, name=f"pool rank {rank}", timeout_s=self.config.timeout_s, asks=True
+        )
+        watch_process(self._loop, process.pid, functools.partial(link.fail, f"its process {process.pid} has ended"))
 
-    def _connect(self, name: str) -> Link:
-        patience, limit = self.config.timeout_s, self.config.start_timeout_s
-        link = request_link(self._store, name)
-        return Link(self._store, link, "base", timeout_s=patience, connect_timeout_s=limit, host=_HOST)
-
-    def _wait_ready(self, rank: int, name: str) -> None:
-        deadline = time.monotonic() + self.config.start_timeout_s
-        process = self._processes[rank]
-        while not self._store.check([f"{name}/ready"]):
-            if process.poll() is not None:
-                raise RuntimeError(f"pool rank {rank} ended with exit code {process.returncode} before it was ready")
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"pool rank {rank} was not ready within start_timeout_s = {self.config.start_timeout_s:g} s"
-                )
-            time.sleep(0.01)
+    def _why(self, reason: str) -> str:
+        return f"{reason}; a pool rank has start_timeout_s = {self.config.start_timeout_s:g} s to start"

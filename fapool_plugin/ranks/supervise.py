@@ -6,15 +6,18 @@ computing. It knows processes and a few keys of the launch's store.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import FrameType
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.pool.process import end, start
 from fapool_plugin.ranks.launch import Launch
+from fapool_plugin.wire.sockets import listen
 
 _LOOK_S = 0.25
 _STORE_S = 5.0
@@ -32,6 +35,7 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
     lives, short_lives = 0, 0
     process: subprocess.Popen[bytes] | None = None
     worker, began = "", 0.0
+    folder = tempfile.mkdtemp(prefix="fapool-")  # of mode 0700
     try:
         while store.add(launch.over_key, 0) < launch.base_ranks:
             if process is not None and store.check([f"{worker}/discarded"]):
@@ -47,7 +51,8 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
             if process is None and short_lives < _SHORT_LIVES:
                 lives += 1
                 worker, began = f"{key}.{lives}", time.monotonic()
-                process = _start(launch, config, worker)
+                process, address = _start(launch, config, f"{folder}/{lives}")
+                store.set(f"{worker}/ready", f"{process.pid} {address}")
                 store.set(key, worker)
             time.sleep(_LOOK_S)
         if process is not None:
@@ -58,11 +63,16 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
     finally:
         if process is not None:
             end(process, 1.0)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(launch: Launch, config: FAPoolConfig, worker: str) -> subprocess.Popen[bytes]:
-    store = f"{launch.host}:{launch.port}"
-    return start(worker, store, config, device=launch.device, bind=launch.bind, node=launch.node, stay=True)
+def _start(launch: Launch, config: FAPoolConfig, path: str) -> tuple[subprocess.Popen[bytes], str]:
+    """(a worker, the address where it listens). Who connects before it serves waits there."""
+    listener, address = listen(f"unix:{path}" if launch.one_machine else f"tcp:{launch.bind}:0")
+    key_file = None if launch.one_machine else config.link_key_file
+    with listener:
+        process = start("listen", listener, config, device=launch.device, node=launch.node, key_file=key_file)
+        return process, address
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -258,7 +258,7 @@ def doctor(
 ) -> None:
     """Look at this machine and this installation: what is here, what is usable, and if not, why.
 
-    Exit code 0 if torch, gloo and transformers are usable, else 1.
+    Exit code 0 if torch, links and transformers are usable, else 1.
     """
     checks = examination.examine()
     examination.show(checks, as_json=as_json)

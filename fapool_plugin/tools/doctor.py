@@ -14,11 +14,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
@@ -27,9 +24,8 @@ from rich.table import Table
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
 
-_NEEDED = ("torch", "gloo", "transformers")
-_PATIENCE = timedelta(seconds=10)
-_HOST = "127.0.0.1"
+_NEEDED = ("torch", "links", "transformers")
+_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def examine() -> list[Check]:
     return [
         Check("Python", platform.python_version(), True, sys.executable),
         _torch(),
-        _tried("gloo", "", "two members exchanged tensors on loopback", _exchange),
+        _tried("links", "", "two ends exchanged tensors over a pair of sockets", _exchange),
         _nccl(),
         _installed("flash-attn", "flash_attn", "flash", needs_cuda=True),
         _installed("deepspeed", "deepspeed", "deepspeed"),
@@ -119,44 +115,43 @@ def _torch() -> Check:
 
 
 def _exchange() -> None:
-    """Builds a two-member gloo group in this process and sends one tensor there and back."""
+    """Opens a link within this process and sends one tensor there and back."""
     import torch
-    import torch.distributed as dist
 
-    from fapool_plugin.wire.rendezvous import open_store
+    from fapool_plugin.wire.link import Link
+    from fapool_plugin.wire.loop import Loop
+    from fapool_plugin.wire.messages import TILE_FIELDS, Header, Op
+    from fapool_plugin.wire.sockets import pair
 
-    gloo: Any = dist.ProcessGroupGloo
-    keeper = open_store(_HOST, _PATIENCE)
-
-    def member(rank: int) -> float:
-        # A client that waits keeps its connection, so each member has one of its own.
-        store = dist.TCPStore(_HOST, keeper.port, None, False, _PATIENCE, False)
-        options = gloo._Options()
-        options._timeout, options._threads = _PATIENCE, 1
-        options._devices = [gloo.create_device(hostname=_HOST)]
-        group = gloo(dist.PrefixStore("doctor", store), rank, 2, options)
-        sent, got = torch.full((4,), float(rank + 1)), torch.zeros(4)
-        works = [group.send([sent], 1 - rank, 0), group.recv([got], 1 - rank, 0)]
-        for work in works:
-            work.wait()
-        return float(got.sum())
-
-    with ThreadPoolExecutor(2) as team:
-        sums = list(team.map(member, (0, 1)))
-    if sums != [8.0, 4.0]:
-        raise RuntimeError(f"members received sums {sums}, not [8.0, 4.0]")
+    loop = Loop()
+    base, rank = (
+        Link(end, loop, name="doctor", timeout_s=_PATIENCE_S, asks=asks)
+        for end, asks in zip(pair(), (True, False), strict=True)
+    )
+    try:
+        base.wait_until_heard(_PATIENCE_S)
+        sent, none, header = torch.full((4,), 2.0), torch.zeros(0), Header(op=Op.ATTEND, q_elements=4)
+        for one, other in ((base, rank), (rank, base)):
+            one.send(header, [torch.zeros((0, TILE_FIELDS), dtype=torch.int64), sent, none, none])
+            sent = other.receive(_PATIENCE_S).tensors[1] * 2
+        if sent.tolist() != [8.0] * 4:
+            raise RuntimeError(f"{sent.tolist()} came back, not {[8.0] * 4}")
+    finally:
+        for end in (base, rank):
+            end.close()
+        loop.close()
 
 
 def _nccl() -> Check:
     if not _cuda_devices():
-        return Check("NCCL", "", False, "needs CUDA; links use gloo")
+        return Check("NCCL", "", False, "needs CUDA; links use sockets")
     import torch
     import torch.distributed as dist
 
     if not dist.is_nccl_available():
-        return Check("NCCL", "", False, "this torch is built without it; links use gloo")
+        return Check("NCCL", "", False, "this torch is built without it; links use sockets")
     version = ".".join(str(part) for part in torch.cuda.nccl.version())
-    return Check("NCCL", version, True, "available, not tried; links use gloo")
+    return Check("NCCL", version, True, "available, not tried; links use sockets")
 
 
 def _installed(name: str, module: str, extra: str, *, needs_cuda: bool = False) -> Check:

@@ -5,20 +5,32 @@ Nothing that came over a wire is unpickled. What the tensors mean, and how bytes
 
 from __future__ import annotations
 
+import ctypes
 import math
+import socket
 import struct
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 TILE_FIELDS, PART_FIELDS = 10, 4
-INLINE_BYTES = 4096
-"""Payloads up to this size travel in the frame of their header: a decode step is one transfer each way."""
+HEADER_BYTES = 256
+"""Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""
+STEP_S = 0.5
+"""A pool rank does its work in steps that should take no longer, so that it can tell how it gets on."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ALIGNED = 64
+"""Tensors start at multiples of so many bytes, where kernels read them fastest."""
+_ADDRESS_BYTES = 256
+
+Payload = Sequence[torch.Tensor | Sequence[torch.Tensor]]
+"""Tensors in a header's order; a list of tensors stands for their elements end to end."""
 
 
 class Op(IntEnum):
@@ -28,7 +40,7 @@ class Op(IntEnum):
     ATTEND = 2
     FREE = 3
     RELEASE = 4
-    BYE = 5
+    BEAT = 5
     PEER = 6
     BACKWARD = 7
 
@@ -45,7 +57,7 @@ class Status(IntEnum):
 
 
 class LinkLost(RuntimeError):
-    """The other end of a link died, fell silent or broke the protocol."""
+    """The other end of a link died, fell silent, stood still or broke the protocol."""
 
 
 class Header(NamedTuple):
@@ -78,10 +90,11 @@ class Header(NamedTuple):
     scale_bits: int = 0
     softcap_bits: int = 0
     extra: int = 0
-    """Requests: a kept call's number, 0 for none. PEER: the link's number. HELLO's reply: the rank's memory limit in
+    """Requests: a kept call's number, 0 for none. PEER: the link's name. HELLO's reply: the rank's memory limit in
     bytes. Other replies: nanoseconds spent computing."""
     clock: int = 0
-    """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO."""
+    """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO. BEAT's reply: steps
+    that the rank has done so far."""
     merge: int = 0
     """The attention call, by one number at all pool ranks that work on it together; 0: each works alone."""
     number: int = 0
@@ -92,10 +105,11 @@ class Header(NamedTuple):
     """Ranks listed: those whose answers are merged into ATTEND's."""
     parts: int = 0
     """Merged answers: how many ranks' parts they report on."""
+    address: int = 0
+    """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message."""
 
 
-_HEADER_BYTES = 256
-"""Of a frame, whatever the version: up to 32 fields, so that a frame's length, and where its payload begins, stay."""
+_PACKED = struct.Struct(f"<{len(Header())}q")
 
 
 def float_bits(value: float) -> int:
@@ -115,36 +129,71 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPES.index(dtype)
 
 
-def payload(header: Header) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor that follows ``header``, in order. Raises LinkLost if it makes no sense."""
-    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.BACKWARD):
-        return []
-    sizes = [header.tiles, header.q_elements, header.k_elements, header.v_elements, header.lse_elements]
-    sizes += [header.peers, header.parts]
-    backward = header.op == Op.BACKWARD
+def header_bytes(header: Header) -> bytes:
+    """A header as it travels."""
+    return _PACKED.pack(*header).ljust(HEADER_BYTES, b"\0")
+
+
+def header_of(data: bytes | bytearray) -> Header:
+    """The header in the first ``HEADER_BYTES`` bytes of a message."""
+    return Header(*_PACKED.unpack_from(data))
+
+
+class Room(NamedTuple):
+    """Where one tensor is in a message's body."""
+
+    start: int
+    stop: int
+    """In bytes."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    elements: int
+
+
+def rooms(header: Header) -> tuple[tuple[Room, ...], int]:
+    """(every tensor that follows ``header``, in order; bytes of the body). Raises LinkLost if it makes no sense."""
+    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.BACKWARD, Op.PEER):
+        return (), 0
+    return _rooms(
+        header.op, header.status, header.dtype, header.keep, header.tiles, header.q_elements, header.k_elements,
+        header.v_elements, header.lse_elements, header.v_head_dim, header.merge, header.peers, header.parts,
+        header.address,
+    )  # fmt: skip
+
+
+@lru_cache(4096)
+def _rooms(
+    op: int, status: int, dtype_index: int, keep: int, tiles: int, q_elements: int, k_elements: int, v_elements: int,
+    lse_elements: int, v_head_dim: int, merge: int, peers: int, reported: int, address: int,
+) -> tuple[tuple[Room, ...], int]:  # fmt: skip
+    sizes = [tiles, q_elements, k_elements, v_elements, lse_elements, v_head_dim, peers, reported, address]
+    backward = op == Op.BACKWARD
     # Gradients are not merged on their way.
-    if not 0 <= header.dtype < len(_DTYPES) or min(sizes) < 0 or (backward and any([*sizes[5:], header.merge])):
-        raise LinkLost(f"malformed header {tuple(header)}")
-    dtype = _DTYPES[header.dtype]
+    together = backward and any((peers, reported, merge))
+    if not 0 <= dtype_index < len(_DTYPES) or min(sizes) < 0 or together or address > _ADDRESS_BYTES:
+        raise LinkLost(f"malformed header: op {op}, status {status}, dtype {dtype_index}, sizes {sizes}")
+    dtype = _DTYPES[dtype_index]
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v, lse = ((elements,) for elements in sizes[1:5])
-    table: tuple[tuple[int, ...], torch.dtype] = (header.tiles, TILE_FIELDS), torch.int64
+    table: tuple[tuple[int, ...], torch.dtype] = (tiles, TILE_FIELDS), torch.int64
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if header.status == Status.REQUEST:
+    if op == Op.PEER:
+        parts = [((address,), torch.uint8)] if address else []
+    elif status == Status.REQUEST:
         parts += [table, (q, dtype), (k, dtype), (v, dtype)]
         if backward:
-            out, sent = (header.lse_elements * header.v_head_dim,), header.keep != 2
+            out, sent = (lse_elements * v_head_dim,), keep != 2
             parts += [(out if sent else (0,), dtype), (lse if sent else (0,), exact), (out, dtype)]
-        parts += [((header.peers,), torch.int64)] if header.peers else []
-    elif header.status == Status.OK:
+        parts += [((peers,), torch.int64)] if peers else []
+    elif status == Status.OK:
         parts += [(q, exact), (k, exact), (v, exact)] if backward else [(q, dtype), (lse, exact)]
-        parts += [table, ((header.parts, PART_FIELDS), torch.int64)] if header.parts else []
-    return parts
-
-
-def frame_bytes() -> int:
-    """Bytes of every message's first transfer: the header, and room for a small payload."""
-    return _HEADER_BYTES + INLINE_BYTES
+        parts += [table, ((reported, PART_FIELDS), torch.int64)] if reported else []
+    found, at = [], 0
+    for shape, kind in parts:
+        elements = math.prod(shape)
+        found.append(Room(at, at + elements * kind.itemsize, shape, kind, elements))
+        at += -(-elements * kind.itemsize // _ALIGNED) * _ALIGNED
+    return tuple(found), at
 
 
 class Message(NamedTuple):
@@ -152,34 +201,32 @@ class Message(NamedTuple):
 
     header: Header
     tensors: list[torch.Tensor]
+    socket: socket.socket | None = None
+    """One that came with it."""
 
 
-class Wire:
-    """A message's bytes: a frame, and a body if the payload does not fit into the frame. Tensors start at multiples
-    of 64 bytes, where kernels read them fastest. In host memory, whatever torch's default device is."""
+def tensors_of(header: Header, body: memoryview | None) -> list[torch.Tensor]:
+    """The tensors in the bytes of a body, without a copy; None: there is none. They keep its memory."""
+    found = []
+    for start, _, shape, dtype, size in rooms(header)[0]:
+        if size and body is not None:
+            x = torch.frombuffer(body, dtype=dtype, count=size, offset=start)
+            found.append(x if len(shape) == 1 else x.view(shape))
+        else:
+            found.append(_nothing(shape, dtype))
+    return found
 
-    def __init__(self, header: Header, frame: torch.Tensor) -> None:
-        self.frame, parts = frame, payload(header)
-        starts, stop = [], 0
-        for shape, dtype in parts:
-            starts.append(stop)
-            stop += -(-math.prod(shape) * dtype.itemsize // 64) * 64
-        inline = frame[_HEADER_BYTES:]
-        self.body = torch.empty(stop, dtype=torch.uint8, device="cpu") if stop > INLINE_BYTES else None
-        place = inline if self.body is None else self.body
-        self.tensors = [
-            place[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for start, (shape, dtype) in zip(starts, parts, strict=True)
-        ]
 
-    @property
-    def transfers(self) -> list[torch.Tensor]:
-        """What goes over the wire, in order."""
-        return [self.frame] if self.body is None else [self.frame, self.body]
+@lru_cache(256)
+def _nothing(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
-    @property
-    def nbytes(self) -> int:
-        return sum(transfer.numel() for transfer in self.transfers)
+
+def body_memory(nbytes: int) -> memoryview:
+    """Memory for a body. Not torch's: it may be asked for in any of torch's modes, and for small ones that is slow."""
+    room = np.empty(nbytes + _ALIGNED, dtype=np.uint8)
+    start = -room.ctypes.data % _ALIGNED
+    return memoryview(room[start : start + nbytes].data)
 
 
 def elements(tensors: Iterable[torch.Tensor]) -> int:
@@ -187,16 +234,63 @@ def elements(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.numel() for x in tensors)
 
 
-def fill(wire: Wire, header: Header, tensors: Sequence[torch.Tensor | Sequence[torch.Tensor]]) -> None:
-    """Writes header and payload into ``wire``. Raises ValueError if they do not agree."""
-    wire.frame[: 8 * len(header)].view(torch.int64).copy_(torch.tensor(header, dtype=torch.int64, device="cpu"))
+def memory_of(x: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, whatever its dtype; they keep it."""
+    memory = (ctypes.c_char * (x.numel() * x.itemsize)).from_address(x.data_ptr())
+    memory.owner = x  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
+
+
+class Packed(NamedTuple):
+    """A message as it goes out."""
+
+    buffers: list[bytes | memoryview]
+    borrowed: list[bool]
+    """Of each buffer, whether it is memory that the caller may write to again."""
+    nbytes: int
+
+
+def packed(header: Header, tensors: Payload) -> Packed:
+    """A message's bytes. Tensors in one piece in host memory are not copied; others are, end to end.
+
+    Raises:
+        ValueError: the payload is not what the header announces.
+    """
+    announced, nbytes = rooms(header)
+    if len(tensors) != len(announced):
+        raise _refused(header, tensors)
+    buffers: list[bytes | memoryview] = [header_bytes(header)]
+    borrowed, at = [False], 0
+    for part, (start, stop, _, dtype, size) in zip(tensors, announced, strict=True):
+        whole = part if isinstance(part, torch.Tensor) else part[0] if len(part) == 1 else None
+        if whole is None and elements(part) == size and all(x.dtype == dtype for x in part if x.numel()):
+            whole = _gathered(part, dtype, size) if size else None
+        elif whole is None or whole.numel() != size or (size and whole.dtype != dtype):
+            raise _refused(header, tensors)
+        if whole is None or not size:
+            continue
+        is_borrowed = whole.is_cpu and whole.is_contiguous()
+        if start > at:
+            buffers.append(bytes(start - at))
+            borrowed.append(False)
+        buffers.append(memory_of(whole if is_borrowed else _gathered([whole], dtype, size)))
+        borrowed.append(is_borrowed)
+        at = stop
+    if nbytes > at:
+        buffers.append(bytes(nbytes - at))
+        borrowed.append(False)
+    return Packed(buffers, borrowed, HEADER_BYTES + nbytes)
+
+
+def _refused(header: Header, tensors: Payload) -> ValueError:
     given = [[part] if isinstance(part, torch.Tensor) else list(part) for part in tensors]
-    elements = [(sum(t.numel() for t in parts), {t.dtype for t in parts if t.numel()}) for parts in given]
-    expected = [(room.numel(), {room.dtype} if room.numel() else set()) for room in wire.tensors]
-    if elements != expected:
-        raise ValueError(f"a payload of {elements} is not what {header} announces: {expected}")
-    for room, parts in zip(wire.tensors, given, strict=True):
-        at = 0
-        for part in parts:
-            room.view(-1)[at : at + part.numel()].view(part.shape).copy_(part.detach())
-            at += part.numel()
+    told = [(elements(parts), {t.dtype for t in parts if t.numel()}) for parts in given]
+    return ValueError(f"a payload of {told} is not what {header} announces: {rooms(header)[0]}")
+
+
+def _gathered(parts: Iterable[torch.Tensor], dtype: torch.dtype, size: int) -> torch.Tensor:
+    together, at = torch.empty(size, dtype=dtype, device="cpu"), 0
+    for part in parts:
+        together[at : at + part.numel()].view(part.shape).copy_(part.detach())
+        at += part.numel()
+    return together

@@ -18,7 +18,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.messages import TILE_FIELDS, frame_bytes
+from fapool_plugin.wire.messages import HEADER_BYTES, TILE_FIELDS
 from tests.thread_pool import ThreadPool
 
 H, K, D, E = 6, 3, 8, 5
@@ -170,13 +170,14 @@ def test_the_bytes_sent_are_those_a_call_needs(managers: Callable[..., ResourceM
             rows = {i for h, i in mine if h == head}
             expected += 4 * ((max(rows) + 1) * (D + E) + len(rows) * (H // K) * D)
     sent = manager.counters.as_dict()["bytes_sent"] - before
-    overhead = 3 * (frame_bytes() + 8 * TILE_FIELDS * 2 + 3 * 8)
+    overhead = 3 * (HEADER_BYTES + 8 * TILE_FIELDS * 2 + 3 * 8)
     slack = 3 * 4 * ((D + E) + (H // K) * D) * 2  # a cut may fall one query to either side
     assert expected - slack <= sent <= expected + overhead + slack, (sent, expected)
     before = manager.counters.as_dict()["bytes_sent"]
     stream.call(1)
     step = manager.counters.as_dict()["bytes_sent"] - before
-    assert step == 3 * frame_bytes(), f"a decode step sent {step} bytes: keys, too?"
+    keys = 400 * K * (D + E) * 4
+    assert step < 3 * 1024 < keys, f"a decode step sent {step} bytes: keys, too?"
 
 
 def test_a_rank_that_evicted_the_keys_answers_stale_and_is_sent_them_again(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.base.lease import PoolRank
-from fapool_plugin.wire.messages import Op, frame_bytes
+from fapool_plugin.wire.messages import HEADER_BYTES, Op
 from tests.base.test_advisor import LAYERS, planned
 from tests.models import assert_close, eager, one_thread, random_ids, save_model
 
@@ -64,7 +64,7 @@ class Ledger:
 
     def take(self) -> tuple[int, int, int]:
         """(sent, needed, at most so much of headers and tables) since the last look."""
-        found = self.payload, self.needed, self.messages * (frame_bytes() + GAPS) + self.tables
+        found = self.payload, self.needed, self.messages * (HEADER_BYTES + GAPS) + self.tables
         self.payload = self.needed = self.messages = self.tables = 0
         return found
 
@@ -73,10 +73,10 @@ class Ledger:
 def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     ledger, ask = Ledger(), PoolRank.ask
 
-    def asked(self: PoolRank, header: Any, tensors: Any) -> int:
+    def asked(self: PoolRank, header: Any, tensors: Any, expected: Any) -> int:
         kept = header.keep == 2 and header.extra > 0
         ledger.note(self.number, header.layer, list(tensors), backward=header.op == Op.BACKWARD, kept=kept)
-        return ask(self, header, tensors)
+        return ask(self, header, tensors, expected)
 
     monkeypatch.setattr(PoolRank, "ask", asked)
     return ledger
@@ -110,7 +110,7 @@ def test_a_prompt_and_its_steps_send_the_least(
         if share == 0.0 and ranks == 1:
             # By closed form, too: everything goes to the only rank.
             assert sent == LAYERS * 2 * 3 * LONG * (QUERY + POSITION), sent
-        greetings = ranks * frame_bytes()
+        greetings = ranks * HEADER_BYTES
         assert sent <= stats_sent() <= sent + headers + greetings
         for step in range(3):
             before = stats_sent()
@@ -171,7 +171,7 @@ def test_a_step_of_training_sends_the_least(
             rows = LAYERS * 2 * 3 * LONG
             assert sent == rows * (3 * QUERY + GROUP * FP32 + POSITION), sent
             received = after["bytes_received"] - before["bytes_received"]
-            assert 0 <= received - rows * (QUERY + POSITION) <= LAYERS * (frame_bytes() + GAPS), received
+            assert 0 <= received - rows * (QUERY + POSITION) <= LAYERS * (HEADER_BYTES + GAPS), received
 
 
 @pytest.mark.parametrize("checkpointed", [None, True, False], ids=["plain", "reentrant", "not reentrant"])

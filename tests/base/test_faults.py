@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +20,7 @@ from torch import Tensor
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.ranks.local import LocalPool
-from fapool_plugin.wire.messages import Message, frame_bytes
+from fapool_plugin.wire.messages import Message
 from tests.models import eager, load_pooled, random_ids, save_model
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
@@ -107,29 +110,28 @@ def test_a_lost_rank_changes_no_token(
 def test_a_rank_killed_in_the_middle_of_a_message_changes_no_token(
     model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The frame is out, and then the other end is gone before the body."""
+    """The header is out, and then the other end is gone before the body."""
     struck: list[int] = []
 
     class Dying:
-        """A group that loses its peer after one send."""
+        """A socket that loses its peer after one header."""
 
-        def __init__(self, group: Any, pid: int) -> None:
-            self.group, self.pid, self.sends = group, pid, 0
+        def __init__(self, sock: Any, pid: int) -> None:
+            self.sock, self.pid = sock, pid
 
-        def send(self, tensors: Sequence[Tensor], *args: int) -> Any:
-            self.sends += 1
-            work = self.group.send(tensors, *args)
-            if self.sends == 1:
-                work.wait()
+        def sendmsg(self, buffers: Sequence[Any], rights: Any) -> int:
+            if not struck:
+                self.sock.sendall(buffers[0])
                 struck.append(self.pid)
                 os.kill(self.pid, signal.SIGKILL)
-            return work
+                return len(buffers[0])
+            return int(self.sock.sendmsg(buffers, rights))
 
-        def recv(self, *args: Any) -> Any:
-            return self.group.recv(*args)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.sock, name)
 
     def victim(rank: PoolRank) -> None:
-        rank.link._data = Dying(rank.link._data, pids(model.fa_pool)[rank.number])
+        monkeypatch.setattr(rank.link, "_socket", Dying(rank.link._socket, pids(model.fa_pool)[rank.number]))
 
     strike(monkeypatch, "ask", PREFILL_CALL, victim)
     generate_with_one_fault(model, expected, lambda: struck[0])
@@ -140,28 +142,60 @@ def test_a_rank_killed_in_the_middle_of_its_reply_changes_no_token(
 ) -> None:
     struck: list[int] = []
 
-    class Halved:
-        """A group whose peer dies once the reply's frame has come."""
-
-        def __init__(self, group: Any, pid: int) -> None:
-            self.group, self.pid = group, pid
-
-        def send(self, *args: Any) -> Any:
-            return self.group.send(*args)
-
-        def recv(self, tensors: Sequence[Tensor], *args: int) -> Any:
-            if tensors[0].numel() == frame_bytes() or struck:
-                return self.group.recv(tensors, *args)
-            struck.append(self.pid)
-            os.kill(self.pid, signal.SIGKILL)
-            psutil.wait_procs([psutil.Process(self.pid)], 5) if psutil.pid_exists(self.pid) else None
-            raise RuntimeError("Connection closed by peer")
-
     def victim(rank: PoolRank) -> None:
-        rank.link._data = Halved(rank.link._data, pids(model.fa_pool)[rank.number])
+        link, take = rank.link, rank.link._take
+
+        def halved() -> int:
+            if link._header is None or struck:
+                return take()
+            struck.append(pids(model.fa_pool)[rank.number])
+            os.kill(struck[0], signal.SIGKILL)
+            raise ConnectionResetError("half a reply has come")
+
+        monkeypatch.setattr(link, "_take", halved)
 
     strike(monkeypatch, "ask", PREFILL_CALL, victim)
     generate_with_one_fault(model, expected, lambda: struck[0])
+
+
+_HOLD = """
+import ctypes, os, sys
+pid, trace = int(sys.argv[1]), ctypes.CDLL(None).ptrace
+trace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+SEIZE, INTERRUPT = 0x4206, 0x4207
+held = trace(SEIZE, pid, None, None) == 0 and trace(INTERRUPT, pid, None, None) == 0
+print("held" if held else "not allowed", flush=True)
+while held and not os.WIFSIGNALED(os.waitpid(pid, 0x40000000)[1]):
+    pass
+"""
+"""Holds the main thread of a process, and no other one, until it is killed."""
+
+
+def test_a_rank_whose_main_thread_stands_still_changes_no_token(
+    model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heartbeats are answered all the time, as when a page of a file does not come, or a lock is not given back."""
+    struck: list[int] = []
+    holders: list[subprocess.Popen[str]] = []
+
+    def victim(rank: PoolRank) -> None:
+        struck.append(pids(model.fa_pool)[rank.number])
+        command = [sys.executable, "-c", _HOLD, str(struck[0])]
+        holders.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        assert holders[0].stdout is not None
+        if holders[0].stdout.readline() != "held\n":
+            pytest.skip("this machine does not let a process hold a thread of another")
+
+    strike(monkeypatch, "ask", DECODE_CALL, victim)
+    began = time.monotonic()
+    try:
+        generate_with_one_fault(model, expected, lambda: struck[0])
+        took = time.monotonic() - began
+        assert took < 3 * 2.0 + 5, f"it held the base for {took:.1f} s"
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
 
 
 def test_all_ranks_lost_and_the_next_lease_has_new_ones(
@@ -175,7 +209,7 @@ def test_all_ranks_lost_and_the_next_lease_has_new_ones(
             os.kill(pid, signal.SIGKILL)
         # Both are known to be lost before either is asked: in one and the same forward.
         for lost in model.fa_pool.ranks:
-            lost.link.join(10.0)
+            assert lost.link.loop.wait(lambda link=lost.link: link.lost)
 
     strike(monkeypatch, "ask", DECODE_CALL, victim)
     with pytest.warns(RuntimeWarning, match="lost"):

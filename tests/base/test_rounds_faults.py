@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -139,11 +140,12 @@ class Striker:
         """By (rank, layer): the queries times heads of each question of a prompt."""
 
     def kill(self, *ranks: int) -> None:
-        self.outstanding = self.asked - self.answered
+        self.outstanding, began = self.asked - self.answered, time.monotonic()
         for rank in ranks:
             os.kill(self.pids[rank], signal.SIGKILL)
             psutil.wait_procs([psutil.Process(self.pids[rank])], 5)
-            self.model.fa_pool.ranks[rank].link.join(10.0)
+            link = self.model.fa_pool.ranks[rank].link
+            assert link.loop.wait(lambda link=link: link.lost, lambda: began + 10)
 
     def stop(self) -> None:
         os.kill(self.pids[0], signal.SIGSTOP)
@@ -158,11 +160,11 @@ class Striker:
     def at_work(self) -> Iterator[None]:
         ask, answer = PoolRank.ask, PoolRank.answer
 
-        def asked(rank: PoolRank, header: Any, tensors: Any) -> int:
+        def asked(rank: PoolRank, header: Any, tensors: Any, expected: Any) -> int:
             if rank.number == 0:
                 self.asked += 1
                 self.strikes.get(self.asked, lambda _: None)(self)
-            call = ask(rank, header, tensors)
+            call = ask(rank, header, tensors, expected)
             queries = sum(Tile(*at[:8]).lanes * (at[5] - at[4]) for at in tensors[0].tolist())
             self.work.setdefault((rank.number, header.layer), []).append(queries)
             return call
@@ -228,7 +230,7 @@ def test_both_ranks_killed_in_the_second_round(folder: Path) -> None:
         counts = striker.counts
         assert counts["pooled_calls"] + counts["local_calls"] == LAYERS * BLOCKS
         assert counts["pooled_calls"] >= 4, "four blocks had been answered when they came to layer 1"
-        assert counts["local_calls"] >= BLOCKS, "nothing of layer 1 can have been answered"
+        assert counts["local_calls"] >= BLOCKS - 3, "of layer 1 three blocks were asked for, and may have been answered"
 
 
 @pytest.mark.processes
@@ -288,12 +290,12 @@ def meeting(self, x):
 LlamaMLP.forward = meeting
 original = PoolRank.ask
 
-def ask(rank, header, tensors):
+def ask(rank, header, tensors, expected):
     asked[0] += 1
     if me == victim and asked[0] == 4 + 2:
         os.kill(model.fa_pool._pool.pids()[0], signal.SIGKILL)
-        rank.link.join(10.0)
-    return original(rank, header, tensors)
+        rank.link.loop.wait(lambda: rank.link.lost)
+    return original(rank, header, tensors, expected)
 
 warnings.simplefilter("ignore")
 with model.fa_pool, torch.no_grad():

@@ -135,7 +135,7 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2, 3])
-@pytest.mark.parametrize("step", ["meet", "ask"])
+@pytest.mark.parametrize("step", ["introduce", "ask"])
 def test_a_rank_that_is_found_lost_while_all_are_asked(step: str, victim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {"reduction": "tree", "partition": "query_blocks"}
     with manager_of(pool_ranks=4, timeout_s=2.0, **keys) as manager, warnings.catch_warnings():

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.plan.profile import AttentionCost, Fit, LinearCost, LinkCost, Machine, Profile, Shape
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.pool.exchange import Exchange
-from fapool_plugin.wire.messages import frame_bytes
+from fapool_plugin.wire.messages import Message
 from tests.base.test_attention import D, E, H, K, Stream, check, dense
 from tests.models import Pair, assert_same_tokens, greedily, one_thread, padded_batch, save_model
 from tests.thread_pool import ThreadPool, closing_all
@@ -150,7 +151,8 @@ def test_a_tree_brings_the_base_one_result(managers: Make, fan_in: int) -> None:
     before = [rank.link.bytes_received for rank in manager.ranks]
     check(*stream.call(1), 2e-5)
     came = [rank.link.bytes_received - old for rank, old in zip(manager.ranks, before, strict=True)]
-    assert came == [frame_bytes(), 0, 0, 0, 0]
+    assert came[0] < 1024
+    assert came[1:] == [0, 0, 0, 0]
     known = [len(exchange._peers) for exchange in links_between(pool_of(manager))]
     assert known == ([2, 3, 1, 1, 1] if fan_in == 2 else [3, 2, 1, 1, 1])
 
@@ -162,17 +164,30 @@ def test_two_levels_bring_the_base_one_result_of_each_node(managers: Make) -> No
     before = [rank.link.bytes_received for rank in manager.ranks]
     check(*stream.call(1), 2e-5)
     came = [rank.link.bytes_received - old for rank, old in zip(manager.ranks, before, strict=True)]
-    assert came == [frame_bytes(), 0, frame_bytes(), 0, 0]
+    assert 0 < came[0] < 1024
+    assert 0 < came[2] < 1024
+    assert came[1] == came[3] == came[4] == 0
 
 
-def test_a_decode_step_without_help_is_one_message_each_way(managers: Make) -> None:
+def test_a_decode_step_without_help_is_one_message_each_way(managers: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = managers(pool_ranks=3)
     stream = Stream(manager, (0,))
     stream.call(400)
-    before = [(rank.link.bytes_sent, rank.link.bytes_received) for rank in manager.ranks]
+    sent, ask, answers = list[int](), PoolRank.ask, list[int]()
+    answer = PoolRank.answer
+
+    def asked(rank: PoolRank, *rest: Any) -> int:
+        sent.append(rank.number)
+        return ask(rank, *rest)
+
+    def answered(rank: PoolRank, call: int) -> Message:
+        answers.append(rank.number)
+        return answer(rank, call)
+
+    monkeypatch.setattr(PoolRank, "ask", asked)
+    monkeypatch.setattr(PoolRank, "answer", answered)
     stream.call(1)
-    after = [(rank.link.bytes_sent, rank.link.bytes_received) for rank in manager.ranks]
-    assert {(b - a, d - c) for (a, c), (b, d) in zip(before, after, strict=True)} == {(frame_bytes(), frame_bytes())}
+    assert sent == answers == [0, 1, 2]
     assert not links_between(pool_of(manager)), "ranks were introduced that need not know each other"
 
 
@@ -189,8 +204,10 @@ def test_a_lease_that_was_given_back_leaves_no_links(managers: Make) -> None:
         manager._release("test")
         for end in between:
             assert end is not None
-            end.join(5)
-            assert not any(thread.is_alive() for thread in end._threads)
+            deadline = time.monotonic() + 5
+            while not end.lost:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         deadline = time.monotonic() + 5
         while links_between(pool):
             assert time.monotonic() < deadline

@@ -200,7 +200,7 @@ class FakeRank:
         )
         self._reply = Header()
 
-    def ask(self, header: Header, tensors: Any) -> int:
+    def ask(self, header: Header, tensors: Any, expected: Any) -> int:
         tiles, *payload = tensors
         assert [t.numel() for t in payload] == [header.q_elements, header.k_elements, header.v_elements]
         assert len(tiles) == header.tiles

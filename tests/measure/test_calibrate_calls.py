@@ -65,9 +65,9 @@ def test_a_rank_is_kept_busy() -> None:
     answered: list[int] = []
 
     class Rank:
-        link = SimpleNamespace(messages_sent=0, settle=lambda through: None)
+        link = SimpleNamespace(drain=lambda messages: None)
 
-        def ask(self, header: Header, tensors: Any) -> int:
+        def ask(self, header: Header, tensors: Any, expected: Any) -> int:
             assert [t.numel() for t in tensors[1:]] == [header.q_elements, header.k_elements, header.v_elements]
             asked.append(len(asked))
             return asked[-1]

@@ -3,7 +3,7 @@ that is gone."""
 
 from __future__ import annotations
 
-import threading
+import socket
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -16,36 +16,41 @@ from torch import Tensor
 
 from fapool_plugin.kernels.forward import merge_
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.pool.exchange import Exchange, Inbox, connect_at
+from fapool_plugin.pool.exchange import Exchange, Inbox
 from fapool_plugin.pool.partial_results import PartialResults
-from fapool_plugin.wire.link import Link
+from fapool_plugin.pool.worker import Worker
+from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import TILE_FIELDS, Header, LinkLost, Message, Op, Status
-from tests.thread_pool import HOST, link_pair, make_store
+from fapool_plugin.wire.sockets import Listener, listen, pair
+from tests.thread_pool import link_pair, two_loops
 
 PATIENCE_S, TOKEN, GROUP, E = 1.0, 7, 2, 3
 NOTHING = torch.zeros(0)
 
 
 @pytest.fixture
-def meet() -> Iterator[Callable[[int], list[Exchange]]]:
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def meet(loop: Loop) -> Iterator[Callable[[int], list[Exchange]]]:
     """Makes so many ranks, each introduced to the next."""
-    store = make_store()
     made: list[Exchange] = []
 
     def together(ranks: int) -> list[Exchange]:
-        connect = connect_at(HOST, store.port, PATIENCE_S)
-        made.extend(Exchange(number, TOKEN, connect, PATIENCE_S) for number in range(ranks))
+        made.extend(Exchange(number, TOKEN, loop, PATIENCE_S) for number in range(ranks))
         for number in range(ranks - 1):
-            made[number].meet(number + 1, f"peer{number}")
-            made[number + 1].meet(number, f"peer{number}")
+            one, other = pair()
+            made[number].meet(number + 1, one)
+            made[number + 1].meet(number, other)
         return made
 
     yield together
     for exchange in made:
-        links = [peer._link for peer in exchange._peers.values() if peer._link is not None]
         exchange.close()
-        for link in links:
-            link.join(5)
 
 
 def request(merge: int, below: list[int]) -> Message:
@@ -116,15 +121,43 @@ def test_nobody_waits_for_a_rank_that_is_gone_or_unknown(meet: Callable[[int], l
     assert took < PATIENCE_S / 2, f"{took:.2f} s were waited"
 
 
-def test_a_rank_that_never_comes_is_given_up() -> None:
-    exchange = Exchange(0, TOKEN, connect_at(HOST, make_store().port, PATIENCE_S), PATIENCE_S)
-    exchange.meet(1, "peer1")
+def test_a_rank_that_never_comes_is_given_up(loop: Loop) -> None:
+    exchange = Exchange(0, TOKEN, loop, PATIENCE_S)
+    exchange.reach(1, "tcp:127.0.0.1:1", 7)
+    assert exchange._peers[1].lost
     exchange.send(1, *computed(request(1, [])))
-    deadline = time.monotonic() + 6 * PATIENCE_S
-    while not exchange._peers[1].lost:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    with pytest.raises(LinkLost, match="did not introduce"):
+        exchange.send(2, *computed(request(1, [])))
     exchange.close()
+
+
+@pytest.mark.parametrize("told_first", [True, False])
+def test_ranks_of_two_machines_meet_at_an_address(loop: Loop, told_first: bool) -> None:
+    """The first listens; the base tells it of the second before that comes, or after."""
+    inboxes = [Inbox(loop, PATIENCE_S) for _ in range(2)]
+    workers = [Worker(inbox, 2**20, torch.device("cpu")) for inbox in inboxes]
+    listener, address = listen("tcp:127.0.0.1:0")
+    handler = Listener(listener, loop, lambda sock: workers[0].link(sock, 5.0))
+    bases = [pair() for _ in range(2)]
+    links = [worker.link(other, 5.0) for worker, (_, other) in zip(workers, bases, strict=True)]
+    told = torch.tensor(list(address.encode()), dtype=torch.uint8)
+    first = Message(Header(op=Op.PEER, token=1, number=0, peer=1, extra=77), [])
+    second = Message(Header(op=Op.PEER, token=1, number=1, peer=0, extra=77, address=len(told)), [told])
+    arrivals = [(0, first), (1, second)]
+    for number, message in arrivals if told_first else arrivals[::-1]:
+        inboxes[number].put((links[number], message))
+        time.sleep(0.2)
+    answers = [computed(request(1, [])) for _ in range(2)]
+    exchanges = [inbox.exchange(link) for inbox, link in zip(inboxes, links, strict=True)]
+    exchanges[1].send(0, *exchanges[1].merged(request(1, []), *answers[1]))
+    header, _ = exchanges[0].merged(request(1, [1]), *answers[0])
+    assert header.parts == 2
+    for exchange in exchanges:
+        exchange.close()
+    for link in links:
+        link.close()
+    loop.remove(handler)
+    listener.close()
 
 
 def test_what_comes_too_late_is_not_kept(meet: Callable[[int], list[Exchange]]) -> None:
@@ -182,36 +215,38 @@ def lane_of(tile: Tile, lane: tuple[int, int], out: Tensor, lse: Tensor) -> tupl
     return out[row : row + 1, :, heads], lse[row : row + 1, heads]
 
 
-def test_each_base_rank_has_its_own_ranks_and_leases_do_not_mix() -> None:
-    store = make_store()
-    inbox = Inbox(connect_at(HOST, store.port, PATIENCE_S), PATIENCE_S)
-    pairs = [link_pair(store, f"l{i}", into=inbox.put) for i in range(2)]
-    (one, one_end), (_, two_end) = pairs
-    with pytest.raises(LinkLost, match="did not introduce"):
-        inbox.exchange(one_end)
-    one.send(Header(op=Op.PEER, token=1, number=3, peer=4, extra=1))
-    one.send(Header(op=Op.HELLO))
-    assert _next(inbox) is one_end
-    first = inbox.exchange(one_end)
-    assert (first.number, first.token, list(first._peers)) == (3, 1, [4])
-    with pytest.raises(LinkLost):
-        inbox.exchange(two_end)
-    one.send(Header(op=Op.PEER, token=2, number=3, peer=5, extra=2))
-    one.send(Header(op=Op.HELLO))
-    _next(inbox)
-    assert list(inbox.exchange(one_end)._peers) == [5], "a new lease knows nobody of the old one"
-    for base, _ in pairs:
-        base.close()
-    for end in (*pairs[0], *pairs[1]):
-        end.join(5)
-    second = inbox.exchange(one_end)
-    inbox.leave(one_end)
-    deadline = time.monotonic() + 6 * PATIENCE_S
-    while any(thread.name.startswith("fapool peer") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "links that nobody else opens are still waited for"
-        time.sleep(0.01)
-    assert second._peers[5].lost
+def test_each_base_rank_has_its_own_ranks_and_leases_do_not_mix(loop: Loop) -> None:
+    inbox = Inbox(loop, PATIENCE_S)
+    with two_loops() as (base_loop, _):
+        pairs = [link_pair(base_loop, loop, f"l{i}", into=inbox.put) for i in range(2)]
+        (one, one_end), (_, two_end) = pairs
+        with pytest.raises(LinkLost, match="did not introduce"):
+            inbox.exchange(one_end)
 
+        def introduce(token: int, peer: int) -> Exchange:
+            mine, its = pair()
+            others.append(mine)
+            header = Header(op=Op.PEER, token=token, number=3, peer=peer, extra=peer)
+            one.send(header, attached=its)
+            one.send(Header(op=Op.HELLO))
+            assert inbox.get()[0] is one_end
+            return inbox.exchange(one_end)
 
-def _next(inbox: Inbox) -> Link:
-    return inbox.get()[0]
+        others: list[socket.socket] = []
+        first = introduce(1, 4)
+        assert (first.number, first.token, list(first._peers)) == (3, 1, [4])
+        with pytest.raises(LinkLost):
+            inbox.exchange(two_end)
+        second = introduce(2, 5)
+        assert list(second._peers) == [5], "a new lease knows nothing of the old one"
+        assert first._peers[4].lost
+        inbox.leave(one_end)
+        assert second._peers[5].lost
+        for other in others:
+            other.settimeout(5)
+            while other.recv(4096):
+                pass  # its first word, and then the end
+            other.close()
+        for base, end in pairs:
+            base.close()
+            end.close()

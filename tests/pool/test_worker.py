@@ -14,11 +14,12 @@ import psutil
 import pytest
 import torch
 
-from fapool_plugin.pool.exchange import Inbox, connect_at
+from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.worker import Worker
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status, dtype_code, float_bits
-from tests.thread_pool import HOST, link_pair, make_store
+from fapool_plugin.wire.sockets import pair
+from tests.thread_pool import two_loops
 
 D = 4
 
@@ -26,17 +27,17 @@ D = 4
 @pytest.fixture
 def bases() -> Iterator[tuple[list[Link], Worker]]:
     """Two base ends of one worker's links."""
-    store = make_store()
-    inbox = Inbox(connect_at(HOST, store.port, 2.0), 2.0)
-    pairs = [link_pair(store, f"l{i}", into=inbox.put) for i in range(2)]
-    worker = Worker(inbox, 2**20, torch.device("cpu"))
-    thread = threading.Thread(target=worker.serve, args=([pool for _, pool in pairs],))
-    thread.start()
-    yield [base for base, _ in pairs], worker
-    for base, _ in pairs:
-        base.close()
-    thread.join(10)
-    assert not thread.is_alive(), "a worker must end when all its links have ended"
+    with two_loops() as (base_loop, pool_loop):
+        worker = Worker(Inbox(pool_loop, 1.0), 2**20, torch.device("cpu"))
+        ends = [pair() for _ in range(2)]
+        links = [Link(one, base_loop, name="base", timeout_s=5, asks=True) for one, _ in ends]
+        thread = threading.Thread(target=worker.serve, args=([worker.link(other, 5.0) for _, other in ends],))
+        thread.start()
+        yield links, worker
+        for base in links:
+            base.close()
+        thread.join(10)
+        assert not thread.is_alive(), "a worker must end when all its links have ended"
 
 
 def hello(link: Link, token: int, version: int = PROTOCOL_VERSION) -> Header:
@@ -116,7 +117,6 @@ def test_a_lost_link_frees_its_lease(bases: tuple[list[Link], Worker]) -> None:
     (one, two), _ = bases
     hello(one, 1)
     one.close()
-    one.join(5)
     deadline = time.monotonic() + 5
     while hello(two, 2).status != Status.OK:
         assert time.monotonic() < deadline
@@ -128,7 +128,7 @@ def test_a_request_to_work_with_unknown_ranks_ends_the_link(bases: tuple[list[Li
     (one, two), _ = bases
     hello(one, 1)
     hello(two, 1)
-    with pytest.raises(LinkLost, match="goodbye"):
+    with pytest.raises(LinkLost, match="connection ended"):
         ask(one, 1, held=0, keys=5, merge=1)
     assert ask(two, 1, held=0, keys=5)[0].header.status == Status.OK
 
@@ -195,7 +195,6 @@ def test_kept_calls_go_with_their_sequence_their_base_and_the_lease(bases: tuple
     assert again(one, 5).header.status == Status.STALE
     assert again(one, 6).header.status == Status.OK
     one.close()
-    one.join(5)
     deadline = time.monotonic() + 5
     while again(two, 6).header.status != Status.STALE:
         assert time.monotonic() < deadline, "what a base left stays"

@@ -21,7 +21,7 @@ from fapool_plugin.tools.bench import contenders
 from fapool_plugin.tools.bench import turns as bench_turns
 from fapool_plugin.tools.bench.contenders import Contender, ContenderError, Team
 from fapool_plugin.tools.bench.report import Report, Result
-from fapool_plugin.wire.messages import frame_bytes
+from fapool_plugin.wire.messages import HEADER_BYTES
 from tests.benches import LIMIT_S, complete, run
 
 ALONE, NOTHING = (f"fapool_plugin.tools.bench.attention.{name}" for name in ("alone", "nothing"))
@@ -86,7 +86,7 @@ def test_decode(tmp_path, none_left) -> None:
     for facts in found["fapool, 1 + 1"]["facts"]:
         assert facts["pooled_calls"] == layers * steps
         sent = facts["bytes_sent"] / (layers * steps)
-        assert sent <= frame_bytes() + queries + tables, f"{sent} bytes a call: keys were sent within the turn"
+        assert sent <= HEADER_BYTES + queries + tables, f"{sent} bytes a call: keys were sent within the turn"
         assert len(facts["step_seconds"]) == 3
 
 

@@ -280,7 +280,7 @@ def test_doctor_finds_what_the_tests_themselves_use() -> None:
     checks = {check["name"]: check for check in values["checks"]}
     assert values["healthy"] is True
     assert checks["torch"]["version"] == torch.__version__
-    for name in ("Python", "torch", "gloo", "transformers", "memory"):
+    for name in ("Python", "torch", "links", "transformers", "memory"):
         assert checks[name]["usable"], checks[name]
     if not torch.cuda.is_available():
         assert not checks["NCCL"]["usable"]
@@ -306,16 +306,16 @@ def test_doctor_says_what_is_missing(monkeypatch) -> None:
     assert checks["deepspeed"]["why"] == "not installed: pip install fapool-plugin[deepspeed]"
     assert checks["megatron-core"]["why"] == "not installed: pip install fapool-plugin[megatron]"
     assert checks["transformers"]["why"] == "not installed: pip install fapool-plugin[hf]"
-    assert checks["gloo"]["usable"]
+    assert checks["links"]["usable"]
     assert "fapool-plugin[megatron]" in invoke("doctor").stdout
 
 
-def test_doctor_fails_without_gloo(monkeypatch) -> None:
+def test_doctor_fails_without_links(monkeypatch) -> None:
     def broken() -> None:
         raise RuntimeError("no interface\nand more")
 
     monkeypatch.setattr(doctor, "_exchange", broken)
     done = invoke("doctor", "--json")
     assert done.exit_code == 1
-    gloo = next(check for check in json.loads(done.stdout)["checks"] if check["name"] == "gloo")
-    assert gloo["why"] == "RuntimeError: no interface"
+    links = next(check for check in json.loads(done.stdout)["checks"] if check["name"] == "links")
+    assert links["why"] == "RuntimeError: no interface"

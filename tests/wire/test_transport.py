@@ -1,26 +1,22 @@
-"""Links: what is sent arrives, what is malformed is refused, and a silent or dead end is noticed in time."""
+"""Links: what is sent arrives, what is malformed is refused, and a silent, still or dead end is noticed in time."""
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fapool_plugin.wire.link import Link
+from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
+    HEADER_BYTES,
     TILE_FIELDS,
     Header,
     LinkLost,
@@ -29,36 +25,33 @@ from fapool_plugin.wire.messages import (
     bits_float,
     dtype_code,
     float_bits,
-    frame_bytes,
-    payload,
+    header_bytes,
+    rooms,
 )
-from tests.thread_pool import HOST, link_pair, make_store
+from fapool_plugin.wire.sockets import pair
+from tests.thread_pool import link_pair, two_loops
 
-_SILENT_PEER = f"""
-import sys, time, torch.distributed as dist
+_PEER = """
+import socket, sys, time
 from fapool_plugin.wire.link import Link
-store = dist.TCPStore("{HOST}", int(sys.argv[1]), None, False)
-link = Link(store, "peer", "pool", timeout_s=60, host="{HOST}")
-print("up", flush=True)
+from fapool_plugin.wire.loop import Loop
+link = Link(socket.socket(fileno=int(sys.argv[1])), Loop(), name="peer", timeout_s=60, asks=False)
 time.sleep(120)
 """
 
 
-def close(base: Link, pool: Link) -> None:
-    """Ends both, also where a test has failed one of them."""
-    for end in (base, pool):
-        end.close()
-    for end in (base, pool):
-        end.join(5)
-        assert not any(thread.is_alive() for thread in end._threads)
+@pytest.fixture
+def loops() -> Iterator[tuple[Loop, Loop]]:
+    with two_loops() as made:
+        yield made
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Link, Link]]:
-    store = make_store()
-    base, pool = link_pair(store)
+def ends(loops: tuple[Loop, Loop]) -> Iterator[tuple[Link, Link]]:
+    base, pool = link_pair(*loops)
     yield base, pool
-    close(base, pool)
+    base.close()
+    pool.close()
 
 
 def request(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Header, list[torch.Tensor]]:
@@ -75,8 +68,8 @@ def request(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[Header, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_what_is_sent_arrives_in_order(pair: tuple[Link, Link], dtype: torch.dtype) -> None:
-    base, pool = pair
+def test_what_is_sent_arrives_in_order(ends: tuple[Link, Link], dtype: torch.dtype) -> None:
+    base, pool = ends
     sent = [request(*(torch.randn(n + i).to(dtype) for n in (1000, 7, 0))) for i in range(20)]
     for header, tensors in sent:
         base.send(header, tensors)
@@ -86,16 +79,37 @@ def test_what_is_sent_arrives_in_order(pair: tuple[Link, Link], dtype: torch.dty
         for got, want in zip(message.tensors, tensors, strict=True):
             assert got.dtype == want.dtype
             assert torch.equal(got, want)
-    base.settle(base.messages_sent)
+            assert not got.numel() or got.data_ptr() % 64 == 0, "kernels read aligned tensors faster"
     assert base.bytes_sent == pool.bytes_received > 0
 
 
-def test_messages_are_received_ahead_of_use(pair: tuple[Link, Link]) -> None:
-    base, pool = pair
-    large = torch.zeros(4_000_000)
+def test_messages_are_received_ahead_of_use(ends: tuple[Link, Link]) -> None:
+    base, pool = ends
+    large = torch.randn(4_000_000)
     base.send(*request(large, large, large))
-    base.settle(base.messages_sent)  # would wait for ever if nobody received before receive() is called
-    assert pool.receive().tensors[1].numel() == 4_000_000
+    base.drain(0)  # would wait for ever if it were received when receive() is called, and not before
+    got = pool.receive().tensors
+    assert all(torch.equal(x, large) for x in got[1:])
+
+
+def test_large_messages_both_ways_at_once_do_not_wait_for_each_other(ends: tuple[Link, Link]) -> None:
+    large = torch.randn(3_000_000)
+    for _ in range(3):
+        for end in ends:
+            end.send(*request(large, large, large))
+    for end in ends:
+        for _ in range(3):
+            assert torch.equal(end.receive(20.0).tensors[1], large)
+
+
+def test_what_is_sent_may_be_overwritten_at_once(ends: tuple[Link, Link]) -> None:
+    base, pool = ends
+    large = torch.ones(4_000_000)
+    for _ in range(3):
+        base.send(*request(large, large, large))
+    large.zero_()
+    for _ in range(3):
+        assert all(bool((x == 1).all()) for x in pool.receive().tensors[1:])
 
 
 @given(st.floats(allow_nan=False))
@@ -103,51 +117,89 @@ def test_floats_travel_as_bits(value: float) -> None:
     assert bits_float(float_bits(value)) == value
 
 
-def test_a_payload_that_its_header_does_not_announce_is_refused(pair: tuple[Link, Link]) -> None:
+def test_a_payload_that_its_header_does_not_announce_is_refused(ends: tuple[Link, Link]) -> None:
     header, tensors = request(torch.zeros(4), torch.zeros(4), torch.zeros(4))
     with pytest.raises(ValueError, match="announces"):
-        pair[0].send(header, tensors[:-1])
+        ends[0].send(header, tensors[:-1])
+    with pytest.raises(ValueError, match="announces"):
+        ends[0].send(header, [*tensors[:-1], torch.zeros(4, dtype=torch.float64)])
     with pytest.raises(ValueError, match="float8"):
         dtype_code(torch.float8_e4m3fn)
+    ends[0].send(header, tensors)
+    assert ends[1].receive().header == header
 
 
-def test_a_malformed_header_ends_the_link(pair: tuple[Link, Link]) -> None:
-    base, pool = pair
+def test_malformed_headers_are_no_messages() -> None:
     with pytest.raises(LinkLost, match="malformed"):
-        payload(Header(op=Op.ATTEND, tiles=-1))
+        rooms(Header(op=Op.ATTEND, tiles=-1))
     for merged in ({"merge": 1}, {"peers": 1}, {"status": Status.OK, "parts": 1}):
         with pytest.raises(LinkLost, match="malformed"):
-            payload(Header(op=Op.BACKWARD, tiles=1, **merged))
-    frame = torch.zeros(frame_bytes(), dtype=torch.uint8)
-    frame[: 8 * len(Header())].view(torch.int64).copy_(torch.tensor(Header(op=Op.ATTEND, dtype=99)))
-    base._data.send([frame], 1, 0).wait()
-    with pytest.raises(LinkLost, match="malformed"):
-        pool.receive()
+            rooms(Header(op=Op.BACKWARD, tiles=1, **merged))
 
 
-def test_a_header_that_announces_more_than_memory_ends_the_link(pair: tuple[Link, Link]) -> None:
-    base, pool = pair
-    frame = torch.zeros(frame_bytes(), dtype=torch.uint8)
-    frame[: 8 * len(Header())].view(torch.int64).copy_(torch.tensor(Header(op=Op.ATTEND, tiles=2**61)))
-    base._data.send([frame], 1, 0).wait()
-    with pytest.raises(LinkLost, match="connection ended"):
-        pool.receive()
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        (Header(op=Op.ATTEND, dtype=99), "malformed"),
+        (Header(op=Op.ATTEND, tiles=2**61), "too big|size|memory|dimension"),
+        (Header(op=Op.PEER, address=2**40), "malformed"),
+    ],
+)
+def test_a_header_that_makes_no_sense_ends_the_link(loops: tuple[Loop, Loop], header: Header, match: str) -> None:
+    stranger, mine = pair()
+    link = Link(mine, loops[0], name="test", timeout_s=5, asks=True)
+    stranger.send(header_bytes(header))
+    with stranger, pytest.raises(LinkLost, match=match):
+        link.receive(5.0)
+    link.close()
 
 
-def test_a_frame_is_as_long_in_every_version() -> None:
-    """Both ends receive so much before either knows the other's version."""
-    assert frame_bytes() == 256 + 4096
-    assert 8 * len(Header()) <= 256
+def test_a_header_is_held_against_what_is_expected_before_its_body_has_memory(loops: tuple[Loop, Loop]) -> None:
+    stranger, mine = pair()
+    link = Link(mine, loops[0], name="test", timeout_s=5, asks=True)
+    seen: list[Header] = []
+
+    def refuse(header: Header) -> None:
+        seen.append(header)
+        raise LinkLost("not asked for")
+
+    link.check = refuse
+    announced = Header(op=Op.ATTEND, q_elements=2**30)
+    stranger.send(header_bytes(announced))
+    with stranger, pytest.raises(LinkLost, match="not asked for"):
+        link.receive(5.0)
+    assert seen == [announced]
+    assert link._body is None
+    link.close()
 
 
-def test_a_header_of_another_version_announces_nothing() -> None:
-    assert payload(Header(version=99, op=Op.ATTEND, tiles=5)) == []
-    assert payload(Header(op=Op.ATTEND, status=Status.STALE, q_elements=5)) == []
+def test_unasked_messages_do_not_pile_up(loops: tuple[Loop, Loop]) -> None:
+    stranger, mine = pair()
+    link = Link(mine, loops[0], name="test", timeout_s=5, asks=True)
+    one = header_bytes(Header(op=Op.HELLO))
+    with stranger:
+        stranger.settimeout(10)
+        try:
+            for _ in range(10_000):
+                stranger.sendall(one)
+        except OSError:
+            pass  # it was cut off
+        assert link.lost
+        assert "not asked for" in link.lost
+    link.close()
+
+
+def test_a_header_is_as_long_in_every_version() -> None:
+    """Either end receives so much before it knows the other's version."""
+    assert HEADER_BYTES == 256
+    assert 8 * len(Header()) <= HEADER_BYTES
+    assert rooms(Header(version=99, op=Op.ATTEND, tiles=5)) == ((), 0)
+    assert rooms(Header(op=Op.ATTEND, status=Status.STALE, q_elements=5)) == ((), 0)
 
 
 @pytest.mark.parametrize("elements", [10, 100_000])
-def test_parts_are_laid_end_to_end_whatever_their_strides(pair: tuple[Link, Link], elements: int) -> None:
-    base, pool = pair
+def test_parts_are_laid_end_to_end_whatever_their_strides(ends: tuple[Link, Link], elements: int) -> None:
+    base, pool = ends
     q = [torch.randn(2, elements).T, torch.randn(3, 5)[:, ::2]]
     header, (tiles, *_) = request(torch.cat([t.reshape(-1) for t in q]), torch.zeros(0), torch.zeros(0))
     base.send(header, [tiles, q, [], torch.zeros(0)])
@@ -155,153 +207,89 @@ def test_parts_are_laid_end_to_end_whatever_their_strides(pair: tuple[Link, Link
     assert torch.equal(got, torch.cat([t.reshape(-1) for t in q]))
 
 
-def test_a_small_message_is_one_transfer(pair: tuple[Link, Link]) -> None:
-    base, _ = pair
-    base.send(*request(torch.zeros(900), torch.zeros(0), torch.zeros(0)))
-    assert base.bytes_sent == frame_bytes()
-
-
-def test_a_failed_link_wakes_who_waits_and_sends_no_more(pair: tuple[Link, Link]) -> None:
-    base, _ = pair
-    assert base.fail("first") == "first"
-    assert base.fail("second") == "first"
+def test_a_failed_link_wakes_who_waits_and_sends_no_more(ends: tuple[Link, Link]) -> None:
+    base, _ = ends
+    waiting = threading.Timer(0.3, base.fail, args=("first",))
+    waiting.start()
     for _ in range(2):
         with pytest.raises(LinkLost, match="first"):
             base.receive()
+    assert base.fail("second") == "first"
     with pytest.raises(LinkLost, match="first"):
         base.send(Header(op=Op.HELLO))
 
 
 @pytest.mark.parametrize("closer", [0, 1])
-def test_closing_one_end_ends_all_threads_of_both(pair: tuple[Link, Link], closer: int) -> None:
-    pair[closer].close()
-    for end in pair:
-        end.join(5)
-        assert not any(thread.is_alive() for thread in end._threads)
-    with pytest.raises(LinkLost, match="goodbye"):
-        pair[1 - closer].receive()
+def test_closing_one_end_ends_the_other(ends: tuple[Link, Link], closer: int) -> None:
+    ends[closer].send(Header(op=Op.FREE, sequence=3))
+    ends[closer].close()
+    assert ends[1 - closer].receive().header.sequence == 3, "what was sent before arrives"
+    with pytest.raises(LinkLost, match="connection ended"):
+        ends[1 - closer].receive()
 
 
-def test_an_interrupted_message_ends_the_link(pair: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
-    base, _ = pair
-    header, tensors = request(torch.zeros(4), torch.zeros(4), torch.zeros(4))
+def test_half_a_message_ends_the_link(ends: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing after it could be understood."""
+    base, pool = ends
 
     class Interrupting:
-        def send(self, *args: object) -> dist.Work:
+        def sendmsg(self, buffers: list[Any], rights: object) -> int:
+            sock.send(buffers[0])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(base, "_data", Interrupting())
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sock, name)
+
+    sock = base._socket
+    monkeypatch.setattr(base, "_socket", Interrupting())
     with pytest.raises(KeyboardInterrupt):
-        base.send(header, tensors)
+        base.send(*request(torch.zeros(4), torch.zeros(4), torch.zeros(4)))
     assert base.lost
     assert "send failed" in base.lost
+    with pytest.raises(LinkLost):
+        pool.receive(5.0)
 
 
-def test_goodbye_waits_for_the_end_of_a_message(pair: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its transfers it would be taken for the second one."""
-    base, pool = pair
-    post, sizes = base._post, []
-
-    def slow(transfer: torch.Tensor) -> None:
-        sizes.append(transfer.numel())
-        post(transfer)
-        time.sleep(0.2)
-
-    monkeypatch.setattr(base, "_post", slow)
-    sender = threading.Thread(target=base.send, args=request(torch.zeros(5000), torch.zeros(0), torch.zeros(0)))
-    sender.start()
-    while not sizes:
-        time.sleep(0.01)
-    base.close()
-    sender.join(5)
-    assert sizes[0] == sizes[2] == frame_bytes() < sizes[1]
-    assert pool.receive().tensors[1].numel() == 5000
-    with pytest.raises(LinkLost, match="goodbye"):
-        pool.receive()
-
-
-def test_nothing_is_sent_after_half_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store()
-    base, pool = link_pair(store)
-    post, sizes = base._post, []
-
-    def interrupted(transfer: torch.Tensor) -> None:
-        sizes.append(transfer.numel())
-        if len(sizes) > 1:
-            raise KeyboardInterrupt
-        post(transfer)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base, "_post", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            base.send(*request(torch.zeros(5000), torch.zeros(0), torch.zeros(0)))
-        base.close()
-    assert len(sizes) == 2, "a goodbye would be taken for the rest"
-    pool.close()
-    base.join(5)
-    # What the other end waits for ends with the connection.
-    base._data = base._pulse = None
-    base._outgoing.clear()
-    pool.join(5)
-    assert not any(thread.is_alive() for end in (base, pool) for thread in end._threads)
-
-
-@pytest.mark.processes
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize(("how", "limit_s"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, 4.0)])
-def test_a_dead_or_stopped_end_is_noticed_in_time(how: signal.Signals, limit_s: float) -> None:
-    store = make_store()
-    command = [sys.executable, "-c", _SILENT_PEER, str(store.port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as peer:
-        try:
-            base = Link(store, "peer", "base", timeout_s=1.5, host=HOST)
-            assert peer.stdout is not None
-            peer.stdout.readline()
-            time.sleep(0.5)
-            assert base.lost is None
-            os.kill(peer.pid, how)
-            began = time.monotonic()
-            with pytest.raises(LinkLost):
-                base.receive()
-            took = time.monotonic() - began
-            assert took < limit_s, f"noticed after {took:.2f} s"
-        finally:
-            peer.kill()
-    base.join(5)
-
-
-def test_an_idle_link_stays_up_longer_than_its_timeouts() -> None:
-    store = make_store()
-    base, pool = link_pair(store, timeout_s=0.5, connect_timeout_s=1.0)
-    time.sleep(2.0)
-    base.send(Header(op=Op.HELLO, token=7))
-    assert pool.receive().header.token == 7
-    assert (base.lost, pool.lost) == (None, None)
-    close(base, pool)
-
-
-@pytest.mark.timeout(30)
-def test_an_end_that_never_comes_is_not_waited_for_for_ever() -> None:
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match="timeout"):
-        Link(make_store(), "alone", "base", timeout_s=1.0, connect_timeout_s=1.0, host=HOST)
-    took = time.monotonic() - began
-    assert took < 10, f"waited {took:.1f} s"
-
-
-def test_several_links_may_share_an_inbox() -> None:
-    store = make_store()
+def test_several_links_may_share_an_inbox(loops: tuple[Loop, Loop]) -> None:
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    pairs = [link_pair(store, f"l{i}", into=inbox.put) for i in range(3)]
+    pairs = [link_pair(*loops, name=f"l{i}", into=inbox.put) for i in range(3)]
     for i, (base, _) in enumerate(pairs):
         base.send(Header(op=Op.HELLO, token=i))
-    got = [inbox.get() for _ in pairs]
+    got = [inbox.get(timeout=5) for _ in pairs]
     assert {(link.name, message.header.token) for link, message in got} == {("l0", 0), ("l1", 1), ("l2", 2)}
     for base, pool in pairs:
-        close(base, pool)
+        base.close()
+        pool.close()
 
 
-def test_the_store_listens_on_its_host_alone() -> None:
-    store = make_store()
-    listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert {address.ip for address in listening if address.port == store.port} == {HOST}
+def test_two_callers_may_wait_at_a_time(loops: tuple[Loop, Loop]) -> None:
+    pairs = [link_pair(*loops, name=f"l{i}") for i in range(2)]
+    got: list[int] = []
+    threads = [threading.Thread(target=lambda b=base: got.append(b.receive().header.token)) for base, _ in pairs]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    for number, (_, pool) in enumerate(reversed(pairs)):
+        pool.send(Header(op=Op.HELLO, token=number))
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join(5)
+    assert sorted(got) == [0, 1]
+    for base, pool in pairs:
+        base.close()
+        pool.close()
+
+
+def test_a_socket_travels_with_a_message(ends: tuple[Link, Link]) -> None:
+    base, pool = ends
+    mine, its = pair()
+    base.send(Header(op=Op.HELLO))
+    base.send(Header(op=Op.PEER, peer=4), attached=its)
+    assert pool.receive().socket is None
+    message = pool.receive()
+    assert message.header.peer == 4
+    assert message.socket is not None
+    with mine, message.socket as arrived:
+        mine.send(b"through")
+        assert arrived.recv(7) == b"through"
+    assert its.fileno() == -1, "the sender's own descriptor is closed"

@@ -11,11 +11,10 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -34,7 +33,10 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.observe.timeline import ATTENTION
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, Status, Wire, fill, frame_bytes
+from fapool_plugin.wire.link import Link
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, Payload, Status
+from fapool_plugin.wire.sockets import pair
 
 Over = Literal["nowhere", "sockets"]
 WAYS: tuple[Over, ...] = ("nowhere", "sockets")
@@ -42,7 +44,6 @@ _BUDGETS_MS = {"plan_ms": 5.0, "call_ms": 1.0}
 """For 1,024 rows x 32 heads x 40 ranks, with links that lead nowhere; attention of a step takes 8 to 25 ms there."""
 _MEMORY = 2**50
 """Bytes that each rank says it has."""
-Payload = Sequence[Tensor | Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -167,93 +168,41 @@ def _answer(asked: Header) -> Header | None:
 class _Link:
     """A link to nowhere."""
 
+    timeout_s, is_local, address = 5.0, True, ""
+
     def __init__(self) -> None:
         self.lost: str | None = None
-        self.bytes_sent = self.bytes_received = self.messages_sent = 0
+        self.check: Callable[[Header], object] = lambda header: None
+        self.bytes_sent = self.bytes_received = 0
         self._asked: deque[Header] = deque()
         self._zeros = torch.zeros(0)
 
     def send(self, header: Header, tensors: Payload = ()) -> None:
-        self.messages_sent += 1
         if answer := _answer(header):
             self._asked.append(answer)
 
-    def receive(self) -> Message:
+    def receive(self, stall_s: float) -> Message:
         answer = self._asked.popleft()
+        self.check(answer)
         if self._zeros.numel() < answer.q_elements:
             self._zeros = torch.zeros(answer.q_elements)
         return Message(answer, [self._zeros[: answer.q_elements], self._zeros[: answer.lse_elements]])
-
-    def settle(self, through: int) -> None:
-        """Nothing is ever under way."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class _SocketLink(_Link):
-    """A link over a socket, in today's frames."""
-
-    def __init__(self, end: socket.socket) -> None:
-        super().__init__()
-        self.end = end
-
-    def send(self, header: Header, tensors: Payload = ()) -> None:
-        self.messages_sent += 1
-        _send(self.end, header, tensors)
-
-    def receive(self) -> Message:
-        return _receive(self.end)
-
-
-def _send(end: socket.socket, header: Header, tensors: Payload) -> None:
-    wire = Wire(header, torch.empty(frame_bytes(), dtype=torch.uint8))
-    fill(wire, header, tensors)
-    for transfer in wire.transfers:
-        end.sendall(transfer.numpy().data)
-
-
-def _receive(end: socket.socket) -> Message:
-    def taken(transfer: Tensor) -> None:
-        room = transfer.numpy().data
-        while room:
-            count = end.recv_into(room)
-            if not count:
-                raise LinkLost("the other end has closed")
-            room = room[count:]
-
-    frame = torch.empty(frame_bytes(), dtype=torch.uint8)
-    taken(frame)
-    header = Header(*frame[: 8 * len(Header())].view(torch.int64).tolist())
-    wire = Wire(header, frame)
-    if wire.body is not None:
-        taken(wire.body)
-    return Message(header, wire.tensors)
 
 
 def _serve(ends: Sequence[socket.socket]) -> None:
     """The other process: answers every request with zeros, until the links are closed."""
     torch.set_num_threads(1)
-
-    def serve(end: socket.socket) -> None:
-        try:
-            while True:
-                answer = _answer(_receive(end).header)
-                if answer is not None:
-                    payload = (
-                        []
-                        if answer.op == Op.HELLO
-                        else [torch.zeros(answer.q_elements), torch.zeros(answer.lse_elements)]
-                    )
-                    _send(end, answer, payload)
-        except (LinkLost, OSError):
-            end.close()
-
-    threads = [threading.Thread(target=serve, args=(end,)) for end in ends]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    loop, waiting = Loop(), deque[tuple[Link, Message | LinkLost]]()
+    alive = {Link(end, loop, name="", timeout_s=60, asks=False, into=waiting.append) for end in ends}
+    while alive:
+        loop.wait(lambda: waiting)
+        link, message = waiting.popleft()
+        if isinstance(message, LinkLost):
+            alive.discard(link)
+        elif answer := _answer(message.header):
+            zeros = torch.zeros(answer.q_elements), torch.zeros(answer.lse_elements)
+            with suppress(LinkLost):
+                link.send(answer, () if answer.op == Op.HELLO else zeros)
 
 
 @contextmanager
@@ -263,16 +212,22 @@ def _nowhere(ranks: int) -> Iterator[dict[int, Any]]:
 
 @contextmanager
 def _sockets(ranks: int) -> Iterator[dict[int, Any]]:
-    pairs = [socket.socketpair() for _ in range(ranks)]
+    pairs, loop = [pair() for _ in range(ranks)], Loop()
     ends = [end.fileno() for _, end in pairs]
     other = subprocess.Popen([sys.executable, "-m", __name__, *map(str, ends)], pass_fds=ends)
     try:
         for _, end in pairs:
             end.close()
-        yield {number: _SocketLink(end) for number, (end, _) in enumerate(pairs)}
+        links = {n: Link(end, loop, name=str(n), timeout_s=5.0, asks=True) for n, (end, _) in enumerate(pairs)}
+        for link in links.values():
+            link.wait_until_heard(60.0)
+        yield links
+        for link in links.values():
+            link.close()
     finally:
         for end, _ in pairs:
             end.close()
+        loop.close()
         try:
             other.wait(10)
         finally:

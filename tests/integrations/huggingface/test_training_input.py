@@ -90,14 +90,14 @@ def test_gradients_that_are_not_finite(llama: Path, spoil: str, blocks: int | No
 @pytest.mark.parametrize("when", ["never started", "killed, and not replaced"])
 def test_a_pool_smaller_than_asked_for(llama: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """Two of three ranks are leased, step after step."""
-    start, refuse = local_pool.start, when == "never started"
+    start, refuse = local_pool.LocalPool._start, when == "never started"
 
-    def started(name: str, *others: Any, **more: Any) -> Any:
-        if name.startswith("rank1.") and refuse:
-            return local_pool.subprocess.Popen(["false"])
-        return start(name, *others, **more)
+    def started(pool: local_pool.LocalPool, rank: int) -> None:
+        start(pool, rank)
+        if rank == 1 and refuse:
+            pool._processes[rank].kill()
 
-    monkeypatch.setattr(local_pool, "start", started)
+    monkeypatch.setattr(local_pool.LocalPool, "_start", started)
     reference = eager(llama)
     with pooled(llama, pool_ranks=3, blocks=None) as model, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -23,7 +23,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.messages import TILE_FIELDS, LinkLost, frame_bytes
+from fapool_plugin.wire.messages import HEADER_BYTES, TILE_FIELDS, LinkLost
 from tests.base.test_attention import D, dense
 from tests.base.test_gradients import inputs, pooled
 from tests.blocks import in_blocks, save_long
@@ -274,7 +274,7 @@ def test_checkpointing_calls_once_more_and_sends_nothing_unless_it_is_another_ca
             assert counted(manager) == (4, 0, 2 if reentrant else 0)
         else:
             assert counted(manager) == (2, 0, 4)
-            headers = 4 * (frame_bytes() + 4 * 63 + 8 * TILE_FIELDS * 4)
+            headers = 4 * (HEADER_BYTES + 4 * 63 + 8 * TILE_FIELDS * 4)
             assert sent < dout.numel() * 8 + headers, f"{sent} bytes were sent"
         assert max(worker.prefixes.reserved for worker in workers(manager)) <= max(kept), "two calls of one layer"
         del out, layer

@@ -24,7 +24,7 @@ from fapool_plugin.integrations.megatron.attention import OUTSIDE, Document, FAP
 from fapool_plugin.integrations.megatron.weights import llama_arguments, llama_config
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.ranks.local import LocalPool
-from fapool_plugin.wire.messages import frame_bytes
+from fapool_plugin.wire.messages import HEADER_BYTES
 from tests import megatron_models as mm
 from tests.models import assert_close, eager, one_thread, pools, random_ids, workers
 
@@ -189,7 +189,7 @@ def test_keys_stay_with_the_pool_rank(folder: Path, groups: Any, reference: Any)
         held = sent[1] - sent[0]
         queries = LAYERS * 2 * mm.HEADS * mm.DIM * FP32
         flushed = LAYERS * 2 * mm.KV_HEADS * 2 * mm.DIM * FP32 * mm.OURS["kv_block"]
-        overhead = LAYERS * (frame_bytes() + GAPS + 2 * mm.KV_HEADS * 9 * 8)
+        overhead = LAYERS * (HEADER_BYTES + GAPS + 2 * mm.KV_HEADS * 9 * 8)
         for step, took in enumerate(b - a for a, b in pairwise(sent[1:])):
             assert 0 < took <= queries + flushed + overhead, f"step {step}: {took} bytes"
             assert took < held / 10, f"step {step}: {took} bytes, the prompt took {held}"
