@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 SECTION = "fa_pool"
 MIB = 1024 * 1024
+RANK_MIB = 200
+"""What a pool rank takes beside its keys, once it computes."""
 
 
 class FAPoolConfigError(ValueError):
@@ -140,6 +142,11 @@ class FAPoolConfig(BaseModel):
     start_timeout_s: float = Field(
         120.0, gt=0, description="Seconds; a pool rank not ready this long after its start is given up."
     )
+    warm_start: bool = Field(
+        True,
+        description="With local: true: what pool ranks are made of is loaded beside the model, by a process of about "
+        "200 MiB, so that the first long sequence finds them ready; false: when they are first needed.",
+    )
     kv_block: int = Field(256, ge=1, description="Positions; keys are stored and flushed in blocks of this many.")
     memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
     training_residency: bool = Field(
@@ -236,17 +243,18 @@ def check_machine(config: FAPoolConfig, available_bytes: int) -> None:
     Raises:
         FAPoolConfigError: pool_ranks * memory_limit_mib is more than that; says what would fit.
     """
-    needed_mib = config.pool_ranks * config.memory_limit_mib
-    available_mib = available_bytes // MIB
+    each_mib = config.memory_limit_mib + RANK_MIB
+    needed_mib, available_mib = config.pool_ranks * each_mib, available_bytes // MIB
     if not config.enabled or needed_mib <= available_mib:
         return
-    fitting_ranks = available_mib // config.memory_limit_mib
-    fitting_mib = available_mib // config.pool_ranks
+    fitting_ranks = available_mib // each_mib
+    fitting_mib = max(0, available_mib // config.pool_ranks - RANK_MIB)
     remedies = [f"pool_ranks <= {fitting_ranks}"] if fitting_ranks else []
     remedies += [f"memory_limit_mib <= {fitting_mib}"] if fitting_mib else []
     remedies += ['"enabled": false']
     raise FAPoolConfigError(
-        f"pool_ranks ({config.pool_ranks}) * memory_limit_mib ({config.memory_limit_mib}) = {needed_mib} MiB,"
+        f"pool_ranks ({config.pool_ranks}) * (memory_limit_mib ({config.memory_limit_mib}) + {RANK_MIB} of the process)"
+        f" = {needed_mib} MiB,"
         f" but {available_mib} MiB of memory are available, enough for {fitting_ranks} such pool ranks;"
         f" set {' or '.join(remedies)}"
     )

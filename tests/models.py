@@ -156,7 +156,7 @@ def load_pooled(folder: Path, arguments: dict[str, Any] | None = None, **setting
     """The model with the plugin: threshold 16, two pool ranks, blocks of 4, prompts in one piece and every long
     call pooled, unless ``settings`` say otherwise."""
     ours: dict[str, Any] = {"threshold": THRESHOLD, "pool_ranks": 2, "kv_block": 4, "memory_limit_mib": 64}
-    ours |= {"blocks": 1, "activation": "length"}
+    ours |= {"blocks": 1, "activation": "length", "warm_start": False}
     fa_pool = ours | settings
     return FAPoolForCausalLM.from_pretrained(folder, fa_pool=fa_pool, **(arguments or {})).eval()
 
@@ -172,14 +172,15 @@ def pooled(folder: Path, arguments: dict[str, Any] | None = None, **settings: An
 
 
 def workers(parent: int | None = None) -> set[int]:
-    """Process ids of the pool ranks that were started by ``parent``, by default this process."""
-    told = ["--parent", str(os.getpid() if parent is None else parent)]
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        words = process.info["cmdline"] or []
-        if "fapool_plugin.pool.worker" in words and told in (words[i : i + 2] for i in range(len(words))):
-            found.add(process.info["pid"])
-    return found
+    """Process ids of the pool ranks that were started by ``parent``, by default this process, or by its fork server."""
+    base = os.getpid() if parent is None else parent
+    makers, ranks = {base}, list[psutil.Process]()
+    for process in psutil.process_iter(["pid", "ppid", "name", "cmdline"]):
+        if process.info["name"] == "fapool rank":
+            ranks.append(process)
+        elif process.info["ppid"] == base and "fapool_plugin.pool.fork_server" in (process.info["cmdline"] or []):
+            makers.add(process.info["pid"])
+    return {process.info["pid"] for process in ranks if process.info["ppid"] in makers}
 
 
 @contextmanager

@@ -36,6 +36,7 @@ DEFAULTS = {
     "spot_check": 0.0,
     "timeout_s": 5.0,
     "start_timeout_s": 120.0,
+    "warm_start": True,
     "kv_block": 256,
     "memory_limit_mib": 2048,
     "training_residency": False,
@@ -67,6 +68,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "base_share": ([None, 0, 0.0, 0.999], [1, 1.0, -0.001, "0.5", True, float("nan")]),
     "timeout_s": ([0.001, 5, 60.0], [0, 0.0, -1, "5", True, None, float("inf")]),
     "start_timeout_s": ([0.001, 120], [0, -1.0, "120", True, None, float("inf")]),
+    "warm_start": ([True, False], [1, "true", None]),
     "kv_block": ([1, 64], [0, -256, 256.0, "256", True, None]),
     "memory_limit_mib": ([1, 10**6], [0, -1, 2048.0, "2048", True, None]),
     "training_residency": ([True, False], [1, 0, "true", None]),
@@ -253,20 +255,20 @@ def test_another_source_is_refused() -> None:
 
 
 def test_memory_decides_how_many_local_ranks_fit() -> None:
-    config = FAPoolConfig(pool_ranks=5, memory_limit_mib=1000)
+    config = FAPoolConfig(pool_ranks=5, memory_limit_mib=800)
     check_machine(config, 5000 * MIB)
     with pytest.raises(FAPoolConfigError) as caught:
         check_machine(config, 5000 * MIB - 1)
     message = str(caught.value)
-    for part in ("(5)", "(1000)", "5000 MiB", "4999 MiB", "pool_ranks <= 4", "memory_limit_mib <= 999"):
+    for part in ("(5)", "(800)", "5000 MiB", "4999 MiB", "pool_ranks <= 4", "memory_limit_mib <= 799"):
         assert part in message, f"{part} is not in: {message}"
-    check_machine(FAPoolConfig(pool_ranks=4, memory_limit_mib=1000), 5000 * MIB - 1)
-    check_machine(FAPoolConfig(pool_ranks=5, memory_limit_mib=999), 5000 * MIB - 1)
+    check_machine(FAPoolConfig(pool_ranks=4, memory_limit_mib=800), 5000 * MIB - 1)
+    check_machine(FAPoolConfig(pool_ranks=5, memory_limit_mib=799), 5000 * MIB - 1)
 
 
 def test_memory_too_small_for_one_rank() -> None:
     with pytest.raises(FAPoolConfigError, match=r"enough for 0 .*set memory_limit_mib <= 100 or"):
-        check_machine(FAPoolConfig(), 100 * MIB)
+        check_machine(FAPoolConfig(), 300 * MIB)
     with pytest.raises(FAPoolConfigError, match=r'ranks; set "enabled": false$'):
         check_machine(FAPoolConfig(), 0)
     check_machine(FAPoolConfig(enabled=False), 0)

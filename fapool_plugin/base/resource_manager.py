@@ -1,7 +1,7 @@
 """Watches the length of every forward, borrows pool ranks above the threshold and gives them back below it.
 
-Decides pooled or local once per forward, keeps the lease and the event log. It is the one place that learns of lost
-ranks. It does not know models, nor where pool ranks come from: a pool is given to it.
+Decides pooled or local once per forward, keeps the lease, and is the one place that learns of lost ranks. It does not
+know models, nor where pool ranks come from: a pool is given to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.wire.link import first_line
-from fapool_plugin.wire.messages import Op
+from fapool_plugin.wire.messages import LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
@@ -47,10 +47,8 @@ def _unasked(decision: tuple[int, int]) -> tuple[int, int]:
 
 
 class ResourceManager:
-    """The plugin's handle on one model: ``model.fa_pool``. A context manager; closes itself at interpreter exit.
-
-    Copies and pickles carry the configuration only: a copy has its own pool, started when it needs one.
-    """
+    """The plugin's handle on one model: ``model.fa_pool``. A context manager; closes itself at interpreter exit. Copies
+    and pickles carry the configuration only: a copy has its own pool, started when it needs one."""
 
     def __init__(
         self,
@@ -64,20 +62,18 @@ class ResourceManager:
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
         """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
         self.counters, self.timeline = Counters(), Timeline()
-        self.advisor = Advisor(config, self.counters)
-        self.spot_check = SpotCheck(config.spot_check, self.counters)
-        self.closing = ExitStack()
-        """What ends with it: a trace, a server of metrics."""
+        self.advisor, self.spot_check = Advisor(config, self.counters), SpotCheck(config.spot_check, self.counters)
+        self.closing = ExitStack()  # what ends with it: a trace, a server of metrics
         self._measuring = False
         self.threads = SharedThreads(self.advisor.threads_left)
         self.state: State = "idle"
         self.ranks: list[PoolRank] = []
         self._pool: Pool | None = None
+        self._acquired = False
         self._busy = threading.Lock()
         self._ended: list[int] = []
         self._live: set[int] = set()
-        self._owner = os.getpid()
-        """The process whose pool it is: a forked child has its links, too, and must not touch them."""
+        self._owner = os.getpid()  # whose pool it is: a forked child has its links, too, and must not touch them
         self._current: int | None = None
         self._failed_for: int | None = None
         """The sequence for which no rank was to be had: it is not tried again at every step."""
@@ -99,7 +95,7 @@ class ResourceManager:
 
     @property
     def _is_forked(self) -> bool:
-        return self._pool is not None and os.getpid() != self._owner
+        return self._acquired and os.getpid() != self._owner
 
     @property
     def in_pooled_forward(self) -> bool:
@@ -285,6 +281,13 @@ class ResourceManager:
             self._failed_for, self.state = self._current, "idle"
             self.counters.log("idle", "every pool rank was lost; the next sequence may borrow again")
 
+    def make_pool(self) -> Pool:
+        """Where ranks come from. A forked child makes its own, unless its parent has used this one."""
+        if self._pool is None or (os.getpid() != self._owner and not self._acquired):
+            self._pool, self._owner = self._make_pool(self.config), os.getpid()
+            self._finalizer = weakref.finalize(self, self._pool.close)
+        return self._pool
+
     def borrow(self, length: int, sequence_id: int) -> list[PoolRank]:
         """Ranks for a sequence's backward, outside any forward: the lease there is, or a new one."""
         if not (self.ranks or self.is_closed or self._is_forked):
@@ -305,8 +308,7 @@ class ResourceManager:
                 self._busy.release()
 
     def stats(self) -> dict[str, Any]:
-        """What happened so far: state, pooled and local calls of prefill and decode, activations, releases, faults,
-        ranks, bytes and the event log. A copy; see :mod:`fapool_plugin.observe.metrics` for what each number counts."""
+        """What happened so far, as a copy; :mod:`fapool_plugin.observe.metrics` says what each number counts."""
         held = [rank.number for rank in self.ranks]
         return {"state": self.state, "threshold": self.threshold, "leased_ranks": held} | self.counters.as_dict()
 
@@ -314,7 +316,7 @@ class ResourceManager:
         """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
         if self.is_closed or self._is_forked:
             return
-        # A pooled forward under way in another thread ends first; one that was abandoned is not waited for long.
+        # A pooled forward in another thread ends first; one that was abandoned is not waited for long.
         waited = self._busy.acquire(timeout=self.config.timeout_s)
         try:
             if self.ranks:
@@ -360,10 +362,8 @@ class ResourceManager:
         self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.threshold}")
         began = time.perf_counter()
         try:
-            if self._pool is None:
-                self._pool, self._owner = self._make_pool(self.config), os.getpid()
-                self._finalizer = weakref.finalize(self, self._pool.close)
-            links, token = self._pool.acquire(_log.info), self._pool.new_token()
+            pool, self._acquired = self.make_pool(), True
+            links, token = pool.acquire(_log.info), pool.new_token()
             self.ranks = [PoolRank(n, link, token, self.counters.rank(n)) for n, link in sorted(links.items())]
             for rank in list(self.ranks):
                 with self.guard(rank):
@@ -373,6 +373,9 @@ class ResourceManager:
             if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
                 warnings.warn(f"fa_pool: no pool rank, computing locally: {cause}", RuntimeWarning, stacklevel=2)
         except BaseException:
+            for rank in self.ranks:  # or the next lease would find them busy
+                with suppress(LinkLost):
+                    rank.tell(Op.RELEASE)
             self.ranks, self.state = [], "idle"
             raise
         if not self.ranks:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, Protocol
 
 from fapool_plugin.config import MIB, FAPoolConfig
 
@@ -43,26 +43,34 @@ def start(
         node: number of the node it is on.
         key_file: with the key of its links to other machines.
     """
-    command = [sys.executable, "-m", "fapool_plugin.pool.worker", f"--{use}", str(sock.fileno()), "--device", device]
-    command += ["--threads", str(config.threads_per_rank), "--parent", str(os.getpid()), "--node", str(node)]
-    command += ["--memory-limit", str(config.memory_limit_mib * MIB), "--block", str(config.kv_block)]
-    command += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s))]
-    # The base gives a rank up that stands still for timeout_s: one that waits for another must have given up before.
-    command += ["--patience", str(config.timeout_s / 2)]
-    command += ["--link-key", key_file] if key_file is not None else []
-    # The OpenMP runtime reads its team's size once, before torch can set it.
-    environment = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}
-    # A base that found this package by a path of its own must have ranks that find the same one.
-    here = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (here, environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "fapool_plugin.pool.worker", f"--{use}", str(sock.fileno())]
+    command += [*arguments(config, device, node), *(["--link-key", key_file] if key_file is not None else [])]
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env=environment,
+        env=environment(config),
         pass_fds=(sock.fileno(),),
         start_new_session=True,
     )
+
+
+def arguments(config: FAPoolConfig, device: str, node: int = 0) -> list[str]:
+    """What a pool rank of this process is told, but whom it serves."""
+    told = ["--device", device, "--threads", str(config.threads_per_rank), "--parent", str(os.getpid())]
+    told += ["--memory-limit", str(config.memory_limit_mib * MIB), "--block", str(config.kv_block)]
+    told += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s)), "--node", str(node)]
+    # The base gives a rank up that stands still for timeout_s: one that waits for another must have given up before.
+    return [*told, "--patience", str(config.timeout_s / 2)]
+
+
+def environment(config: FAPoolConfig) -> dict[str, str]:
+    """Of a pool rank's process."""
+    # The OpenMP runtime reads its team's size once, before torch can set it.
+    found = os.environ | {"OMP_NUM_THREADS": str(config.threads_per_rank)}
+    # A base that found this package by a path of its own must have ranks that find the same one.
+    here = str(Path(__file__).resolve().parents[2])
+    return found | {"PYTHONPATH": os.pathsep.join(filter(None, (here, found.get("PYTHONPATH"))))}
 
 
 def run_to_end(serve: Callable[[], object]) -> NoReturn:
@@ -83,7 +91,24 @@ def run_to_end(serve: Callable[[], object]) -> NoReturn:
         os._exit(code)
 
 
-def end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+class Process(Protocol):
+    """A pool rank's, whoever started it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def terminate(self) -> None:
+        """Tells it to end."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Waits until it has ended. Raises subprocess.TimeoutExpired."""
+
+
+def end(process: Process, patience_s: float) -> None:
     """Ends such a process, by a word and then by force, and collects it."""
     process.terminate()
     try:

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ from fapool_plugin.wire.messages import (
 )
 from fapool_plugin.wire.sockets import Listener
 
+NAME = "fapool rank"
+"""What the system's lists of processes say."""
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
 _SLOW_FLOPS_S = 2e9
@@ -253,9 +256,10 @@ class Worker:
 
 def end_with_parent(loop: Loop, parent: int) -> None:
     """Ends this process once its parent is gone."""
-    watch_process(loop, parent, lambda: os._exit(0))
-    if os.getppid() != parent:
-        os._exit(0)  # it was gone before it was watched
+    try:
+        watch_process(loop, parent, lambda: os._exit(0))
+    except ProcessLookupError:  # it was gone before it was watched
+        os._exit(0)
 
 
 def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header, Payload]:
@@ -284,6 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--link-key", metavar="FILE", help="with the key of all links; default: they have none")
     parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
     options = parser.parse_args(arguments)
+    Path("/proc/self/comm").write_text(NAME)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     loop = Loop()

@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from fapool_plugin.config import MIB, FAPoolConfig, FAPoolConfigError
+from fapool_plugin.config import MIB, RANK_MIB, FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.placement import Placement, place
 from fapool_plugin.wire.key_file import lease_token, read_key
 from fapool_plugin.wire.sockets import is_loopback
@@ -249,11 +249,13 @@ def _nodes(seats: list[dict[str, int | str | None]]) -> list[int]:
 def _check_memory(placement: Placement, seats: list[dict[str, int]], config: FAPoolConfig) -> None:
     for node in dict.fromkeys(placement.nodes):
         ranks = placement.pool_on(node)
-        needed, free = len(ranks) * config.memory_limit_mib, min((seats[r]["free"] // MIB for r in ranks), default=0)
+        free = min((seats[rank]["free"] // MIB for rank in ranks), default=0)
+        needed = len(ranks) * (config.memory_limit_mib + RANK_MIB)
         if ranks and needed > free:
             raise FAPoolConfigError(
-                f"{len(ranks)} pool ranks of node {node} with memory_limit_mib = {config.memory_limit_mib} need "
-                f"{needed} MiB, and {free} MiB are available there; set it to {free // len(ranks)} or less"
+                f"{len(ranks)} pool ranks of node {node} with memory_limit_mib = {config.memory_limit_mib}, and "
+                f"{RANK_MIB} MiB for each process, need {needed} MiB, and {free} MiB are available there; set it to "
+                f"{max(0, free // len(ranks) - RANK_MIB)} or less, or use fewer ranks"
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import secrets
-import subprocess
+import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.pool.process import end, start
+from fapool_plugin.pool.process import Process, arguments, end, environment, start
+from fapool_plugin.ranks.forked import ForkServer
 from fapool_plugin.wire.link import Link, watch_process
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
@@ -33,8 +34,9 @@ class LocalPool:
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self._owner, self._loop = config, os.getpid(), Loop()
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, Process] = {}
         self._links: dict[int, Link] = {}
+        self._server: ForkServer | None = ForkServer(environment(config))
 
     def new_token(self) -> int:
         """A lease of its own each time: these ranks are no other job's."""
@@ -94,18 +96,27 @@ class LocalPool:
         self._loop.close()
         for process in processes.values():
             end(process, 2.0)
+        if self._server is not None:
+            self._server.close()
 
     def _start(self, rank: int) -> None:
         device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
         mine, its = pair()
-        try:
-            process = self._processes[rank] = start("link", its, self.config, device=device)
-        finally:
-            its.close()
+        with its:
+            process = self._processes[rank] = self._process(its, device)
         link = self._links[rank] = Link(
             mine, self._loop, name=f"pool rank {rank}", timeout_s=self.config.timeout_s, asks=True
         )
         watch_process(self._loop, process.pid, functools.partial(link.fail, f"its process {process.pid} has ended"))
+
+    def _process(self, sock: socket.socket, device: str) -> Process:
+        if self._server is not None:
+            told = arguments(self.config, device)
+            if process := self._server.start(told, sock, self.config.start_timeout_s):
+                return process
+            self._server.close()
+            self._server = None  # ranks start the long way
+        return start("link", sock, self.config, device=device)
 
     def _why(self, reason: str) -> str:
         return f"{reason}; a pool rank has start_timeout_s = {self.config.start_timeout_s:g} s to start"

@@ -50,7 +50,7 @@ class Link:
     """One end of a link. A handler of its loop.
 
     Args:
-        sock: connected; the link's from now on.
+        sock: connected, a socket or one that is sealed; the link's from now on.
         loop: serves it.
         name: for people.
         timeout_s: silence, in seconds, after which the other end is lost, once it has been heard.
@@ -62,7 +62,7 @@ class Link:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Any,
         loop: Loop,
         *,
         name: str,
@@ -220,9 +220,9 @@ class Link:
                 self.send(Header(op=Op.BEAT))
         return self.timeout_s / 10
 
-    def forked(self) -> None:
-        """A child of the process has its descriptors, too, and must neither keep nor end the connection."""
-        self.lost = "this is another process"
+    def abandon(self) -> None:
+        """Its loop has ended, or this is a child of its process, and must neither keep nor end the connection."""
+        self.lost = self.lost or "it is not served any more"
         self._socket.close()
 
     def _post(self, message: Packed, attached: socket.socket | None) -> None:
@@ -378,5 +378,5 @@ class _Watch:
     def tick(self, now: float, away_s: float) -> float:
         return 1.0
 
-    def forked(self) -> None:
+    def abandon(self) -> None:
         os.close(self._descriptor)

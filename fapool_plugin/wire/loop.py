@@ -38,8 +38,9 @@ class Handler(Protocol):
     def tick(self, now: float, away_s: float) -> float:
         """Called now and then; seconds until it should be again. ``away_s``: so long the process did not look."""
 
-    def forked(self) -> None:
-        """This is a child of the process whose it is: its descriptor is to be closed, and nothing said."""
+    def abandon(self) -> None:
+        """It is served no more, or this is a child of the process whose it is: its descriptor is to be closed, and
+        nothing said."""
 
 
 class Loop:
@@ -127,9 +128,7 @@ class Loop:
             self._thread.join()
         with self._adding:
             if self._wake >= 0:
-                self._epoll.close()
-                os.close(self._wake)
-                self._wake = -1
+                self._forget()
 
     def _serve(self) -> None:
         while not self._closed:
@@ -171,7 +170,7 @@ class Loop:
         """In a forked child: ends of links that it holds would keep the other ends from seeing this process's end."""
         self._closed = True
         for handler in self._handlers.values():
-            handler.forked()
+            handler.abandon()
         self._handlers = {}
         self._epoll.close()
         os.close(self._wake)

@@ -153,8 +153,8 @@ class Listener:
         """Nothing to do."""
         return 1.0
 
-    def forked(self) -> None:
-        """The listener is the parent's."""
+    def abandon(self) -> None:
+        """It is another process's, or nobody accepts any more."""
         self._listener.close()
 
     def _agree(self, sock: socket.socket, key: bytes) -> None:

@@ -141,7 +141,8 @@ def test_too_little_memory_on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     with pytest.raises(
-        FAPoolConfigError, match="2 pool ranks of node 0 with memory_limit_mib = 64 need 128 MiB, and 100"
+        FAPoolConfigError,
+        match="2 pool ranks of node 0 with memory_limit_mib = 64, and 200 MiB for each process, need 528 MiB, and 100",
     ):
         launched(torch_environments([3]), SETTINGS.model_copy(update={"pool_ranks": 2, "memory_limit_mib": 64}))
 

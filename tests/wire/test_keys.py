@@ -203,7 +203,7 @@ def test_a_changed_byte_ends_the_link_and_nothing_of_it_is_used(sealed: tuple[Li
         pool.receive(5.0)
 
 
-def test_nothing_can_be_read_on_the_way(loops: tuple[Loop, Loop]) -> None:
+def test_nothing_can_be_read_on_the_way(loops: tuple[Loop, Loop], monkeypatch: pytest.MonkeyPatch) -> None:
     """A relay between the two ends sees every byte, and not a key's."""
     (first, second), _ = both(KEY, KEY)
     secret = torch.full((4096,), 1.2345)
@@ -220,7 +220,8 @@ def test_nothing_can_be_read_on_the_way(loops: tuple[Loop, Loop]) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(inner, name)
 
-    inner, first._sock = first._sock, Seen()
+    inner = first._sock
+    monkeypatch.setattr(first, "_sock", Seen())
     base = Link(first, loops[0], name="base", timeout_s=5, asks=True)
     pool = Link(second, loops[1], name="pool", timeout_s=5, asks=False)
     base.is_local = pool.is_local = False
