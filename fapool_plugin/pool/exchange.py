@@ -9,12 +9,12 @@ who asked for what, nor why.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from fapool_plugin.pool.partial_results import PartialResults
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
+    STEP_S,
     TILE_FIELDS,
     Header,
     LinkLost,
@@ -40,7 +41,7 @@ Arrived = tuple[Link, Message | LinkLost]
 _UNSENT = 8
 """Messages to one rank that may wait to be sent."""
 _PART_BYTES = 2**30
-_UNCLAIMED = 64
+_UNCLAIMED, _QUEUED = 64, 4096
 
 
 class Inbox:
@@ -58,8 +59,8 @@ class Inbox:
         """What the worker has done so far; its links tell it."""
         self._waiting: deque[Arrived] = deque()
         self._exchanges: dict[Link, Exchange] = {}
-        self._unclaimed: dict[int, Link] = {}
-        """Links of other pool ranks, by name, whose introduction has not come yet."""
+        self._unclaimed: dict[int, tuple[Link, list[Arrived]]] = {}
+        """Links of other pool ranks, by name, whose introduction has not come yet, and what they have brought."""
 
     def put(self, arrived: Arrived) -> None:
         """Called by the loop."""
@@ -73,12 +74,19 @@ class Inbox:
             else:
                 self._introduce(link, item)
             return
+        elif len(self._waiting) >= _QUEUED:
+            link.fail(f"{_QUEUED} messages wait already")
+            return
         self._waiting.append(arrived)
 
     def get(self) -> Arrived:
         """The next thing for the worker."""
         self.loop.wait(lambda: self._waiting)
         return self._waiting.popleft()
+
+    def step(self) -> None:
+        """The worker has got on."""
+        self.steps += 1
 
     def exchange(self, link: Link) -> Exchange:
         """The pool ranks that the base rank at ``link`` introduced. Raises LinkLost if there are none."""
@@ -97,7 +105,9 @@ class Inbox:
         header, known = message.header, self._exchanges.get(link)
         if known is None or known.token != header.token:
             self.leave(link)
-            known = self._exchanges[link] = Exchange(header.number, header.token, self.loop, self.patience_s, self._key)
+            known = self._exchanges[link] = Exchange(
+                header.number, header.token, self.loop, self.patience_s, self._key, self.step
+            )
         if message.socket is not None:
             known.meet(header.peer, message.socket)
         elif header.address:
@@ -107,17 +117,19 @@ class Inbox:
         else:
             known.await_link(header.peer, header.extra)
             if header.extra in self._unclaimed:
-                self._claimed(header.extra, self._unclaimed.pop(header.extra))
+                self._claimed(header.extra, *self._unclaimed.pop(header.extra))
 
-    def _claimed(self, name: int, link: Link) -> None:
+    def _claimed(self, name: int, link: Link, held: Iterable[Arrived] = ()) -> None:
         """A pool rank says that its link is the one of this name."""
-        for exchange in list(self._exchanges.values()):
-            if exchange.claim(name, link):
-                return
+        if any(exchange.claim(name, link, held) for exchange in list(self._exchanges.values())):
+            return
         if len(self._unclaimed) >= _UNCLAIMED:
             link.fail("it was not introduced")
         else:
-            self._unclaimed[name] = link
+            # What it brings waits for the introduction, too.
+            waiting = list[Arrived]()
+            link.into, link.check = waiting.append, _check_part
+            self._unclaimed[name] = link, waiting
 
 
 class Exchange:
@@ -129,10 +141,19 @@ class Exchange:
         loop: serves the links.
         patience_s: seconds to wait for what they send.
         key: of links to ranks on other machines.
+        step: called now and then while others are waited for: that is bounded, and no standstill.
     """
 
-    def __init__(self, number: int, token: int, loop: Loop, patience_s: float, key: bytes | None = None) -> None:
-        self.number, self.token = number, token
+    def __init__(
+        self,
+        number: int,
+        token: int,
+        loop: Loop,
+        patience_s: float,
+        key: bytes | None = None,
+        step: Callable[[], object] = int,
+    ) -> None:
+        self.number, self.token, self._step = number, token, step
         self._loop, self._patience_s, self._key = loop, patience_s, key
         self._peers: dict[int, _Peer] = {}
         self._awaited: dict[int, int] = {}
@@ -141,23 +162,23 @@ class Exchange:
         self._over = 0
         """The last merged call that waits for nothing any more; what comes for it or earlier ones comes too late."""
 
-    def meet(self, number: int, sock: socket.socket) -> Link:
-        """Links to another rank over a connected socket."""
+    def meet(self, number: int, sock: Any, name: int = 0) -> None:
+        """Links to another rank over a connected socket; ``name`` says to the one that waits at the other end which
+        link this is."""
         peer = self._peer(number)
         link = Link(
-            sock, self._loop, name=f"peer {number}", timeout_s=2 * self._patience_s, asks=self.number < number,
-            into=lambda arrived: self.came(peer, arrived[1]),
+            sock, self._loop, name=f"peer {number}", timeout_s=2 * self._patience_s,
+            asks=name > 0 or self.number < number, into=lambda arrived: self.came(peer, arrived[1]), check=_check_part,
         )  # fmt: skip
-        link.check = _check_part
+        if name:
+            link.send(Header(op=Op.PEER, status=Status.OK, extra=name))
         peer.stands(link)
-        return link
 
     def reach(self, number: int, address: str, name: int) -> None:
         """Connects to another rank, which waits for a link of this name."""
         peer = self._peer(number)
         try:
-            link = self.meet(number, connect(address, self._patience_s, self._key, str(name)))
-            link.send(Header(op=Op.PEER, status=Status.OK, extra=name))
+            self.meet(number, connect(address, self._patience_s, self._key, str(name)), name)
         except (OSError, LinkLost) as error:
             self.came(peer, LinkLost(str(error)))
 
@@ -166,8 +187,8 @@ class Exchange:
         self._peer(number)
         self._awaited[name] = number
 
-    def claim(self, name: int, link: Link) -> bool:
-        """Whether a link of this name is awaited here; it is this rank's then."""
+    def claim(self, name: int, link: Link, held: Iterable[Arrived] = ()) -> bool:
+        """Whether a link of this name is awaited here; it is this rank's then, and what it has brought already."""
         number = self._awaited.pop(name, None)
         if number is None:
             return False
@@ -175,6 +196,8 @@ class Exchange:
         link.into = lambda arrived: self.came(peer, arrived[1])
         link.check = _check_part
         peer.stands(link)
+        for _, item in held:
+            self.came(peer, item)
         return True
 
     def came(self, peer: _Peer, item: Message | LinkLost) -> None:
@@ -240,11 +263,16 @@ class Exchange:
         """The parts that come, of those that these ranks should send."""
         found, deadline = [], time.monotonic() + patience_s
         for number in numbers:
-            self._loop.wait(partial(self._is_settled, merge, number), lambda: deadline)
-            if (merge, number) in self._parts:
-                found.append(self._parts[merge, number])
+            while not self._is_settled(merge, number) and (now := time.monotonic()) < deadline:
+                until = min(deadline, now + STEP_S)
+                self._loop.wait(partial(self._is_settled, merge, number), partial(float, until))
+                self._step()
+            part = self._parts.get((merge, number))
+            if part is not None and _is_whole(part):
+                found.append(part)
         self._over = merge
-        self._parts = {call: kept for call, kept in self._parts.items() if call[0] > merge}
+        for call in [call for call in list(self._parts) if call[0] <= merge]:
+            self._parts.pop(call, None)  # others may come meanwhile
         return found
 
     def _is_settled(self, merge: int, number: int) -> bool:
@@ -264,13 +292,14 @@ class _Peer:
     def stands(self, link: Link) -> None:
         """Its link is there."""
         with self._lock:
-            if self._closed:
-                link.close()
-                return
-            self._link = link
-            for header, tensors in self._waiting:
-                self._transmit(link, header, tensors)
-            self._waiting.clear()
+            late = self._closed
+            if not late:
+                self._link = link
+                for header, tensors in self._waiting:
+                    self._transmit(link, header, tensors)
+                self._waiting.clear()
+        if late:
+            link.close()
 
     def send(self, header: Header, tensors: Payload) -> None:
         """Sends, or keeps for later."""
@@ -288,15 +317,24 @@ class _Peer:
         with self._lock:
             self._closed = True
             self._waiting.clear()
-            if self._link is not None:
-                self._link.close()
-            self._link = None
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()  # waits for who polls, and that may wait for this lock
 
     def _transmit(self, link: Link, header: Header, tensors: Payload) -> None:
         try:
             link.send(header, tensors)
         except LinkLost as error:
             link.fail(str(error))
+
+
+def _is_whole(part: Message) -> bool:
+    """Whether a part has the elements that its table tells of."""
+    tiles = [Tile(*row[:8]) for row in part.tensors[2].tolist()] if len(part.tensors) > 2 else []
+    ranges = [ends for tile in tiles for ends in zip(tile[::2], tile[1::2], strict=True)]
+    rows = sum(tile.lanes * (tile.q_stop - tile.q_start) for tile in tiles) * part.header.group
+    sizes = rows * part.header.v_head_dim, rows
+    return all(0 <= low < high for low, high in ranges) and sizes == (part.header.q_elements, part.header.lse_elements)
 
 
 def _check_part(header: Header) -> None:

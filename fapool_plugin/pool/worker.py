@@ -47,7 +47,7 @@ _UNSENT = 8
 _SLOW_FLOPS_S = 2e9
 """What a rank is taken to compute in a second until it has computed something."""
 _MEASURED_S = 0.01
-_FEWEST_QUERIES = 16
+"""What is over sooner says how fast a rank is at least, and not how slow."""
 
 
 class Worker:
@@ -73,12 +73,10 @@ class Worker:
 
     def link(self, sock: socket.socket, silence_s: float) -> Link:
         """A base rank's, or another pool rank's, connection; lost when it is silent for so long."""
-        link = Link(
+        return Link(
             sock, self.inbox.loop, name="base", timeout_s=silence_s, asks=False, into=self.inbox.put,
-            steps=lambda: self.inbox.steps,
+            steps=lambda: self.inbox.steps, check=lambda header: check_header(header, self.prefixes.limit_bytes),
         )  # fmt: skip
-        link.check = lambda header: check_header(header, self.prefixes.limit_bytes)
-        return link
 
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
@@ -244,12 +242,12 @@ class Worker:
         each query."""
         start = 0
         while start < queries:
-            stop = min(queries, start + max(_FEWEST_QUERIES, int(self._flops_s * STEP_S / flops)))
+            stop = min(queries, start + max(1, int(self._flops_s * STEP_S / flops)))
             began = time.perf_counter()
             yield slice(start, stop)
-            took_s = time.perf_counter() - began
-            if took_s > _MEASURED_S:
-                self._flops_s = (stop - start) * flops / took_s
+            speed = (stop - start) * flops / (took_s := max(1e-6, time.perf_counter() - began))
+            if took_s > _MEASURED_S or speed > self._flops_s:
+                self._flops_s = min(speed, 4 * self._flops_s)
             self.inbox.steps += 1
             start = stop
 
@@ -291,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     Path("/proc/self/comm").write_text(NAME)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
+    torch.zeros(1, device=options.device)  # what a device needs at first is no standstill in a call
     loop = Loop()
     if options.parent:
         end_with_parent(loop, options.parent)

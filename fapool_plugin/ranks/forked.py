@@ -48,6 +48,9 @@ class ForkServer:
             return ForkedRank(child) if child else None
         except OSError:
             return None
+        except BaseException:
+            self._control.close()  # its answer would be taken for the next one's
+            raise
 
     def close(self) -> None:
         """Ends it; ranks end with their links."""

@@ -27,7 +27,6 @@ import torch.distributed as dist
 from fapool_plugin.config import MIB, RANK_MIB, FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.placement import Placement, place
 from fapool_plugin.wire.key_file import lease_token, read_key
-from fapool_plugin.wire.sockets import is_loopback
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -170,8 +169,6 @@ def link_key(config: FAPoolConfig, bind: str, *, warns: bool = False) -> bytes |
             return read_key(config.link_key_file)
         except ValueError as error:
             raise FAPoolConfigError(f"link_key_file: {error}") from None
-    if is_loopback(bind):
-        return None
     if not config.insecure:
         raise FAPoolConfigError(
             f"ranks are on several machines and links at {bind} have no key: whoever reaches a port there could read "

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from fapool_plugin.base.lease import RanksStarting
+from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.ranks.launch import Launch, link_key
 from fapool_plugin.wire.link import Link, first_line, watch_process
@@ -121,16 +121,23 @@ class LaunchedPool:
                 raise LinkLost("it is not where ranks of this launch listen")
             sock = connect(address, limit, self._key, worker)
             link = Link(
-                sock, self._loop, name=f"pool rank {number}", timeout_s=self.config.timeout_s, asks=True,
+                sock,
+                self._loop,
+                name=f"pool rank {number}",
+                timeout_s=self.config.timeout_s,
+                asks=True,
+                check=Outstanding(),
                 address=address,
-            )  # fmt: skip
+            )
             if self.launch.one_machine:
                 watch_process(self._loop, pid, functools.partial(link.fail, f"its process {pid} has ended"))
             link.wait_until_heard(limit)
         except (OSError, LinkLost) as error:
             if link is not None:
                 link.close()
-            self._tell(f"{worker}/discarded", "it was ready and opened no link")
+            if link is not None or isinstance(error, TimeoutError):
+                # It stands still; others it only refused, or a stranger has kept it busy.
+                self._tell(f"{worker}/discarded", "it was ready and opened no link")
             raise RuntimeError(f"{address} opened no link: {first_line(error)}") from error
         return _Rank(worker, pid, link)
 
@@ -140,7 +147,9 @@ class LaunchedPool:
         told = self._read(f"{worker}/ready") if worker else None
         if not worker or not told or self._read(f"{worker}/discarded") is not None:
             return None
-        pid, address = told.split(" ", 1)
+        pid, _, address = told.partition(" ")
+        if not pid.isdecimal() or not address:
+            raise RuntimeError(f"{told[:80]!r} says not where {worker} is")
         return worker, int(pid), address
 
     def _read(self, key: str) -> str | None:

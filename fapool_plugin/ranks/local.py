@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from fapool_plugin.base.lease import Outstanding
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.pool.process import Process, arguments, end, environment, start
 from fapool_plugin.ranks.forked import ForkServer
@@ -105,9 +106,18 @@ class LocalPool:
         with its:
             process = self._processes[rank] = self._process(its, device)
         link = self._links[rank] = Link(
-            mine, self._loop, name=f"pool rank {rank}", timeout_s=self.config.timeout_s, asks=True
+            mine,
+            self._loop,
+            name=f"pool rank {rank}",
+            timeout_s=self.config.timeout_s,
+            asks=True,
+            check=Outstanding(),
         )
-        watch_process(self._loop, process.pid, functools.partial(link.fail, f"its process {process.pid} has ended"))
+        ended = f"its process {process.pid} has ended"
+        try:
+            watch_process(self._loop, process.pid, functools.partial(link.fail, ended))
+        except ProcessLookupError:
+            link.fail(ended)
 
     def _process(self, sock: socket.socket, device: str) -> Process:
         if self._server is not None:

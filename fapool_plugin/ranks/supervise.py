@@ -22,6 +22,7 @@ from fapool_plugin.wire.sockets import listen
 _LOOK_S = 0.25
 _STORE_S = 5.0
 """A store that does not answer for so long is gone."""
+_LONG_PATH = 80
 _SHORT_S = 5.0
 _SHORT_LIVES = 5
 """A worker that dies so often within ``_SHORT_S`` of its start is not started again."""
@@ -35,7 +36,8 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
     lives, short_lives = 0, 0
     process: subprocess.Popen[bytes] | None = None
     worker, began = "", 0.0
-    folder = tempfile.mkdtemp(prefix="fapool-")  # of mode 0700
+    # Of mode 0700; the path of a Unix socket may have 107 bytes.
+    folder = tempfile.mkdtemp(prefix="fapool-", dir=None if len(tempfile.gettempdir()) < _LONG_PATH else "/tmp")
     try:
         while store.add(launch.over_key, 0) < launch.base_ranks:
             if process is not None and store.check([f"{worker}/discarded"]):

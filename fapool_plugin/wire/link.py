@@ -58,6 +58,7 @@ class Link:
         into: called with all that arrives, when several links share a queue; None for one of its own.
         steps: what this end has done so far, for its answers to heartbeats.
         address: where other ranks reach the other end; empty: nowhere.
+        check: called with every header before its body is received; raises LinkLost.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Link:
         into: Callable[[tuple[Link, Message | LinkLost]], object] | None = None,
         steps: Callable[[], int] = int,
         address: str = "",
+        check: Callable[[Header], object] = lambda header: None,
     ) -> None:
         self.name, self.loop, self.timeout_s, self.address = name, loop, timeout_s, address
         self._socket, self._asks, self._steps = sock, asks, steps
@@ -80,8 +82,7 @@ class Link:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._received: deque[tuple[Link, Message | LinkLost]] = deque()
         self.into = into if into is not None else self._received.append
-        self.check: Callable[[Header], object] = lambda header: None
-        """Held against every header before its body is received; raises LinkLost."""
+        self.check = check
         self.lost: str | None = None
         self.heard = False
         """Whether the other end has said anything yet."""
@@ -90,7 +91,9 @@ class Link:
         self.bytes_sent = self.bytes_received = 0
         self._beat_at = 0.0
         self._answered_steps = -1
-        self._sending, self._losing = threading.RLock(), threading.Lock()
+        self._sending, self._losing = threading.RLock(), threading.RLock()
+        self._posting = False
+        self._behind: deque[tuple[Packed, socket.socket | None]] = deque()
         self._outgoing: deque[tuple[memoryview, socket.socket | None]] = deque()
         """What the socket did not take yet, and a socket that goes with it."""
         self._messages_waiting: deque[int] = deque()
@@ -123,15 +126,23 @@ class Link:
         with self._sending:
             if self.lost:
                 raise LinkLost(self.lost)
+            if self._posting:
+                # A garbage collector's finalizer, in the middle of another message of this thread.
+                self._behind.append((message, attached))
+                return
+            self._posting = True
             try:
                 self._post(message, attached)
+                while self._behind:
+                    self._post(*self._behind.popleft())
             except OSError as error:
                 raise LinkLost(self.fail(f"send failed: {first_line(error)}")) from error
             except BaseException as error:
                 # Half a message may be out: nothing after it could be understood.
                 self.fail(f"send failed: {first_line(error)}")
                 raise
-            self.bytes_sent += message.nbytes
+            finally:
+                self._posting = False
 
     def receive(self, stall_s: float | None = None) -> Message:
         """The next message. Raises LinkLost once the other end is gone, or, with ``stall_s``, if for so many seconds
@@ -180,7 +191,7 @@ class Link:
             with self._sending, suppress(OSError):
                 self._flush()
         self.fail("closed")
-        with self._sending:
+        with self.loop.alone(), self._sending:
             self.loop.remove(self)
             self._socket.close()
             self._outgoing.clear()
@@ -226,6 +237,7 @@ class Link:
         self._socket.close()
 
     def _post(self, message: Packed, attached: socket.socket | None) -> None:
+        self.bytes_sent += message.nbytes
         sent = 0
         if not self._outgoing:
             with suppress(BlockingIOError):
@@ -371,6 +383,10 @@ class _Watch:
         return self._descriptor
 
     def handle(self, events: int) -> None:
+        ended = select.poll()
+        ended.register(self._descriptor, select.POLLIN)
+        if not ended.poll(0):
+            return  # the event was another descriptor's, of the same number
         self._loop.remove(self)
         os.close(self._descriptor)
         self._ended()

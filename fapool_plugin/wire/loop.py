@@ -15,8 +15,8 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 _GRACE_S = 0.02
@@ -43,6 +43,27 @@ class Handler(Protocol):
         nothing said."""
 
 
+class _Flag:
+    """An event that a thread may set in the middle of setting it, as a garbage collector's finalizer does."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.RLock())
+        self.is_up = False
+
+    def set(self) -> None:
+        self.is_up = True
+        with self._changed:
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        self.is_up = False
+
+    def wait(self, timeout_s: float) -> None:
+        with self._changed:
+            if not self.is_up:
+                self._changed.wait(timeout_s)
+
+
 class Loop:
     """Serves handlers until they are removed; ends with :meth:`close`, or with the process."""
 
@@ -52,10 +73,10 @@ class Loop:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._handlers: dict[int, Handler] = {}
         self._writers = set[int]()
-        self._turn, self._adding = threading.Lock(), threading.Lock()
+        self._turn, self._adding = threading.RLock(), threading.RLock()
         self._polled = self._ticked = time.monotonic()
         self._due = 0.0
-        self._needed = threading.Event()
+        self._needed = _Flag()
         self._thread: threading.Thread | None = None
         self._closed = False
         itself = weakref.ref(self)
@@ -94,10 +115,13 @@ class Loop:
         Returns:
             whether it is ready.
         """
+        overdue = False
         while not ready():
             rest = _LONGEST_S if deadline is None else deadline() - time.monotonic()
-            if rest < 0:
+            if rest < 0 and overdue:
                 return False
+            # This process may have been stopped, and all that it waits for have come: one look more.
+            overdue = rest < 0
             if self._closed:
                 return bool(ready())
             if not self._turn.acquire(blocking=False):
@@ -113,6 +137,16 @@ class Loop:
                 if self._writers:
                     self._needed.set()
         return True
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread polls meanwhile: a descriptor may be closed, whose number another one gets at once."""
+        while not self._turn.acquire(timeout=_SHARE_S):
+            self.wake()
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def wake(self) -> None:
         """There is something to do for the thread, too."""
@@ -134,7 +168,7 @@ class Loop:
         while not self._closed:
             left_s = self._polled + _GRACE_S - time.monotonic()
             # Nothing is read in a caller's place while callers do it themselves, unless something waits to be sent.
-            if not self._needed.is_set() and left_s > 0:
+            if not self._needed.is_up and left_s > 0:
                 self._needed.wait(left_s)
                 continue
             self._needed.clear()

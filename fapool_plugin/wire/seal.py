@@ -15,6 +15,7 @@ import hmac
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,29 +52,29 @@ def answer(sock: socket.socket, key: bytes, timeout_s: float) -> SealedSocket:
 
 def _agree(sock: socket.socket, key: bytes, timeout_s: float, name: str | None) -> SealedSocket:
     own = X25519PrivateKey.generate()
-    mine = own.public_key().public_bytes_raw() + secrets.token_bytes(_NONCE)
+    mine, deadline = own.public_key().public_bytes_raw() + secrets.token_bytes(_NONCE), time.monotonic() + timeout_s
     try:
         sock.settimeout(timeout_s)
         if name is not None:
             told = name.encode()[:_LONGEST_NAME]
             hello = _MAGIC + struct.pack("<qI", PROTOCOL_VERSION, len(told)) + told + mine
             sock.sendall(hello)
-            theirs = _exactly(sock, _PUBLIC + _NONCE)
+            theirs = _exactly(sock, _PUBLIC + _NONCE, deadline)
             said = hello + theirs
-            _prove(_exactly(sock, _MAC), key, b"listener", said)
+            _prove(_exactly(sock, _MAC, deadline), key, b"listener", said)
             sock.sendall(hmac.digest(key, b"caller" + said, "sha256"))
         else:
-            head = _exactly(sock, len(_MAGIC) + 12)
+            head = _exactly(sock, len(_MAGIC) + 12, deadline)
             version, length = struct.unpack_from("<qI", head, len(_MAGIC))
             if not head.startswith(_MAGIC) or length > _LONGEST_NAME:
                 raise ConnectionError("the other end does not use a link key")
             if version != PROTOCOL_VERSION:
                 raise ConnectionError(f"the other end speaks protocol {version}, this one {PROTOCOL_VERSION}")
-            said = head + _exactly(sock, length)
-            theirs = _exactly(sock, _PUBLIC + _NONCE)
+            said = head + _exactly(sock, length, deadline)
+            theirs = _exactly(sock, _PUBLIC + _NONCE, deadline)
             said += theirs + mine
             sock.sendall(mine + hmac.digest(key, b"listener" + said, "sha256"))
-            _prove(_exactly(sock, _MAC), key, b"caller", said)
+            _prove(_exactly(sock, _MAC, deadline), key, b"caller", said)
         shared = own.exchange(X25519PublicKey.from_public_bytes(theirs[:_PUBLIC]))
     except BaseException:
         sock.close()
@@ -88,9 +89,14 @@ def _prove(mac: bytes, key: bytes, role: bytes, said: bytes) -> None:
         raise ConnectionError("the other end has another link key")
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes:
+def _exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
+    """So many bytes, until then: one that sends a byte now and then is not waited for any longer."""
     data = b""
     while len(data) < count:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the other end does not prove in time that it has the link key")
+        sock.settimeout(left_s)
         more = sock.recv(count - len(data))
         if not more:
             raise ConnectionError("the other end broke off: does it have the same link key?")

@@ -7,12 +7,13 @@ is said over them is not known here.
 
 from __future__ import annotations
 
-import ipaddress
+import errno
 import os
 import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ _BUFFER_BYTES = 4 * 1024 * 1024
 """As much as a socket may hold, where the system allows it: few large messages wait for the other end to read."""
 _PROVING = 64
 """Callers that may be about to prove that they have the key."""
+_FULL_S = 0.05
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -90,14 +92,6 @@ def check_user(sock: socket.socket) -> None:
         raise PermissionError(f"the other end is user {user}, not {os.geteuid()}")
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 class Listener:
     """Accepts connections; a handler of its loop.
 
@@ -132,8 +126,10 @@ class Listener:
             return
         try:
             sock, _ = self._listener.accept()
-        except OSError:
-            return  # it has gone again
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(_FULL_S)  # it waits, and would be reported at once again
+            return  # or it has gone again
         try:
             check_user(sock)
             _enlarge(sock)

@@ -147,6 +147,8 @@ def test_ranks_of_two_machines_meet_at_an_address(loop: Loop, told_first: bool) 
     for number, message in arrivals if told_first else arrivals[::-1]:
         inboxes[number].put((links[number], message))
         time.sleep(0.2)
+    if told_first:
+        time.sleep(2.5 * PATIENCE_S)  # nothing is said on their link for longer than its silence
     answers = [computed(request(1, [])) for _ in range(2)]
     exchanges = [inbox.exchange(link) for inbox, link in zip(inboxes, links, strict=True)]
     exchanges[1].send(0, *exchanges[1].merged(request(1, []), *answers[1]))

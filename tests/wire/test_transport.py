@@ -280,6 +280,43 @@ def test_two_callers_may_wait_at_a_time(loops: tuple[Loop, Loop]) -> None:
         pool.close()
 
 
+def test_a_message_in_the_middle_of_another_comes_after_it(
+    ends: tuple[Link, Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the garbage collector ends a sequence while a request is being sent by the same thread."""
+    base, pool = ends
+    sock, large = base._socket, torch.randn(2_000_000)
+
+    class Collecting:
+        def sendmsg(self, buffers: list[Any], rights: Any) -> int:
+            if len(told) < 3:
+                told.append(len(told))
+                base.send(Header(op=Op.FREE, sequence=told[-1]))
+            return int(sock.sendmsg(buffers, rights))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(sock, name)
+
+    told: list[int] = []
+    monkeypatch.setattr(base, "_socket", Collecting())
+    header, tensors = request(large, large, large)
+    base.send(header, tensors)
+    message = pool.receive(20.0)
+    assert message.header == header
+    assert all(torch.equal(got, want) for got, want in zip(message.tensors, tensors, strict=True))
+    assert [pool.receive(20.0).header.sequence for _ in told] == told
+
+
+def test_what_has_come_is_seen_though_the_time_is_over(ends: tuple[Link, Link], loops: tuple[Loop, Loop]) -> None:
+    """A process that was stopped finds all deadlines past and all answers there."""
+    base, pool = ends
+    base.send(Header(op=Op.HELLO, token=3))
+    base.drain(0)
+    past = time.monotonic() - 1.0
+    assert loops[1].wait(lambda: pool._received, lambda: past)
+    assert not loops[1].wait(lambda: False, lambda: past)
+
+
 def test_a_socket_travels_with_a_message(ends: tuple[Link, Link]) -> None:
     base, pool = ends
     mine, its = pair()
