@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -89,7 +90,10 @@ class Result:
         """Raises LinkLost if an answer's numbers are not finite though the call's are. An LSE may be -inf: of a query
         that sees no key."""
         out, lse = answer.tensors[:2]
-        if not out.numel() or (_bound(out) < torch.inf and lse.max().item() < torch.inf):
+        if not out.numel():
+            return
+        # A sum is the quickest look; one that is infinite may have overflowed.
+        if lse.max().item() < torch.inf and (isfinite(out.sum(dtype=self.exact).item()) or _bound(out) < torch.inf):
             return
         if all(_bound(x) < torch.inf for x in (self.q, self.k, self.v)):
             raise LinkLost("answered with numbers that are not finite")

@@ -307,8 +307,9 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
     with threads_restored():
         torch.set_num_threads(1)
         progress("link: to the pool rank", 0, 2)
-        there = fitted([sample(size, _request(rank, size)) for size in sizes], (0, 1))
-        sending = fitted([_processor_sample(size, _request(rank, size)) for size in sizes], (0, 1))
+        sent = [(4 * (_NARROW + (_NARROW + _WIDE) * _keys(size)), _request(rank, size)) for size in sizes]
+        there = fitted([sample(*one) for one in sent], (0, 1))
+        sending = fitted([_processor_sample(*one) for one in sent], (0, 1))
         progress("link: back to the base", 1, 2)
 
         def back(nbytes: int) -> Callable[[], float]:
@@ -342,11 +343,16 @@ def _processor_sample(n: float, work: Callable[[], float], known_s: float = 0.0)
     return sample(n, timed)
 
 
+def _keys(nbytes: int) -> int:
+    """How many keys and values have about so many bytes."""
+    return 1 + nbytes // 4 // (_NARROW + _WIDE)
+
+
 def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], float]:
     """A request with ``nbytes`` bytes, or a few more: of keys that its only tile does not use, or of queries against
     one key. Returns a function that sends it, waits for the answer, and returns the seconds without those that the
     rank computed."""
-    keys = 1 if queries else 1 + nbytes // 4 // (_NARROW + _WIDE)
+    keys = 1 if queries else _keys(nbytes)
     tile = Tile(0, 1, 0, 1, 0, queries or 1, 0, 1)
     q = torch.zeros(nbytes // 4 if queries else _NARROW)
     k, v = torch.zeros(keys * _NARROW), torch.zeros(keys * _WIDE)

@@ -60,11 +60,11 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def assert_fit(found: Fit, **expected: float) -> None:
+def assert_fit(found: Fit, rel: float = 1e-6, **expected: float) -> None:
     for name in "abc":
         wanted = expected.get(name, 0.0)
-        assert getattr(found, name) == pytest.approx(wanted, rel=1e-6, abs=1e-12), f"{name} of {found}, not {wanted}"
-    assert found.error < 1e-6, f"largest relative error {found.error:.3g} of exact points"
+        assert getattr(found, name) == pytest.approx(wanted, rel=rel, abs=1e-12), f"{name} of {found}, not {wanted}"
+    assert found.error < rel, f"largest relative error {found.error:.3g} of exact points"
 
 
 # Samples.
@@ -220,10 +220,11 @@ class FakeRank:
 @pytest.mark.parametrize("quick", [True, False])
 def test_a_link_costs_what_its_messages_take(clock: Clock, quick: bool) -> None:
     link = calibrate.measure_link(FakeRank(clock, 3e-4, 7e-10, 5e-10, Status.OK), quick=quick)  # type: ignore[arg-type]
-    assert_fit(link.to_rank, a=3e-4, b=7e-10)
-    assert_fit(link.to_base, a=3e-4, b=5e-10)
+    # Each answer brings one query's 512 bytes, and each question for queries one key.
+    assert_fit(link.to_rank, rel=1e-3, a=3e-4, b=7e-10)
+    assert_fit(link.to_base, rel=1e-3, a=3e-4, b=5e-10)
     # The rank of this test computes half a second in this very process.
-    assert_fit(link.send, a=(3e-4 + 0.25) / 3, b=7e-10 / 3)
+    assert_fit(link.send, rel=1e-3, a=(3e-4 + 0.25) / 3, b=7e-10 / 3)
 
 
 def test_a_rank_without_a_lease_is_told_of(clock: Clock) -> None:

@@ -282,7 +282,7 @@ def test_the_processes_of_an_ended_benchmark_end(how: signal.Signals) -> None:
         assert process.stderr is not None
         assert any(b"turn(s)" in line for line in process.stderr), "it ended before the first turn"
         children = psutil.Process(process.pid).children(recursive=True)
-        assert len(children) == 5, children  # alone twice, the base and its two ranks
+        assert len(children) == 6, children  # alone twice, the base, its fork server and its two ranks
         process.send_signal(how)
         assert process.wait(30) != 0
     finally:

@@ -184,7 +184,7 @@ WRONG: dict[str, tuple[dict[str, object], str]] = {
     "no prompt tokens": ({"--max-prompt-tokens": 0}, "--max-prompt-tokens is 0"),
     "no threads": ({"--threads": -1}, "--threads is -1"),
     "negative ranks": ({"--pool-ranks": -1}, "pool_ranks = -1: must be a whole number >= 0"),
-    "too many ranks": ({"--pool-ranks": 10**6}, "2048000000 MiB"),
+    "too many ranks": ({"--pool-ranks": 10**6}, "2248000000 MiB"),
     "negative threshold": ({"--threshold": -5}, "threshold = -5"),
     "no output folder": ({"--json": "nowhere/out.json"}, "there is no folder nowhere"),
     "output is a folder": ({"--json": "."}, "is a folder"),

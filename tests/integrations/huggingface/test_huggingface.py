@@ -300,7 +300,7 @@ def test_generate_batch_is_refused(pair: Pair) -> None:
     ("settings", "told"),
     [
         ({"pool_ranks": 0}, "no pool rank to pool with"),
-        ({"pool_ranks": 1000, "memory_limit_mib": 2**20}, r"pool_ranks \(1000\) \* memory_limit_mib \(1048576\)"),
+        ({"pool_ranks": 1000, "memory_limit_mib": 2**20}, r"pool_ranks \(1000\) \* \(memory_limit_mib \(1048576\)"),
         ({"threshold": -1}, "threshold = -1: must be a whole number >= 0"),
         ({"treshold": 16}, 'treshold = 16: unknown key; did you mean "threshold"'),
     ],
