@@ -128,7 +128,7 @@ class _Calls:
         plan = self.forward.plan(shape.kv_heads, 0, 1)
         cost, spent = self.profile.attention_for(1), counters.base_s
         own, theirs = (share_s(cost, shape.kv_heads, share) for share in (plan.base, plan.shares[0]))
-        # Such messages are all frame: bytes add nothing.
+        # Such messages are little more than headers: bytes add nothing.
         there_and_back = sum(spent.get(name, 0.0) for name in (SEND, ATTENTION, WAIT)) - rank.compute_s
         return (
             spent.get(SEND, 0.0) - link.send.a,
