@@ -146,9 +146,9 @@ class Requests:
         timeline.switch(WAIT)
         if request.call is not None:
             with self._manager.guard(request.rank):
-                came_in = request.rank.answer(request.call)
-                call.check(came_in, request)
-                answer = came_in
+                received = request.rank.answer(request.call)
+                call.check(received, request)  # what does not pass is no answer
+                answer = received
         timeline.switch(MERGE)
         if answer is not None and answer.tensors:
             call.merge(answer, request)

@@ -19,15 +19,8 @@ from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import Header, LinkLost, Op
 from fapool_plugin.wire.seal import SealedSocket, answer, call
 from fapool_plugin.wire.sockets import Listener, connect, listen
-from tests.thread_pool import two_loops
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
-
-
-@pytest.fixture
-def loops() -> Iterator[tuple[Loop, Loop]]:
-    with two_loops() as made:
-        yield made
 
 
 def both(mine: bytes, theirs: bytes) -> tuple[list[SealedSocket], list[BaseException]]:

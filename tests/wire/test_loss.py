@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from fapool_plugin.wire.messages import (
     Op,
 )
 from fapool_plugin.wire.sockets import Listener, connect, listen, pair
-from tests.thread_pool import link_pair, two_loops
+from tests.thread_pool import link_pair
 
 _PEER = """
 import socket, sys, time
@@ -41,12 +40,6 @@ from fapool_plugin.wire.loop import Loop
 link = Link(socket.socket(fileno=int(sys.argv[1])), Loop(), name="peer", timeout_s=60, asks=False)
 time.sleep(120)
 """
-
-
-@pytest.fixture
-def loops() -> Iterator[tuple[Loop, Loop]]:
-    with two_loops() as made:
-        yield made
 
 
 @pytest.mark.processes

@@ -29,7 +29,7 @@ from fapool_plugin.wire.messages import (
     rooms,
 )
 from fapool_plugin.wire.sockets import pair
-from tests.thread_pool import link_pair, two_loops
+from tests.thread_pool import link_pair
 
 _PEER = """
 import socket, sys, time
@@ -38,12 +38,6 @@ from fapool_plugin.wire.loop import Loop
 link = Link(socket.socket(fileno=int(sys.argv[1])), Loop(), name="peer", timeout_s=60, asks=False)
 time.sleep(120)
 """
-
-
-@pytest.fixture
-def loops() -> Iterator[tuple[Loop, Loop]]:
-    with two_loops() as made:
-        yield made
 
 
 @pytest.fixture
