@@ -148,6 +148,16 @@ class FAPoolConfig(BaseModel):
         "200 MiB, so that the first long sequence finds them ready; false: when they are first needed.",
     )
     kv_block: int = Field(256, ge=1, description="Positions; keys are stored and flushed in blocks of this many.")
+    kv_home: Literal["base", "pool"] = Field(
+        "base",
+        description="Where keys live above the threshold; base: the base keeps all, pool ranks have copies; pool: each "
+        "key has one owner, a pool rank or the base, and nobody else keeps it.",
+    )
+    kv_redundancy: Literal["recompute"] = Field(
+        "recompute",
+        description="With kv_home pool, what a lost rank's keys come back from; recompute: recorded inputs, computed "
+        "once more.",
+    )
     memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
     training_residency: bool = Field(
         False,
@@ -176,6 +186,13 @@ class FAPoolConfig(BaseModel):
         if pool_ranks == 0 and info.data.get("enabled"):
             raise ValueError('no pool rank to pool with; set "enabled": false, or pool_ranks >= 1')
         return pool_ranks
+
+    @field_validator("kv_home")
+    @classmethod
+    def _checks_need_keys(cls, kv_home: str, info: ValidationInfo) -> str:
+        if kv_home == "pool" and info.data.get("spot_check"):
+            raise ValueError("spot_check needs keys that the base has itself: set it to 0, or kv_home to base")
+        return kv_home
 
     @classmethod
     def load(cls, source: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str] | None) -> FAPoolConfig:

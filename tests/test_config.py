@@ -38,6 +38,8 @@ DEFAULTS = {
     "start_timeout_s": 120.0,
     "warm_start": True,
     "kv_block": 256,
+    "kv_home": "base",
+    "kv_redundancy": "recompute",
     "memory_limit_mib": 2048,
     "training_residency": False,
     "threads_per_rank": 1,
@@ -70,6 +72,8 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "start_timeout_s": ([0.001, 120], [0, -1.0, "120", True, None, float("inf")]),
     "warm_start": ([True, False], [1, "true", None]),
     "kv_block": ([1, 64], [0, -256, 256.0, "256", True, None]),
+    "kv_home": (["base", "pool"], ["host", True, None, 1]),
+    "kv_redundancy": (["recompute"], ["none", True, None, 1]),
     "memory_limit_mib": ([1, 10**6], [0, -1, 2048.0, "2048", True, None]),
     "training_residency": ([True, False], [1, 0, "true", None]),
     "threads_per_rank": ([1, 64], [0, -1, 1.0, "1", True, None]),
@@ -140,7 +144,7 @@ def test_an_unknown_key_names_the_nearest(wrong: str, right: str) -> None:
     assert f'{wrong} = 1: unknown key; did you mean "{right}"?' in refusal({wrong: 1})
 
 
-@pytest.mark.parametrize("key", ["zzz", "self", "kv_home", 7])
+@pytest.mark.parametrize("key", ["zzz", "self", "kv_place", 7])
 def test_a_key_like_no_other_is_unknown_too(key: Any) -> None:
     assert f"{key} = 1: unknown key" in refusal({key: 1})
 

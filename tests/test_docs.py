@@ -164,7 +164,8 @@ def test_every_reason_for_one_block_is_explained() -> None:
 
 def test_every_reason_for_a_local_forward_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
-    reasons = {*returned(home / "huggingface/forward.py", {"_local_reason", "_traced"})}
+    reasons = {*returned(home / "huggingface/forward.py", {"_local_reason"})}
+    reasons |= {*returned(home / "huggingface/arguments.py", {"traced_reason"})}
     reasons |= {*returned(home / "huggingface/masks.py", {"not_causal"}), "... makes a mask of its own"}
     assert "makes a mask of its own" in (home / "huggingface/attention.py").read_text(encoding="utf-8")
     shown = names(table(read("docs/huggingface.md").split("## Blocks")[0], "reason"))

@@ -7,6 +7,7 @@ the call's tensors and the sequence; nothing of how answers are merged.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.kept_calls import KeepingStep
 from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.base.owned import NoRoom, OwnedKeys
 from fapool_plugin.base.requests import Part, Payload, Request
 from fapool_plugin.base.residency import Held, alike_rows, grown
 from fapool_plugin.base.resource_manager import ResourceManager
@@ -23,8 +25,9 @@ from fapool_plugin.base.result import Result
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.trees import arrange, check_merged
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.plan.owners import Asked
 from fapool_plugin.plan.profile import share_s
-from fapool_plugin.plan.shares import Plan, within_residency
+from fapool_plugin.plan.shares import Plan, TileWithKeys, within_residency
 from fapool_plugin.wire.messages import Header, Message, Op, Status, dtype_code, elements, float_bits
 
 
@@ -37,10 +40,10 @@ class Work:
     places: list[Tile]
     """Where their queries are taken from, and their results go."""
     table: Tensor
-    keys: list[tuple[slice, slice, slice]]
+    keys: list[tuple[slice, slice, slice | Tensor]]
     """Where the new keys are that go with them."""
-    after: Held
-    """What the rank holds once it has them."""
+    after: Held | None
+    """What the rank holds once it has them; None: it owns them."""
     starts_anew: bool
     """Whether all keys that it needs are among them."""
     predicted_s: float
@@ -59,6 +62,8 @@ class AttentionRequests:
     """Whether what is sent stays on the ranks, as prefixes of the sequence."""
     keeping: KeepingStep | None
     """In training: ranks keep the whole call."""
+    owned: OwnedKeys | None = None
+    """The keys have owners, and only new ones are given."""
 
     def shared_out(self, plan: Plan) -> tuple[list[Request], list[Tile], list[Tile]]:
         """(what ranks are asked, what the base computes, the same in columns)."""
@@ -73,13 +78,44 @@ class AttentionRequests:
         if lost := [tile for work in works if work.rank.lost for tile in work.tiles]:
             own, columns = own + lost, columns + self.result.in_columns(lost)
         if plan.axis == "keys":
-            # Where queries are disjoint there is nothing to merge on the way.
-            profile, result = self.manager.advisor.profile, self.result
-            # Merged results travel as exactly as they are here.
-            lane_bytes = result.q.shape[2] * result.group * (result.v.shape[3] + 1) * result.exact.itemsize
-            link = profile.link if profile is not None else None
-            arrange(requests, self.decided.config, link, lane_bytes, self.manager.guard)
+            self._arrange(requests)
         return requests, own, columns
+
+    def of_owners(self, owned: OwnedKeys) -> tuple[list[Request], list[Asked]]:
+        """(what pool ranks are asked that own keys, what the base is)."""
+        asked = owned.asked(self.result.geometry, self.layer)
+        if id(asked) not in owned.worked_out:
+            cost, lanes = self.decided.rank_cost, self.result.k.shape[1]
+            works = []
+            for rank, share in zip(owned.ranks, asked, strict=False):
+                tiles = [one.own.tile for one in share]
+                works.append(
+                    Work(
+                        rank,
+                        tiles,
+                        self.result.places([one.place for one in share]),
+                        torch.tensor(
+                            [(*tile, *keys) for _, (tile, *keys), _ in share], dtype=torch.int64, device="cpu"
+                        ),
+                        [self.result.new_keys(one.place, one.new) for one in share if one.new],
+                        None,
+                        False,
+                        share_s(cost, lanes, tiles) if cost is not None else 0.0,
+                    )
+                )
+            owned.worked_out[id(asked)] = works
+        requests = [Request(work.rank, work.tiles, work) for work in owned.worked_out[id(asked)] if work.tiles]
+        if self.result.q.shape[2] == 1 and not owned.owners.disjoint:
+            self._arrange(requests)
+        return requests, asked[-1]
+
+    def _arrange(self, requests: list[Request]) -> None:
+        """Has ranks merge results of the same queries; where queries are disjoint there is nothing to merge."""
+        profile, result = self.manager.advisor.profile, self.result
+        # Merged results travel as exactly as they are here.
+        lane_bytes = result.q.shape[2] * result.group * (result.v.shape[3] + 1) * result.exact.itemsize
+        link = profile.link if profile is not None else None
+        arrange(requests, self.decided.config, link, lane_bytes, self.manager.guard)
 
     def message(self, request: Request) -> tuple[Header, Payload]:
         """Tiles with their queries, and the keys that the rank lacks."""
@@ -126,6 +162,13 @@ class AttentionRequests:
 
     def lacks(self, request: Request, part: Part) -> bool:
         """A rank that no longer holds what it was to hold holds nothing; of a kept call it is asked once more."""
+        if self.owned is not None:
+            number = request.rank.number
+            if part.status == Status.FULL:
+                raise NoRoom(f"pool rank {number} has no room for more keys")
+            why = "does not hold what it owned" if part.status == Status.STALE else "did not answer"
+            self.owned.give_up(f"pool rank {number} {why}", at_once=self.manager.base_ranks == 1)
+            return False
         if part.status == Status.STALE:
             request.rank.counters.stale += 1
             if not request.kept and request.notes.starts_anew:
@@ -141,12 +184,11 @@ class AttentionRequests:
             op=Op.ATTEND,
             sequence=self.sequence.id,
             layer=self.layer,
-            keep=int(self.resident),
+            keep=3 if self.owned is not None else int(self.resident),
             dtype=dtype_code(result.q.dtype),
             head_dim=result.k.shape[3],
             v_head_dim=result.v.shape[3],
             group=result.group,
-            capacity=self.sequence.capacity,
             scale_bits=float_bits(result.softmax_scale),
             softcap_bits=float_bits(result.softcap),
         )
@@ -161,7 +203,7 @@ class AttentionRequests:
                 mine.extend(share)
                 continue
             parts = [part for tile in share for part in alike_rows(prefix, tile)]
-            work, left = within_residency(parts, plan.axis, self.manager.config.kv_block)
+            work, left = within_residency(parts, plan.axis, self.manager.config.kv_block, self.sequence.capacity)
             mine.extend(left)
             if not work:
                 continue
@@ -172,11 +214,16 @@ class AttentionRequests:
                     rank,
                     tiles,
                     result.places(tiles),
-                    torch.tensor([(*tile, *keys) for tile, *keys in work], dtype=torch.int64, device="cpu"),
-                    [result.keys(*one) for one in sent],
+                    _table(work),
+                    [result.keys(*one[:3]) for one in sent],
                     grown(prefix, ((one.tile, one.key_stop) for one in sent)) if sent or prefix is None else prefix,
                     all(one.key_start == 0 for one in work),
                     share_s(cost, result.k.shape[1], tiles) if cost is not None else 0.0,
                 )
             )
         return works, mine, result.in_columns(mine)
+
+
+def _table(work: Iterable[TileWithKeys]) -> Tensor:
+    """The tile table of a request."""
+    return torch.tensor([(*tile, *keys) for tile, *keys in work], dtype=torch.int64, device="cpu")

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fapool_plugin.base.admission import place_keys
 from fapool_plugin.base.asking import AttentionRequests
 from fapool_plugin.base.autograd import with_gradients, without_autocast
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.gradients import Shares
 from fapool_plugin.base.kept_calls import keeping_step
+from fapool_plugin.base.owned import OwnedKeys
 from fapool_plugin.base.requests import Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.result import Result
@@ -52,6 +54,7 @@ class FAPoolAttention(nn.Module):
         decided: Forward,
         local: Callable[[], Any] | None = None,
         resident: bool = False,
+        owned: bool = False,
         softmax_scale: float = 1.0,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
@@ -76,7 +79,7 @@ class FAPoolAttention(nn.Module):
         if local is not None:
             decided.counters.phase(decided.phase).local_calls += 1
             return local()
-        call = _Call(self, decided, q_BHSD, k_BKTD, v_BKTE, resident, softmax_scale, softcap)
+        call = _Call(self, decided, q_BHSD, k_BKTD, v_BKTE, resident, softmax_scale, softcap, owned)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKTD, v_BKTE)):
             return with_gradients(call, sinks_H)
         with without_autocast(q_BHSD):
@@ -92,7 +95,7 @@ class _Call:
 
     def __init__(
         self, module: FAPoolAttention, decided: Forward, q: Tensor, k: Tensor, v: Tensor, resident: bool, scale: float,
-        softcap: float,
+        softcap: float, owned: bool,
     ) -> None:  # fmt: skip
         if decided.geometry is None or decided.sequence is None:
             raise ValueError("a pooled forward needs a geometry and a sequence")
@@ -105,8 +108,9 @@ class _Call:
         keeping = None
         if decided.keeps_calls and not resident:
             keeping = keeping_step(self.sequence.kept, module.layer, decided.hand_over is not None, q, k, v)
+        self.owned = place_keys(decided, self.manager, k, v, module.layers) if owned else None
         self.asking = AttentionRequests(
-            self.manager, decided, self.sequence, module.layer, self.result, resident, keeping
+            self.manager, decided, self.sequence, module.layer, self.result, resident, keeping, self.owned
         )
         self.requests = Requests(self.manager)
         self._mine: list[Tile] = []
@@ -114,6 +118,9 @@ class _Call:
     def post(self) -> None:
         """Asks the pool ranks for their shares, and computes the base's."""
         self.manager.timeline.switch(SEND)
+        if self.owned is not None:
+            self._post_to_owners(self.owned)
+            return
         position = (self.k.shape[3] + self.v.shape[3]) * self.k.element_size()
         plan = self.decided.plan(self.k.shape[1], position, self.module.layers)
         self.result.disjoint = plan.axis == "queries"
@@ -123,6 +130,17 @@ class _Call:
         self.manager.timeline.switch(ATTENTION)
         self.result.compute_in_columns(columns)
         self.result.compute(given_back)
+        self.manager.timeline.switch(LINEAR)
+
+    def _post_to_owners(self, owned: OwnedKeys) -> None:
+        """Asks the owners of keys, the base among them."""
+        self.result.disjoint = owned.owners.disjoint
+        requests, mine = self.asking.of_owners(owned)
+        if self.requests.post(self.asking, requests):
+            owned.give_up("an owner could not be asked", at_once=self.manager.base_ranks == 1)
+        self.manager.timeline.switch(ATTENTION)
+        owned.compute(mine, self.module.layer, self.result)
+        owned.sent(self.module.layer, self.result.geometry, self.k, self.v)
         self.manager.timeline.switch(LINEAR)
 
     def finish(self, sinks_H: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -146,5 +164,7 @@ class _Call:
         )  # fmt: skip
 
     def _compute(self, tiles: Iterable[Tile]) -> None:
+        if self.owned is not None:  # keys are lost, and this forward's result with them
+            return
         self.manager.timeline.switch(ATTENTION)
         self.result.compute(tiles)

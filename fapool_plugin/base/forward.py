@@ -36,6 +36,14 @@ def stay_local(forward: Forward, reason: str, threshold: int, columns: int, look
         warnings.warn(f"fa_pool: training is not pooled: {reason}", RuntimeWarning, stacklevel=2)
 
 
+def own_share(choice: Choice | None, asked: float | None, base_ranks: int, ranks: int) -> float | None:
+    """The base's part, the plan's if there is one. Else, if none is asked for, as much as any other's (None), of whom
+    several base ranks may ask at a time."""
+    if choice is not None:
+        return choice.base_share
+    return asked if asked is not None or base_ranks == 1 else base_ranks / (base_ranks + ranks)
+
+
 def refusal(reason: str, tokens: int, threshold: int) -> ValueError:
     """What a strict configuration has to say of a forward that would be local."""
     return ValueError(
@@ -46,6 +54,14 @@ def refusal(reason: str, tokens: int, threshold: int) -> ValueError:
 
 class CannotPool(Exception):
     """A block finds that its forward cannot be pooled exactly: all of it has to be computed otherwise."""
+
+
+class StaysHome(Exception):
+    """A layer's keys cannot live on the pool: what its attention is given is not what is cached."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__(f"the keys of layer {layer} do not reach its attention as they are cached")
+        self.layer = layer
 
 
 class _Keeper:
@@ -97,6 +113,11 @@ class Forward:
         """Whether its attention is ours."""
         return self.pooled and not self.abandoned
 
+    @property
+    def owns_keys(self) -> bool:
+        """Whether its keys go to owners, if it is pooled."""
+        return self.config.kv_home == "pool" and self.lasting and self.phase != "training"
+
     def note(self, reason: str, serious: bool) -> None:
         """Remembers why a call is local."""
         self.notes[reason] = serious or self.notes.get(reason, False)
@@ -141,7 +162,7 @@ class Forward:
         part = self.geometry.block(start, stop)
         return replace(self, geometry=part, whole=self.geometry, hand_over=hand_over, blocks=1, _plans={})
 
-    def in_graph(self, watch: Callable[[object, SequenceState], None]) -> Forward:
+    def in_graph(self, watch: Callable[[object, SequenceState], object]) -> Forward:
         """This forward in training: its sequence, and with it the lease, last as long as anything of the graph."""
         assert self.sequence is not None
         keeper = _Keeper()

@@ -134,7 +134,8 @@ class Gradients:
             softcap_bits=float_bits(self.shares.softcap),
         )
         # All keys of a tile come with it.
-        table = torch.tensor([(*tile, tile.k_start, tile.k_stop) for tile in tiles], dtype=torch.int64, device="cpu")
+        rows = [(*tile, tile.k_start, tile.k_stop, 0) for tile in tiles]
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return header, [table, qs, ks, vs, outs, lses, douts]
 
     def sent(self, request: Request) -> None:

@@ -79,7 +79,7 @@ class Outstanding:
         expected = self._expected.pop((header.token, header.call), None)
         if expected is None or header.op != expected.op:
             raise LinkLost(f"sent op {header.op} for call {header.call}, which was not asked for")
-        if header.status == Status.STALE:
+        if header.status in (Status.STALE, Status.FULL):
             return
         sizes = header.q_elements, header.k_elements, header.v_elements, header.lse_elements
         if header.op == Op.ATTEND:

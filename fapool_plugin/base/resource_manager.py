@@ -19,8 +19,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from fapool_plugin.base.advisor import Advisor, Profiler
-from fapool_plugin.base.forward import Forward, stay_local
+from fapool_plugin.base.forward import Forward, own_share, stay_local
 from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting
+from fapool_plugin.base.owned import Batches
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
 from fapool_plugin.base.threads import SharedThreads
@@ -64,6 +65,7 @@ class ResourceManager:
         self.counters, self.timeline = Counters(), Timeline()
         self.advisor, self.spot_check = Advisor(config, self.counters), SpotCheck(config.spot_check, self.counters)
         self.closing = ExitStack()  # what ends with it: a trace, a server of metrics
+        self.batches = Batches()
         self._measuring = False
         self.threads = SharedThreads(self.advisor.threads_left)
         self.state: State = "idle"
@@ -158,7 +160,7 @@ class ResourceManager:
             if wanted and geometry is not None and not self.is_closed:
                 asked = replace(local, geometry=geometry, sequence=sequence, lasting=lasting)
                 decided = self._decide(asked, length, one_block, profiler)
-            elif not self.is_closed and length < self.config.release_ratio * self.threshold:
+            elif not self.is_closed and not self.batches and length < self.config.release_ratio * self.threshold:
                 below = self.config.release_ratio * self.threshold
                 self._release(f"a forward of {length} tokens, below {below:g}")
         except BaseException:
@@ -182,6 +184,7 @@ class ResourceManager:
             self._profile(profiler, length, forward.sequence)
         choice = self.advisor.choose(forward, self.ranks, one_block is None)
         alone = choice is not None and self.config.activation == "cost" and choice.alone_s <= choice.seconds
+        alone = alone and not forward.owns_keys  # which may be more than the base can hold
         mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
         blocks = self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1
         mode, blocks = self._agree((mode, blocks))
@@ -197,22 +200,16 @@ class ResourceManager:
                 self._release("borrowed to measure, and the plan does without")
         if mode == _LOCAL:
             return replace(forward, choice=choice)
-        ranks = self.ranks[: choice.ranks] if choice is not None else self.ranks
+        ranks = self.ranks[: choice.ranks] if choice is not None and not forward.owns_keys else self.ranks
         return replace(
             forward,
             pooled=True,
             ranks=tuple(ranks) if mode == _POOLED else (),
             blocks=blocks,
             choice=choice,
-            base_share=choice.base_share if choice is not None else self._own_share(len(ranks)),
+            base_share=own_share(choice, self.config.base_share, self.base_ranks, len(ranks)),
             rank_cost=self.advisor.rank_cost(),
         )
-
-    def _own_share(self, ranks: int) -> float | None:
-        """The base's part without a plan: as much as any other's, of whom several base ranks may ask at a time."""
-        if self.config.base_share is not None or self.base_ranks == 1:
-            return self.config.base_share
-        return self.base_ranks / (self.base_ranks + ranks)
 
     def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
         """Takes the profile there is, or measures a quick one with the first leased rank."""
@@ -295,9 +292,11 @@ class ResourceManager:
         self._live.update([sequence_id] if self.ranks else [])
         return list(self.ranks)
 
-    def watch(self, owner: object, sequence: SequenceState) -> None:
-        """The sequence ends when ``owner``, its cache, is gone."""
-        weakref.finalize(owner, self._sequence_ended, sequence.id).atexit = False
+    def watch(self, owner: object, sequence: SequenceState) -> weakref.finalize[Any, Any]:
+        """The sequence ends when ``owner``, its cache, is gone, or when what this returns is called."""
+        ends = weakref.finalize(owner, self._sequence_ended, sequence.id)
+        ends.atexit = False
+        return ends
 
     def reap(self) -> None:
         """Frees sequences that have ended; gives the lease back when none is left. Waits for nobody."""
@@ -310,7 +309,8 @@ class ResourceManager:
     def stats(self) -> dict[str, Any]:
         """What happened so far, as a copy; :mod:`fapool_plugin.observe.metrics` says what each number counts."""
         held = [rank.number for rank in self.ranks]
-        return {"state": self.state, "threshold": self.threshold, "leased_ranks": held} | self.counters.as_dict()
+        known = {"state": self.state, "threshold": self.threshold, "leased_ranks": held}
+        return known | {"kv_bytes": self.batches.held()} | self.counters.as_dict()
 
     def close(self) -> None:
         """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""

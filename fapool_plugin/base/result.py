@@ -31,6 +31,8 @@ class Result:
         batch, heads, queries, _ = q_BHSD.shape
         self.group = heads // k_BKTD.shape[1]
         self.exact = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
+        self.k_column = geometry.columns - k_BKTD.shape[2]
+        """The column of the first key that is given."""
         self.disjoint = False
         """Whether no two parts are of the same queries: each is written, and none merged."""
         self._side_by_side = queries == 1
@@ -59,6 +61,14 @@ class Result:
         """Where the keys at these positions of a tile's lanes are: rows, heads and columns."""
         return slice(*tile[:2]), slice(*tile[2:4]), self.geometry.k_slice(tile, start, stop)
 
+    def new_keys(self, tile: Tile, runs: Sequence[tuple[int, int]]) -> tuple[slice, slice, slice | Tensor]:
+        """Where the keys at some runs of positions of a tile's lanes are, in what is given: rows, heads and columns."""
+        shift = self.geometry.starts[tile.row_start] - self.k_column
+        columns = [slice(start + shift, stop + shift) for start, stop in runs]
+        if len(columns) == 1:
+            return slice(*tile[:2]), slice(*tile[2:4]), columns[0]
+        return slice(*tile[:2]), slice(*tile[2:4]), torch.cat([torch.arange(c.start, c.stop) for c in columns])
+
     def compute(self, tiles: Iterable[Tile]) -> None:
         """Computes these tiles here."""
         self.compute_in_columns(self.in_columns(tiles))
@@ -83,6 +93,12 @@ class Result:
                 softcap=self.softcap,
             )
             self._own.append((tile, out, lse))
+        if not self._side_by_side:
+            self._take_own()
+
+    def take_own(self, tile: Tile, out_RSHE: Tensor, lse_RHS: Tensor) -> None:
+        """Takes what was computed here of keys that are not given."""
+        self._own.append((self._moved(tile), out_RSHE, lse_RHS))
         if not self._side_by_side:
             self._take_own()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.base.kept_calls import KeptCalls
+from fapool_plugin.base.owned import OwnedKeys
 from fapool_plugin.base.residency import Residency
 from fapool_plugin.plan.line import Row, round_up
 
@@ -110,10 +111,18 @@ class SequenceState:
     full: set[int] = field(default_factory=set)
     """Ranks that assumed nothing and still could not store what they were sent."""
     id: int = field(default_factory=lambda: secrets.randbits(62))
+    owned: OwnedKeys | None = None
+    """Its keys, if they have owners."""
+    owning: bool = False
+    """Whether a forward is under way whose keys go to owners."""
 
     def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int]]:
         """Copies and pickles go their own way: under another id, resident nowhere."""
         return SequenceState, (self.prompt_columns, self.capacity, self.copies)
+
+    def anew(self, columns: int) -> SequenceState:
+        """For the first ``columns`` columns of the same sequences, computed once more."""
+        return SequenceState(columns, self.capacity, self.copies)
 
     def place(self, starts: tuple[int, ...]) -> None:
         """Says where rows start. If that changed, positions mean something else and nothing is resident."""

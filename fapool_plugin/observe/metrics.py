@@ -80,6 +80,10 @@ class Counters:
     """Random numbers of answers that were computed once more."""
     spot_check_failures: int = 0
     """Those that were wrong."""
+    replays: int = 0
+    """Times that keys were computed once more, because their owner was lost."""
+    replayed_tokens: int = 0
+    """Positions of sequences that were."""
     ranks: dict[int, RankCounters] = field(default_factory=dict)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=1000))
     local_reasons: dict[str, int] = field(default_factory=dict)
@@ -136,6 +140,8 @@ class Counters:
             "faults": self.faults,
             "spot_checks": self.spot_checks,
             "spot_check_failures": self.spot_check_failures,
+            "replays": self.replays,
+            "replayed_tokens": self.replayed_tokens,
             "stale": sum(rank["stale"] for rank in ranks),
             "bytes_sent": sum(rank["bytes_sent"] for rank in ranks),
             "bytes_received": sum(rank["bytes_received"] for rank in ranks),

@@ -193,10 +193,12 @@ class TileWithKeys(NamedTuple):
     tile: Tile
     key_start: int
     key_stop: int
+    capacity: int = 0
+    """Positions that a lane of it will have at most, if known; 0 if not."""
 
 
 def within_residency(
-    share: Iterable[tuple[Tile, int]], axis: Literal["queries", "keys"], block: int
+    share: Iterable[tuple[Tile, int]], axis: Literal["queries", "keys"], block: int, capacity: int = 0
 ) -> tuple[list[TileWithKeys], list[Tile]]:
     """What a pool rank is asked to compute of its share, and what the base keeps.
 
@@ -205,18 +207,19 @@ def within_residency(
 
     Args:
         share: each tile with the prefix that the rank holds of its lanes.
+        capacity: positions that a lane will have at most; 0 if that is not known.
     """
     requests, left = [], []
     for tile, have in share:
         if axis == "queries":
-            requests.append(TileWithKeys(tile, min(have, tile.k_stop), tile.k_stop))
+            requests.append(TileWithKeys(tile, min(have, tile.k_stop), tile.k_stop, capacity))
             continue
         missing = max(0, tile.k_stop - have)
         reach = have + missing // block * block if missing else have
         stop = min(tile.k_stop, reach)
         if stop > tile.k_start:
             start = min(have, stop)
-            requests.append(TileWithKeys(tile._replace(k_stop=stop), start, max(start, stop)))
+            requests.append(TileWithKeys(tile._replace(k_stop=stop), start, max(start, stop), capacity))
         if stop < tile.k_stop:
             left.append(tile._replace(k_start=max(stop, tile.k_start)))
     return requests, left

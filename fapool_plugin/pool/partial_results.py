@@ -51,7 +51,7 @@ class PartialResults:
 
     def result(self) -> tuple[list[list[int]], list[list[Tensor]]]:
         """(tile table, [outs, lses]). Not rounded to the queries' dtype: it may be merged several times more."""
-        table = [[*tile, 0, 0] for tile, _, _ in self._merged]
+        table = [[*tile, 0, 0, 0] for tile, _, _ in self._merged]
         return table, [[out for _, out, _ in self._merged], [lse for _, _, lse in self._merged]]
 
     def _at(self, part: Box, box: Box) -> tuple[slice, slice]:

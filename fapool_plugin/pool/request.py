@@ -21,7 +21,7 @@ _SLACK_BYTES = 64 * 2**20
 def check_header(header: Header, limit_bytes: int) -> None:
     """Held against a header before its body is received. Raises LinkLost if it is not a base's, or announces more than
     a rank that may hold ``limit_bytes`` could work on."""
-    if header.op not in (Op.HELLO, Op.ATTEND, Op.FREE, Op.RELEASE, Op.PEER, Op.BACKWARD):
+    if header.op not in (Op.HELLO, Op.ATTEND, Op.FREE, Op.RELEASE, Op.PEER, Op.BACKWARD, Op.FETCH, Op.SELECT):
         raise LinkLost(f"sent op {header.op}, which no base sends")
     _, nbytes = rooms(header)
     # Queries, results and gradients are not held against the limit, and are about as large as keys.
@@ -36,6 +36,18 @@ class Entry(NamedTuple):
     key_start: int
     key_stop: int
     """The new keys that come with it."""
+    capacity: int
+    """Positions that each of its lanes will have at most, if known; 0 if not."""
+
+
+def fetched(message: Message) -> list[Entry]:
+    """The ranges of keys that a FETCH asks for. Raises LinkLost if there is no such range."""
+    entries = [Entry(Tile(*row[:8]), *row[8:]) for row in message.tensors[0].tolist()]
+    for tile, *_ in entries:
+        ends = zip(tile[:4:2], tile[1:4:2], strict=True)
+        if not all(0 <= low < high < _POSITIONS for low, high in ends) or not 0 <= tile.k_start < tile.k_stop:
+            raise LinkLost(f"{tile} in a request for keys")
+    return entries
 
 
 class TileRequest:
@@ -89,14 +101,17 @@ class TileRequest:
     def _check(self) -> None:
         header = self.header
         backward, sent = header.op == Op.BACKWARD, header.op != Op.BACKWARD or not header.keep
-        if min(header.head_dim, header.v_head_dim, header.group) < 1 or not 0 <= header.keep <= 2:
+        if min(header.head_dim, header.v_head_dim, header.group) < 1 or not 0 <= header.keep <= 2 + (not backward):
             raise LinkLost(f"head dims {header.head_dim}, {header.v_head_dim}, group {header.group} in a request")
         rows = keys = 0
-        for tile, start, stop in self.entries:
+        for tile, start, stop, capacity in self.entries:
             ends = zip(tile[::2], tile[1::2], strict=True)
-            if not all(0 <= low < high < _POSITIONS for low, high in ends) or not 0 <= start <= stop < _POSITIONS:
+            if (
+                not all(0 <= low < high < _POSITIONS for low, high in ends)
+                or not 0 <= start <= stop < _POSITIONS > capacity
+            ):
                 raise LinkLost(f"{tile} with keys [{start}, {stop}) in a request")
-            if (backward or header.keep != 1) and not start <= tile.k_start < tile.k_stop <= stop:
+            if (backward or header.keep not in (1, 3)) and not start <= tile.k_start < tile.k_stop <= stop:
                 raise LinkLost(f"{tile} came with the keys [{start}, {stop}) only")
             rows += tile.lanes * header.group * (tile.q_stop - tile.q_start)
             keys += tile.lanes * (stop - start)

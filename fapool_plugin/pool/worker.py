@@ -22,8 +22,9 @@ from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.process import run_to_end
-from fapool_plugin.pool.request import TileRequest, check_header
-from fapool_plugin.pool.store import CallStore, KeptTile, PrefixStore
+from fapool_plugin.pool.request import TileRequest, check_header, fetched
+from fapool_plugin.pool.store import CallStore, KeptTile
+from fapool_plugin.store.prefixes import PrefixStore
 from fapool_plugin.wire.key_file import read_key
 from fapool_plugin.wire.link import Link, first_line, watch_process
 from fapool_plugin.wire.loop import Loop
@@ -100,13 +101,17 @@ class Worker:
         if header.op == Op.HELLO:
             link.send(self._hello(link, header))
         elif self.lease is None or header.token != self.lease:
-            if header.op in (Op.ATTEND, Op.BACKWARD):
+            if header.op in (Op.ATTEND, Op.BACKWARD, Op.FETCH):
                 link.send(header._replace(status=Status.STALE))
         elif header.op in (Op.ATTEND, Op.BACKWARD):
             if header.op == Op.ATTEND and header.keep == 2:
                 self._kept_for.setdefault(link, set()).add(header.sequence)
             self._answer(link, message)
             link.drain(_UNSENT)
+        elif header.op == Op.FETCH:
+            link.send(*self.fetch(message))
+        elif header.op == Op.SELECT:
+            self.prefixes.select(header.sequence, header.layer, message.tensors[0].tolist())
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
             self.calls.free(header.sequence)
@@ -159,22 +164,38 @@ class Worker:
                 return _attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
         request, computed = TileRequest(message, self.device), []
-        for tile, key_start, key_stop in request.entries:
+        for tile, key_start, key_stop, capacity in request.entries:
             new_k, new_v = request.keys(tile, key_stop - key_start)
-            if asked.keep != 1:
+            if asked.keep not in (1, 3):
                 keys = slice(tile.k_start - key_start, tile.k_stop - key_start)
                 k, v = new_k[:, :, keys], new_v[:, :, keys]
             else:
                 where = asked.sequence, asked.layer, tile
-                stored = key_stop == key_start or self.prefixes.put(*where, new_k, new_v, key_start, asked.capacity)
+                owned = asked.keep == 3
+                stored = key_stop == key_start or self.prefixes.put(
+                    *where, new_k, new_v, key_start, capacity, owned=owned
+                )
                 if not stored or self.prefixes.length(*where) < max(tile.k_stop, key_start):
-                    return asked._replace(status=Status.STALE), ()
+                    full = owned and not stored and (not key_start or self.prefixes.length(*where) >= key_start)
+                    return asked._replace(status=Status.FULL if full else Status.STALE), ()
                 k, v = self.prefixes.get(*where)
             q, k, v = (x.transpose(1, 2) for x in (request.queries(tile), k, v))
             computed.append(KeptTile(q, k, v, *self._attend(request, tile, q, k, v)))
         if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
             asked = asked._replace(keep=0)
         return _attended(asked, computed, began)
+
+    def fetch(self, message: Message) -> tuple[Header, Payload]:
+        """The keys and values that a request names, tile behind tile. STALE, with no tensors, if any is not here."""
+        asked, ks, vs = message.header, list[Tensor](), list[Tensor]()
+        for tile, *_ in fetched(message):
+            where = asked.sequence, asked.layer, tile
+            if self.prefixes.length(*where) < tile.k_stop:
+                return asked._replace(status=Status.STALE), ()
+            k, v = self.prefixes.get(*where)
+            ks.append(k)
+            vs.append(v)
+        return asked._replace(status=Status.OK, k_elements=elements(ks), v_elements=elements(vs)), (ks, vs)
 
     def backward(self, message: Message) -> tuple[Header, Payload]:
         """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with
@@ -184,7 +205,7 @@ class Worker:
         if kept is None or (asked.keep and len(kept) != len(request.entries)):
             return asked._replace(status=Status.STALE), ()
         dqs, dks, dvs = [], [], []
-        for index, (tile, _, _) in enumerate(request.entries):
+        for index, (tile, *_) in enumerate(request.entries):
             if asked.keep:
                 q, k, v, out, lse = kept[index]
                 if q.shape[:3] != tuple(request.sizes(tile)[at] for at in (0, 2, 1)):

@@ -22,7 +22,7 @@ from fapool_plugin.tools import demo as screens
 from fapool_plugin.tools import doctor as examination
 from fapool_plugin.tools import planning
 from fapool_plugin.tools.bench import command as bench
-from fapool_plugin.tools.options import check_counts, check_output, check_picture, one_line_errors
+from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, one_line_errors
 
 app = typer.Typer(
     help="Attention of long sequences on borrowed ranks that hold no weights.",
@@ -105,6 +105,7 @@ def generate(
     activation: Annotated[
         Activation, typer.Option(help="Pool long calls where that is predicted to be faster, or always.")
     ] = Activation.cost,
+    kv_home: Annotated[KVHome, typer.Option(help="Where keys live: base or pool.")] = KVHome.base,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut the prompt to its first so many tokens.")] = None,
     threads: Threads = None,
     trace: Trace = None,
@@ -127,8 +128,9 @@ def generate(
                 "--threads": threads,
             }
         )
-        chosen = {} if threshold is None else {"threshold": threshold}
-        config = _config(pool_ranks, trace, partition=partition.value, activation=activation.value, **chosen)
+        chosen: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
+        chosen |= {"partition": partition.value, "activation": activation.value, "kv_home": kv_home.value}
+        config = _config(pool_ranks, trace, **chosen)
         check_output(json_file)
         text = _read_prompt(prompt_file)
         from fapool_plugin.integrations.huggingface.runs import default_threads, prepare

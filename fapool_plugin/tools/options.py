@@ -9,9 +9,18 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 
 import typer
+
+
+class KVHome(StrEnum):
+    """Where keys live, ``kv_home`` in the settings."""
+
+    base = "base"
+    pool = "pool"
+
 
 _PICTURES = (".png", ".svg", ".pdf")
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-PROTOCOL_VERSION = 8
-TILE_FIELDS, PART_FIELDS = 10, 4
+PROTOCOL_VERSION = 9
+TILE_FIELDS, PART_FIELDS = 11, 4
 HEADER_BYTES = 256
 """Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""
 STEP_S = 0.5
@@ -43,6 +43,8 @@ class Op(IntEnum):
     BEAT = 5
     PEER = 6
     BACKWARD = 7
+    FETCH = 8
+    SELECT = 9
 
 
 class Status(IntEnum):
@@ -54,6 +56,7 @@ class Status(IntEnum):
     BUSY = 3
     VERSION = 4
     MISSING = 5
+    FULL = 6
 
 
 class LinkLost(RuntimeError):
@@ -72,8 +75,9 @@ class Header(NamedTuple):
     sequence: int = 0
     layer: int = 0
     keep: int = 0
-    """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 0: neither. Its reply: 2 if
-    it is kept. BACKWARD: 1: q, k and v are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is."""
+    """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 3: the rank owns the keys
+    sent, and gives them up for no others; 0: none of these. Its reply: 2 if the call is kept. BACKWARD: 1: q, k and v
+    are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is."""
     dtype: int = 0
     """Index of the payload's dtype (:func:`dtype_code`)."""
     tiles: int = 0
@@ -85,8 +89,6 @@ class Header(NamedTuple):
     v_head_dim: int = 0
     group: int = 0
     """Query heads per KV head."""
-    capacity: int = 0
-    """Positions a sequence will need at most, if known; 0 if not."""
     scale_bits: int = 0
     softcap_bits: int = 0
     extra: int = 0
@@ -102,13 +104,14 @@ class Header(NamedTuple):
     peer: int = 0
     """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank."""
     peers: int = 0
-    """Ranks listed: those whose answers are merged into ATTEND's."""
+    """Ranks listed: those whose answers are merged into ATTEND's. SELECT: rows listed."""
     parts: int = 0
     """Merged answers: how many ranks' parts they report on."""
     address: int = 0
     """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message."""
 
 
+_WITH_BODY = frozenset((Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT))
 _PACKED = struct.Struct(f"<{len(Header())}q")
 
 
@@ -152,7 +155,7 @@ class Room(NamedTuple):
 
 def rooms(header: Header) -> tuple[tuple[Room, ...], int]:
     """(every tensor that follows ``header``, in order; bytes of the body). Raises LinkLost if it makes no sense."""
-    if header.version != PROTOCOL_VERSION or header.op not in (Op.ATTEND, Op.BACKWARD, Op.PEER):
+    if header.version != PROTOCOL_VERSION or header.op not in _WITH_BODY:
         return (), 0
     return _rooms(
         header.op, header.status, header.dtype, header.keep, header.tiles, header.q_elements, header.k_elements,
@@ -179,6 +182,10 @@ def _rooms(
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
     if op == Op.PEER:
         parts = [((address,), torch.uint8)] if address else []
+    elif op == Op.SELECT:
+        parts = [((peers,), torch.int64)]
+    elif op == Op.FETCH:
+        parts = [table] if status == Status.REQUEST else [(k, dtype), (v, dtype)] if status == Status.OK else []
     elif status == Status.REQUEST:
         parts += [table, (q, dtype), (k, dtype), (v, dtype)]
         if backward:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fapool_plugin.base.kept_calls import KeptCalls, fingerprint
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.pool.store import CallStore, KeptTile, PrefixStore
+from fapool_plugin.pool.store import CallStore, KeptTile
+from fapool_plugin.store.prefixes import PrefixStore
 
 TILES = [Tile(0, 1, 0, 1, 0, 5, 0, 5)]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fapool_plugin.base.residency import Residency, alike_rows, grown
 from fapool_plugin.base.sequence import GrowingKV, SequenceState
 from fapool_plugin.plan.line import Tile, round_up
-from fapool_plugin.pool.store import PrefixStore
+from fapool_plugin.store.prefixes import PrefixStore
 
 HEADS, D, E = 3, 4, 5
 

@@ -70,7 +70,7 @@ def test_every_key_of_a_share_is_asked_or_left(axis: str, k_start: int, width: i
     covered = [k for r in requests for k in range(r.tile.k_start, r.tile.k_stop)]
     covered += [k for t in left for k in range(t.k_start, t.k_stop)]
     assert sorted(covered) == list(range(tile.k_start, tile.k_stop))
-    for tile_asked, key_start, key_stop in requests:
+    for tile_asked, key_start, key_stop, _ in requests:
         assert key_start <= have, "assumes more than is held"
         assert max(have, key_stop) >= tile_asked.k_stop, "asks for keys that are neither held nor sent"
         if axis == "keys":

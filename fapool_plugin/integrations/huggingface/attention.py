@@ -28,10 +28,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fapool_plugin.base.forward import CannotPool, Forward
+from fapool_plugin.base.forward import CannotPool, Forward, StaysHome
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.integrations.huggingface.cache import PooledCache, PooledLayer
+from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name
+from fapool_plugin.integrations.huggingface.layer import PooledLayer, owned_dtype
 from fapool_plugin.integrations.huggingface.masks import not_causal, window_of
 
 NAME = "fapool"
@@ -67,6 +68,8 @@ class Scope:
     cache: Cache | None
     documents: tuple[int, ...] = ()
     """Lengths of the documents that are packed into the one row, if they are."""
+    owning: bool = False
+    """Its new keys go to owners, and those of before are there."""
     recomputed: bool = False
     """Layers run once more in backward (gradient checkpointing), when no forward is open."""
     full_mask: _FullMask = field(default_factory=_FullMask)
@@ -163,14 +166,21 @@ def _attention(
         return function(module, query, key, value, mask, **kwargs)
 
     if reason:
+        _refuse_partial(scope, module, key, reason)
         scope.decided.note(reason, serious)
     if not scope.decided.is_pooled or reason:
         return core(query, key, value, decided=scope.decided, local=local)
     scaling, device, lengths = kwargs.get("scaling"), query.device.type, scope.documents
-    resident = _is_resident(scope.cache, module, key, value)
+    owned = scope.owning and _is_taken(scope.cache, module, key, value)
+    resident = not scope.owning and _is_resident(scope.cache, module, key, value)
     if lengths:
         query, key, value = (_unpacked(x, lengths) for x in (query, key, value))
-    if torch.is_autocast_enabled(device):
+    wanted = query.dtype
+    if owned:
+        # Owners keep keys as they are cached, whatever a call computes in.
+        wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else wanted
+        query, key, value = (x.to(owned_dtype(key, value)) for x in (query, key, value))
+    elif torch.is_autocast_enabled(device):
         # As transformers' sdpa attention is cast.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     out = core(
@@ -179,13 +189,14 @@ def _attention(
         value,
         decided=scope.decided,
         resident=resident,
+        owned=owned,
         softmax_scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         softcap=float(kwargs.get("softcap") or 0.0),
         sinks_H=kwargs.get("s_aux"),
     )
     if lengths:
         out = torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])[None]
-    return out, None
+    return (out.to(wanted) if owned else out), None
 
 
 def _refuse_strange_mask(module: nn.Module, mask: Tensor, scope: Scope) -> None:
@@ -236,6 +247,8 @@ def _local_reason(
         return f"{name} is given {', '.join(unknown)}, which pool ranks cannot compute with", True
     geometry = scope.decided.geometry
     shape = (key.shape[0], key.shape[2], query.shape[2])
+    if scope.owning and geometry is not None and _is_given_away(scope.cache, module, key):
+        shape = (key.shape[0], geometry.columns, query.shape[2])
     if scope.documents:
         shape = (len(scope.documents), max(scope.documents), max(scope.documents))
     if geometry is None or (len(geometry.starts), geometry.columns, geometry.columns - geometry.q_column) != shape:
@@ -269,11 +282,8 @@ def strings_in(code: CodeType | None) -> frozenset[str]:
 
 def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor, value: Tensor) -> bool:
     """Whether these are what our cache layer stores, or a pure function of it, position by position."""
-    index = getattr(module, "layer_idx", None)
-    if not isinstance(cache, PooledCache) or index is None or index >= len(cache.layers):
-        return False
-    layer = cache.layers[index]
-    if not isinstance(layer, PooledLayer) or not layer.is_initialized:
+    layer = _layer_of(cache, module)
+    if layer is None or not layer.is_initialized:
         return False
     # Multi-head latent attention caches latents and expands them anew in every call.
     expands = hasattr(module, "expand_kv")
@@ -281,6 +291,44 @@ def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor, value: Ten
         given.data_ptr() == stored.data_ptr() and given.shape == stored.shape
         for given, stored in ((key, layer.keys), (value, layer.values))
     )
+
+
+def _layer_of(cache: Cache | None, module: nn.Module) -> PooledLayer | None:
+    index = getattr(module, "layer_idx", None)
+    if not isinstance(cache, PooledCache) or index is None or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    return layer if isinstance(layer, PooledLayer) else None
+
+
+def _is_given_away(cache: Cache | None, module: nn.Module, key: Tensor) -> bool:
+    """Whether these are keys that go to owners, perhaps without those that are there."""
+    layer = _layer_of(cache, module)
+    return layer is not None and layer.gives(key)
+
+
+def _refuse_partial(scope: Scope, module: nn.Module, key: Tensor, reason: str) -> None:
+    """Of a call that needs all keys here, and was given new ones: raises StaysHome, or CannotPool if they are another
+    layer's."""
+    geometry = scope.decided.geometry
+    cache, index = scope.cache, getattr(module, "layer_idx", None)
+    if not scope.owning or geometry is None or index is None or not isinstance(cache, PooledCache):
+        return
+    if _is_given_away(cache, module, key):
+        raise StaysHome(index)
+    windowed = index < len(cache.layers) and getattr(cache.layers[index], "is_sliding", False)
+    if key.shape[2] != geometry.columns and not windowed:
+        raise CannotPool(reason)
+
+
+def _is_taken(cache: Cache | None, module: nn.Module, key: Tensor, value: Tensor) -> bool:
+    """Whether these go to owners now. Raises StaysHome if others of their layer should."""
+    layer = _layer_of(cache, module)
+    if layer is None or not layer.ownable:
+        return False
+    if not layer.take(key, value):
+        raise StaysHome(layer.index)
+    return True
 
 
 AttentionInterface.register(NAME, _attention)

@@ -99,8 +99,7 @@ def plain_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int
 def pooled_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, fa_pool: dict[str, Any]) -> Make:
     """Decode steps with the plugin, on its own cache; pool ranks have got their keys before the first turn."""
     loaded = _pooled(model, fa_pool)
-    state = SequenceState(prompt_columns=tokens, capacity=tokens + steps + 1)
-    cache = PooledCache(loaded.config.get_text_config(decoder=True), loaded.fa_pool, state)
+    cache = _own_cache(loaded, tokens, steps)
     turn, least_s = _decode(loaded, cache, ids, tokens, batch, steps), _least_s(loaded.fa_pool, tokens, batch)
 
     def bounded() -> Turn:
@@ -108,6 +107,21 @@ def pooled_decode(model: str, ids: list[int], tokens: int, batch: int, steps: in
         return seconds, logits, facts | ({"least_s": least_s} if least_s else {})
 
     return bounded
+
+
+def alone_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, fa_pool: dict[str, Any]) -> Make:
+    """Decode steps of the base alone, with the plugin's kernel, on its cache."""
+
+    def agree(decision: tuple[int, int]) -> tuple[int, int]:
+        return min(decision[0], 1), decision[1]  # as if another base rank's plan did without ranks
+
+    loaded = FAPoolForCausalLM.wrap(plain_model(model), fa_pool | {"kv_home": "base"}, agree=agree)
+    return _decode(loaded, _own_cache(loaded, tokens, steps), ids, tokens, batch, steps)
+
+
+def _own_cache(model: Any, tokens: int, steps: int) -> PooledCache:
+    state = SequenceState(prompt_columns=tokens, capacity=tokens + steps + 1)
+    return model.fapool_forwards.homes.new_cache(model.config.get_text_config(decoder=True), state)
 
 
 def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:

@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import _active_collector
 
 from fapool_plugin.base.rounds import run_rounds
 from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again, strings_in
-from fapool_plugin.integrations.huggingface.cache import GraphCache, JoinedLayer, PooledCache
+from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.masks import window_of
+from fapool_plugin.integrations.huggingface.training_cache import GraphCache, JoinedLayer
 from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.plan.shares import block_edges
 

@@ -1,4 +1,4 @@
-"""Hugging Face: the cache that generate() fills, kept so that pool ranks can hold prefixes of it.
+"""Hugging Face: the cache that generate() fills, kept so that pool ranks can hold prefixes of it, or own its keys.
 
 Knows transformers' cache contract; does not know who computes attention.
 """
@@ -6,154 +6,114 @@ Knows transformers' cache contract; does not know who computes attention.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import secrets
+import weakref
+from collections.abc import Callable, Container
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from fapool_plugin.base.graph_kv import GraphKV
+from fapool_plugin.base.forward import StaysHome
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.base.sequence import GrowingKV, SequenceState
-
-
-class PooledLayer(DynamicLayer):
-    """A full-attention layer's keys and values, in storage that grows by blocks."""
-
-    def __init__(self, index: int, state: SequenceState, block: int) -> None:
-        super().__init__()
-        self.keys: Any
-        self.values: Any
-        self.index, self.state = index, state
-        self._kv = GrowingKV(block, state.capacity)
-        self._sealed: tuple[object, ...] = ()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        elif self._seal() != self._sealed:
-            # Somebody put other keys here, or wrote into ours: those count now, and nobody holds them.
-            self._kv = GrowingKV(self._kv.block, self._kv.capacity)
-            self._kv.append(self.keys, self.values)
-            self.state.residency.forget()
-        self.keys, self.values = self._kv.append(key_states, value_states)
-        self._sealed = self._seal()
-        return self.keys, self.values
-
-    def reserve(self, positions: int) -> None:
-        """Makes room for so many positions at once, if nothing is stored yet."""
-        if not self.is_initialized:
-            self._kv.capacity = max(self._kv.capacity, positions)
-
-    def rewind(self, length: int) -> None:
-        """Forgets what an interrupted forward has appended."""
-        if self.is_initialized and self.get_seq_length() > length:
-            self._kv.crop(length)
-            self.keys, self.values = self._kv.views()
-            self._sealed = self._seal()
-            self.state.crop(self.index, length)
-
-    def reset(self) -> None:
-        super().reset()
-        self._kv = GrowingKV(self._kv.block, self.state.capacity)
-        self.state.crop(self.index, 0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        ours = self.is_initialized and self._seal() == self._sealed
-        super().crop(tokens_to_remove)
-        if ours:
-            self._kv.crop(self.get_seq_length())
-            self._sealed = self._seal()
-        if self.is_initialized:
-            self.state.crop(self.index, self.get_seq_length())
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.get_seq_length() > 0:
-            self._select(beam_idx)
-            self.state.reorder(self.index, beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.get_seq_length() > 0:
-            self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
-            self.state.rows_changed()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.get_seq_length() > 0:
-            self._select(torch.arange(self.keys.shape[0], device=self.keys.device)[indices])
-            self.state.rows_changed()
-
-    def _select(self, rows: Tensor) -> None:
-        self._kv.select_rows(rows.to(self.keys.device))
-        self.keys, self.values = self._kv.views()
-        self._sealed = self._seal()
-
-    def _seal(self) -> tuple[object, ...]:
-        """What changes when somebody else assigns or writes keys or values. (Storage of ours counts its writes, in
-        inference mode, too; another's that was made in inference mode does not, and is taken as changed.)"""
-        both: tuple[torch.Tensor, ...] = (self.keys, self.values)
-        return tuple((x.data_ptr(), x.shape, object() if x.is_inference() else x._version) for x in both)
-
-
-class PooledHybridLayer(LinearAttentionAndFullAttentionLayer, PooledLayer):
-    """A layer of both kinds of attention, whose full attention is a pooled layer's; as transformers' own of both."""
-
-    def __init__(self, index: int, state: SequenceState, block: int, number_of_states: int) -> None:
-        PooledLayer.__init__(self, index, state, block)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        (PooledLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
-
-    def offload(self) -> None:
-        PooledLayer.offload(self)
-        LinearAttentionLayer.offload(self)
-
-    def prefetch(self) -> None:
-        PooledLayer.prefetch(self)
-        LinearAttentionLayer.prefetch(self)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        PooledLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        PooledLayer.reorder_cache(self, beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        PooledLayer.crop(self, tokens_to_remove)
+from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.integrations.huggingface.layer import PooledHybridLayer, PooledLayer
+from fapool_plugin.integrations.huggingface.replay import Record
 
 
 class PooledCache(DynamicCache):
     """transformers' own dynamic cache, with pooled layers where attention is full. Sliding, linear and other layers
-    stay what they are."""
+    stay what they are.
 
-    def __init__(self, config: Any, manager: ResourceManager, state: SequenceState) -> None:
+    Args:
+        ownable: layers whose keys may have owners.
+        record: the inputs of its forwards, if keys may be lost.
+    """
+
+    def __init__(
+        self, config: Any, manager: ResourceManager, state: SequenceState, ownable: Container[int] = (),
+        record: Record | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
         block = manager.config.kv_block
-        self.state, self._manager = state, manager
+        self.state, self.record, self._manager = state, record, manager
         for index, layer in enumerate(self.layers):
+            mine = index in ownable
             if type(layer) is DynamicLayer:
-                self.layers[index] = PooledLayer(index, state, block)
+                self.layers[index] = PooledLayer(index, state, block, ownable=mine)
             elif type(layer) is LinearAttentionAndFullAttentionLayer:
-                self.layers[index] = PooledHybridLayer(index, state, block, len(layer.conv_states))
-        manager.watch(self, state)
+                self.layers[index] = PooledHybridLayer(index, state, block, len(layer.conv_states), ownable=mine)
+        self._ends: weakref.finalize[Any, Any] | None = None
+        self.watch()
+
+    @property
+    def pooled_layers(self) -> list[PooledLayer]:
+        """Those of full attention."""
+        return [layer for layer in self.layers if isinstance(layer, PooledLayer)]
 
     def reserve(self, positions: int) -> None:
         """Makes room for so many positions at once where nothing is stored yet."""
-        for layer in self.layers:
+        for layer in self.pooled_layers:
+            layer.reserve(positions)
+
+    def come_home(self) -> None:
+        """Has all keys fetched that are away. Raises KeysLost."""
+        if self.state.owned is None:
+            return
+        for layer in self.pooled_layers:
+            layer.come_home()
+        self.start_anew()
+
+    def settle(self) -> None:
+        """A forward whose keys went to owners is complete. Raises StaysHome if not all of them were taken."""
+        left = [layer.index for layer in self.pooled_layers if not layer.is_taken]
+        if left:
+            raise StaysHome(left[0])
+        for layer in self.pooled_layers:
+            layer.settle()
+
+    def keep_home(self, index: int) -> None:
+        """A layer's keys live here from now on. Raises KeysLost."""
+        for layer in self.pooled_layers:
+            if layer.index == index:
+                layer.ownable = False
+                layer.come_home()
+
+    def adopt(self, other: PooledCache) -> None:
+        """Takes the keys of a cache that was filled with the same tokens, which ends; other states stay its own."""
+        if other._ends is not None:
+            other._ends.detach()
+        if self._ends is not None:
+            self._ends()
+        self.state.id, self.state.owned = other.state.id, other.state.owned
+        self.state.line, self.state.prompt = other.state.line, other.state.prompt
+        self.state.residency, self._ends, other._ends = other.state.residency, None, None
+        self.watch()
+        for index, layer in enumerate(other.layers):
             if isinstance(layer, PooledLayer):
-                layer.reserve(positions)
+                self.layers[index].adopt(layer)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.record is not None:
+            self.record.select(beam_idx)
+        owned, rows = self.state.owned, beam_idx.tolist()
+        if owned is not None and owned.owners.stay_together(rows):
+            owned.select(rows)
+        else:
+            self._home_for("reorder_cache")
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._home_for("batch_repeat_interleave")
+        if self.record is not None:
+            self.record.repeat(repeats)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._home_for("batch_select_indices")
+        if self.record is not None:
+            self.record.select(indices)
+        super().batch_select_indices(indices)
 
     def rewinder(self) -> Callable[[], None]:
         """What makes all layers forget what a forward from here on appends, should it be interrupted."""
@@ -162,11 +122,12 @@ class PooledCache(DynamicCache):
         others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, PooledLayer)]
 
         def rewind() -> None:
-            for layer in self.layers:
-                if isinstance(layer, PooledLayer):
-                    layer.rewind(length)
+            for layer in self.pooled_layers:
+                layer.rewind(length)
             for layer, before in others:
                 vars(layer).update(before)
+            if self.state.owned is not None and not any(self.state.owned.dealt.values()):
+                self.start_anew()
 
         return rewind
 
@@ -176,66 +137,33 @@ class PooledCache(DynamicCache):
         memo[id(self._manager)] = self._manager
         # A copy goes its own way; pool ranks know nothing of it yet.
         twin.state = memo[id(self.state)] = SequenceState(self.state.prompt_columns, self.state.capacity)
+        twin.record = self.record.copy() if self.record is not None else None
         twin.layers = copy.deepcopy(self.layers, memo)
-        self._manager.watch(twin, twin.state)
+        twin.watch()
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_ends"}
 
-class GraphLayer(DynamicLayer):
-    """A full-attention layer's keys and values, with gradients to every block of a training row."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ends = None
 
-    def __init__(self, positions: int) -> None:
-        super().__init__()
-        self.keys: Any
-        self.values: Any
-        self._kv = GraphKV(positions)
+    def watch(self) -> None:
+        """Its sequence ends with it."""
+        if self._ends is None:
+            self._ends = self._manager.watch(self, self.state)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = self._kv.append(key_states, value_states)
-        return self.keys, self.values
+    def _home_for(self, what: str) -> None:
+        """Keys move between rows of different owners: by the base."""
+        if self.state.owned is not None:
+            self._manager.counters.log("home", f"keys were fetched from the pool for {what}")
+            self.come_home()
 
-
-class GraphCache(DynamicCache):
-    """Carries keys and values from block to block of one training row of ``positions``, and their gradients back."""
-
-    def __init__(self, config: Any, positions: int) -> None:
-        super().__init__(config=config)
-        for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = GraphLayer(positions)
-
-    def plain(self) -> DynamicCache:
-        """The same keys and values as transformers' own cache, which grows without bound."""
-        made = DynamicCache()
-        made.layers, made.layer_class_to_replicate = [_plain(layer) for layer in self.layers], None
-        return made
-
-
-def _plain(layer: Any) -> Any:
-    if not isinstance(layer, GraphLayer):
-        return layer
-    made = DynamicLayer()
-    if layer.is_initialized:
-        made.lazy_initialization(layer.keys, layer.values)
-        made.keys, made.values = layer.keys, layer.values
-    return made
-
-
-class JoinedLayer(DynamicLayer):
-    """A layer's keys and values of a batch whose rows are in several layers: joined if anybody asks, since a step of
-    training does not."""
-
-    def __init__(self, parts: list[DynamicLayer]) -> None:
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = parts[0].dtype, parts[0].device, True
-        del self.keys, self.values
-        self._parts = parts
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "values") or "_parts" not in vars(self):
-            raise AttributeError(name)
-        joined = torch.cat([getattr(part, name) for part in self._parts])
-        setattr(self, name, joined)
-        return joined
+    def start_anew(self) -> None:
+        """What ranks hold of the sequence goes; it is another one for them from now on."""
+        if self._ends is not None:
+            self._ends()
+        self.state.owned, self.state.id, self._ends = None, secrets.randbits(62), None
+        self.state.residency.forget()
+        self.watch()

@@ -6,28 +6,38 @@ in flight. What happens at an attention call is in attention.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from fapool_plugin.base.advisor import Profiler
-from fapool_plugin.base.forward import CannotPool
+from fapool_plugin.base.forward import CannotPool, StaysHome
+from fapool_plugin.base.owned import KeysLost, NoRoom
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.integrations.huggingface.arguments import (
+    attention_dropout,
+    by_name,
+    decoder_of,
+    documents_in,
+    past_columns,
+    tokens_of,
+    traced_reason,
+    wants_cache,
+    with_cache,
+)
 from fapool_plugin.integrations.huggingface.attention import NAME, SCOPE, Scope
 from fapool_plugin.integrations.huggingface.blocks import asked, collector_reason, not_in_pieces, run_blocks, run_parts
-from fapool_plugin.integrations.huggingface.cache import GraphCache, PooledCache
-from fapool_plugin.integrations.huggingface.config_view import local_name, view_configs
-from fapool_plugin.integrations.huggingface.masks import documents_between, packed_documents, padding
+from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.config_view import view_configs
+from fapool_plugin.integrations.huggingface.homes import Homes
+from fapool_plugin.integrations.huggingface.masks import padding
 from fapool_plugin.integrations.huggingface.pieces import (
     beyond_trial,
     hook_reason,
@@ -39,6 +49,7 @@ from fapool_plugin.integrations.huggingface.pieces import (
     untried_reason,
 )
 from fapool_plugin.integrations.huggingface.probe import LENGTH, Probe
+from fapool_plugin.integrations.huggingface.training_cache import GraphCache
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.plan.line import round_up
 from fapool_plugin.plan.shares import Geometry
@@ -95,6 +106,7 @@ class Forwards:
         makes_cache: whether the model takes a cache of ours, rather than one of its own kind.
         one_block: why this model's prompts cannot be cut into blocks in flight; None if they can.
         profiler: makes what knows or measures a module's costs.
+        homes: puts keys where a forward looks for them.
     """
 
     manager: ResourceManager
@@ -102,14 +114,15 @@ class Forwards:
     makes_cache: bool
     one_block: str | None
     profiler: Callable[[Any], Profiler | None]
+    homes: Homes
     probe: Probe = field(default_factory=Probe)
     never: str | None = None
     """Why none of its forwards is pooled, as a layer of it showed."""
 
     def is_long(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a forward is above the threshold, padding included."""
-        given = _by_name(owner, args, kwargs)
-        tokens, cache = _tokens(given), given.get("past_key_values")
+        given = by_name(owner, args, kwargs)
+        tokens, cache = tokens_of(given), given.get("past_key_values")
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         return tokens is not None and past + tokens.shape[1] > self.manager.threshold
 
@@ -121,47 +134,88 @@ class Forwards:
         scope = SCOPE.get()
         if scope is not None and scope.manager is self.manager:
             return self._inside(owner, enter, args, kwargs, scope)
-        given = _by_name(owner, args, kwargs)
-        tokens = _tokens(given)
+        given = by_name(owner, args, kwargs)
+        tokens = tokens_of(given)
         if tokens is None:
             return enter(*args, **kwargs)
-        scope = self._decide(owner, given, tokens, compiled)
+        cache = given.get("past_key_values")
+        given_cache = cache if isinstance(cache, PooledCache) else None  # else each try makes its own
+        # Each rank may be lost, and each layer's keys may turn out to stay here.
+        for _ in range(self.manager.config.pool_ranks + self.full_layers + 2):
+            if given_cache is not None:
+                self.homes.recover(given_cache)
+            try:
+                return self._decided(owner, enter, args, kwargs, given, self._decide(owner, given, tokens, compiled))
+            except StaysHome as error:
+                self.homes.keep_home(error, given_cache)
+            except KeysLost as error:
+                if given_cache is not None:
+                    self.homes.lose(given_cache, error)
+        raise RuntimeError("fa_pool: keys that live on the pool are lost again and again; see stats()['events']")
+
+    def _decided(
+        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
+        given: dict[str, Any], scope: Scope,
+    ) -> Any:  # fmt: skip
+        """A forward as it was decided. Raises KeysLost, when all is as before it."""
+        cache, rewind = scope.cache, None
+        mine = cache if isinstance(cache, PooledCache) else None
         before, completed = SCOPE.set(scope), False
         try:
-            if scope.cache is not given.get("past_key_values"):
-                args, kwargs = _with_cache(owner, args, kwargs, scope.cache)
+            if mine is not None:
+                self.homes.prepare(mine, scope)
+            if cache is not given.get("past_key_values"):
+                args, kwargs = with_cache(owner, args, kwargs, cache)
             # What is compiled inside was traced without a pool.
             eager = scope.decided.pooled and is_compiled(owner)
             rewind = _Rewind(scope) if scope.decided.pooled else None
+            start = mine.get_seq_length() if mine is not None else 0
             with torch.compiler.set_stance("force_eager") if eager else nullcontext():
                 try:
                     output = self._inside(owner, enter, args, kwargs, scope)
+                    if scope.owning and mine is not None:
+                        self.homes.complete(mine)
                 except CannotPool as error:
                     assert rewind is not None
                     rewind()
                     self.never = str(error)
                     scope.decided.abandon(self.never)
+                    scope = replace(scope, owning=False)
+                    SCOPE.set(scope)
+                    if mine is not None:
+                        self.homes.prepare(mine, scope)
                     output = self._inside(owner, enter, args, kwargs, scope)
             completed = True
+            if mine is not None and mine.record is not None:
+                mine.record.add(owner, given, start, mine.get_seq_length())
             return output
+        except BaseException as error:
+            if scope.owning and rewind is not None:
+                # Layers are at different lengths, and keys are with owners.
+                rewind()
+            if isinstance(error, NoRoom):
+                raise self.homes.no_room(error, scope) from None
+            raise
         finally:
             SCOPE.reset(before)
+            if mine is not None:
+                mine.state.owning = False
             self.manager.end(scope.decided, completed=completed)
 
     def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool) -> Scope:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
-        decoder = _decoder(owner)
+        decoder = decoder_of(owner)
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
         training = grads or owner.training
-        traced, wants_cache = _traced(tokens), _wants_cache(owner, decoder, given)
-        if cache is None and self.makes_cache and wants_cache and not (training or traced):
-            cache = PooledCache(owner.config.get_text_config(decoder=True), self.manager, SequenceState())
+        traced, caching = traced_reason(tokens), wants_cache(owner, decoder, given)
+        if cache is None and self.makes_cache and caching and not (training or traced):
+            cache = self.homes.new_cache(owner.config.get_text_config(decoder=True), SequenceState())
         state = cache.state if isinstance(cache, PooledCache) else SequenceState()
         batch, new = tokens.shape[:2]
-        past = _past(cache, mask, new)
+        past = past_columns(cache, mask, new)
         # As transformers does, which looks for documents where it has neither mask nor cache.
-        one_row = cache is None and mask is None and not wants_cache and batch == 1
-        documents = _documents(decoder, given, new) if one_row else ()
+        one_row = cache is None and mask is None and not caching and batch == 1
+        documents = documents_in(decoder, given, new) if one_row else ()
         columns = max(documents, default=past + new)
         in_prompt = columns <= state.prompt_columns
         phase: Phase = "prefill" if past == 0 or in_prompt or new > self.manager.config.kv_block else "decode"
@@ -194,13 +248,21 @@ class Forwards:
             decided = decided.in_graph(self.manager.watch)
         if decided.pooled and isinstance(cache, PooledCache):
             cache.reserve(max(state.capacity, round_up(columns, self.manager.config.kv_block)))
-        return Scope(self.manager, decided, cache, documents, recomputed=training and is_checkpointed(owner))
+        owning = decided.pooled and not training and not documents and isinstance(cache, PooledCache)
+        return Scope(
+            self.manager,
+            decided,
+            cache,
+            documents,
+            owning and bool(self.homes.ownable),
+            training and is_checkpointed(owner),
+        )
 
     def _local_reason(self, owner: Any, given: dict[str, Any], cache: Any, training: bool) -> str | None:
         """Why a forward is local, whatever its length."""
         if training and cache is not None:
             return "gradients through a cache: pass none while training, or decode under torch.no_grad()"
-        if owner.training and (rate := _attention_dropout(owner)):
+        if owner.training and (rate := attention_dropout(owner)):
             return f"attention dropout {rate:g}: its random numbers are the model's own; set it to 0 to train pooled"
         if asked(owner, given, "output_attentions"):
             return "output_attentions: pool ranks return no attention weights; ask for none"
@@ -229,7 +291,7 @@ class Forwards:
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
         """A decoder's forward, cut if nothing speaks against it."""
-        decided, given = scope.decided, _by_name(owner, args, kwargs)
+        decided, given = scope.decided, by_name(owner, args, kwargs)
         rows = decided.phase == "training" and decided.geometry is not None and len(decided.geometry.starts) > 1
         reason = collector_reason() or not_in_pieces(owner, given, scope, rows=rows)
         reason = reason or self._shown(owner, enter, given, scope, rows)
@@ -306,82 +368,3 @@ class _Rewind:
             torch.cuda.set_rng_state_all(cuda)
         if self._cache is not None:
             self._cache()
-
-
-def _tokens(given: dict[str, Any]) -> Tensor | None:
-    tokens = given.get("input_ids")
-    tokens = given.get("inputs_embeds") if tokens is None else tokens
-    return tokens if isinstance(tokens, Tensor) else None
-
-
-def _past(cache: Any, mask: Any, new: int) -> int:
-    """Columns before a forward's own; of a cache of another kind, as its layers or the mask say."""
-    if isinstance(cache, PooledCache) or (isinstance(cache, Cache) and not hasattr(cache, "layers")):
-        return int(cache.get_seq_length())
-    if isinstance(cache, Cache):
-        # Layers of models with caches of their own kind may be empty, the first one, too.
-        lengths = (layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length"))
-        return max(map(int, lengths), default=0)
-    return max(0, mask.shape[1] - new) if cache is not None and isinstance(mask, Tensor) and mask.ndim == 2 else 0
-
-
-def _decoder(owner: Any) -> Any:
-    """The module whose forward may run in blocks; None if there is none in ``owner``."""
-    if owner.fapool_in_rounds:
-        return owner
-    return next((module for module in owner.modules() if getattr(module, "fapool_in_rounds", False)), None)
-
-
-def _wants_cache(owner: Any, decoder: Any, given: dict[str, Any]) -> bool:
-    """Whether a cache is to be made: as the call says, or else the configuration of the module that makes it."""
-    value = given.get("use_cache")
-    if value is None and getattr(owner.config, "use_cache", None) is not False:
-        value = getattr((decoder or owner).config.get_text_config(decoder=True), "use_cache", False)
-    return bool(value)
-
-
-def _traced(tokens: Tensor) -> str | None:
-    """Why tensors of this call are not for pool ranks."""
-    if torch.compiler.is_exporting() or isinstance(tokens, FakeTensor) or tokens.is_meta:
-        return "the model is exported, or run without values"
-    if torch.jit.is_tracing():
-        return "the model is traced"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func (grad, vmap, jvp) is at work"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode derivatives"
-    return None
-
-
-def _attention_dropout(owner: Any) -> float:
-    """The attention dropout of a model in training mode."""
-    config = owner.config.get_text_config(decoder=True)
-    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    return max(float(getattr(config, name, 0.0) or 0.0) for name in names)
-
-
-def _documents(decoder: Any, given: dict[str, Any], new: int) -> tuple[int, ...]:
-    """Lengths of the documents packed into one row, as its local attention would tell them apart; () if it is one
-    sequence: flash attention by cu_seq_lens_q, others by positions that begin anew."""
-    positions, edges = given.get("position_ids"), given.get("cu_seq_lens_q")
-    if isinstance(edges, Tensor) and "flash" in (local_name(decoder.config if decoder is not None else None) or ""):
-        return documents_between(edges, new)
-    return packed_documents(positions, new) if isinstance(positions, Tensor) and positions.ndim == 2 else ()
-
-
-def _by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All of a forward's arguments under their names."""
-    if not args:
-        return kwargs
-    return dict(zip(inspect.signature(owner.forward).parameters, args, strict=False)) | kwargs
-
-
-def _with_cache(
-    owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A caller's arguments with another cache; hooks see all others as they were given."""
-    names = list(inspect.signature(owner.forward).parameters)[: len(args)]
-    if "past_key_values" in names:
-        at = names.index("past_key_values")
-        return (*args[:at], cache, *args[at + 1 :]), kwargs
-    return args, kwargs | {"past_key_values": cache}

@@ -23,11 +23,17 @@ from fapool_plugin.base.resource_manager import Agree, ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.attention import NAME
-from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name, view_configs
 from fapool_plugin.integrations.huggingface.forward import EntryModule, Forwards, holds_decoder
+from fapool_plugin.integrations.huggingface.homes import Homes
 from fapool_plugin.integrations.huggingface.pieces import one_block_model
-from fapool_plugin.integrations.huggingface.supported import FULL_LAYERS, attention_modules, refuse_model, refuse_object
+from fapool_plugin.integrations.huggingface.supported import (
+    FULL_LAYERS,
+    attention_modules,
+    ownable_layers,
+    refuse_model,
+    refuse_object,
+)
 from fapool_plugin.plan.profile import Profile
 from fapool_plugin.ranks.pools import open_manager, pool_maker
 
@@ -148,7 +154,7 @@ class FAPoolForCausalLM(EntryModule):
         )
         state = SequenceState(prompt, max_length, max(1, generation_config.num_beams))
         config = self.config.get_text_config(decoder=True)  # type: ignore[attr-defined]
-        cache = PooledCache(config, self.fa_pool, state)
+        cache = self.fapool_forwards.homes.new_cache(config, state)  # type: ignore[union-attr]
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -183,7 +189,12 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
         one_block = one_block or "it takes a cache of its own kind only"
     # What base ranks share cannot be measured by one of them: their collectives belong together.
     profiler = functools.partial(_profiler, manager.config) if manager.base_ranks == 1 else _no_profiler
-    forwards = Forwards(manager, full, makes_cache, one_block, profiler)
+    ownable = ownable_layers(attentions) if manager.config.kv_home == "pool" and makes_cache else frozenset()
+    if manager.config.kv_home == "pool" and len(ownable) < full:
+        manager.counters.log("home", f"the keys of {full - len(ownable)} of {full} layers stay with the base")
+    forwards = Forwards(
+        manager, full, makes_cache, one_block, profiler, Homes(manager, ownable, joins=one_block is None)
+    )
     for module in holding:
         if module is not model:
             kind: Any = type(module)

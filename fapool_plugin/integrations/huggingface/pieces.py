@@ -95,6 +95,11 @@ def _draws_dropout(owner: Any, modules: Iterable[nn.Module]) -> bool:
     return any([*rates, *(getattr(config, name, None) for name in _DROPOUTS)])
 
 
+def is_own_hook(hook: Any) -> bool:
+    """Whether a hook belongs to a framework and looks at nothing."""
+    return getattr(hook, "__name__", "") in _OWN_HOOKS
+
+
 def hook_reason(decoder: nn.Module) -> str | None:
     """Why a user's hook in a decoder speaks against pieces: it may look at all positions, and is not for trials."""
     if any(getattr(torch_module, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward")):
@@ -102,7 +107,7 @@ def hook_reason(decoder: nn.Module) -> str | None:
     for name, module in decoder.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         for hook in (hook for kind in hooks for hook in kind.values()):
-            if getattr(hook, "__name__", "") not in _OWN_HOOKS:
+            if not is_own_hook(hook):
                 return f"a hook on {name or 'the decoder'} ({type(module).__name__}) may look at all positions"
         if hasattr(module, "parametrizations"):
             return f"weights of {name or 'the decoder'} ({type(module).__name__}) are parametrized"

@@ -27,7 +27,8 @@ from fapool_plugin.base.rounds import Modes
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again
 from fapool_plugin.integrations.huggingface.blocks import mask_purposes, names_used, run_blocks, run_parts
-from fapool_plugin.integrations.huggingface.cache import GraphCache, PooledCache
+from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.training_cache import GraphCache
 from fapool_plugin.observe.metrics import Counters
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.wire.link import first_line

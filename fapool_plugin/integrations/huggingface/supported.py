@@ -6,6 +6,7 @@ Knows classes and configurations; nothing of how a forward is pooled.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,14 @@ def attention_modules(model: Any) -> Iterator[Any]:
         of_text = isinstance(getattr(module, "config", None), kind)
         if named and of_text and not getattr(module, "is_cross_attention", False):
             yield module
+
+
+def ownable_layers(attentions: list[Any]) -> frozenset[int]:
+    """Layers whose attention reads all of the very keys that are cached: no window, no latents that it expands."""
+    users = Counter(module.layer_idx for module in attentions)
+    others = {module.layer_idx for module in attentions if hasattr(module, "expand_kv")}
+    others |= {module.layer_idx for module in attentions if getattr(module, "sliding_window", None) is not None}
+    return frozenset(index for index, count in users.items() if count == 1 and index not in others)
 
 
 def refuse_object(model: Any) -> None:

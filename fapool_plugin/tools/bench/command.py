@@ -25,7 +25,7 @@ from fapool_plugin.tools.bench.contenders import Contender, ContenderError
 from fapool_plugin.tools.bench.report import Report
 from fapool_plugin.tools.bench.turns import WrongAnswerError, compare
 from fapool_plugin.tools.demo import Screen
-from fapool_plugin.tools.options import check_counts, check_output, check_picture, one_line_errors
+from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, one_line_errors
 
 RANDOM = "random"
 _WARM_TOKENS = 256
@@ -95,6 +95,7 @@ def decode(
     pool_ranks: PoolRanks = 1,
     base_threads: BaseThreads = 1,
     threshold: Threshold = 4096,
+    kv_home: Annotated[KVHome, typer.Option(help="Where keys live: base or pool.")] = KVHome.base,
     profile: Profile = None,
     runs: Runs = 3,
     json_file: Json = None,
@@ -102,7 +103,9 @@ def decode(
 ) -> None:
     """Decode steps alone, on caches filled with copies of a shorter real prompt's keys.
 
-    So --tokens may exceed the model's positions: the time is that of a model with more.
+    So --tokens may exceed the model's positions: the time is that of a model with more. Beside the pool stands the
+    base alone, with the plugin's own kernel and cache; with --kv-home base plain sdpa, too, which copies its cache in
+    every step, and the plugin by plan.
 
     Exit codes: 0 done, 1 answers differ, 2 an error.
     """
@@ -111,16 +114,20 @@ def decode(
         counts |= {"--pool-ranks": pool_ranks, "--base-threads": base_threads}
         _check(counts, json_file, plot_file)
         _check_longer(tokens, threshold)
-        settings = {"pool_ranks": pool_ranks, "threshold": threshold}
+        settings = {"pool_ranks": pool_ranks, "threshold": threshold, "kv_home": kv_home.value}
         by_length, by_cost = (checked(**settings, activation=rule) for rule in ("length", "cost"))
         with prepared(model, min(tokens, _SEED_TOKENS)) as (screen, work):
             known = {"profile": profile_file(work["model"], profile, base_threads, pool_ranks, screen)}
             by_length, by_cost = by_length | known, by_cost | known
             work |= {"tokens": tokens, "batch": batch, "steps": steps}
-            contenders = ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
-            contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
+            *sdpa, pooled = ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
+            contenders = [_alone(work | {"fa_pool": by_cost}, one) for one in (base_threads, base_threads + pool_ranks)]
+            contenders.append(pooled)
+            if kv_home == KVHome.base:
+                contenders = [*sdpa, *contenders]
+                contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
             results = compare([[contender] for contender in contenders], runs, screen)
-        options = {"model": model or "demo", "tokens": tokens, "batch": batch, "steps": steps}
+        options = {"model": model or "demo", "tokens": tokens, "batch": batch, "steps": steps, "kv_home": kv_home.value}
         finish(Report("decode", options, "a step", results), json_file, plot_file)
 
 
@@ -267,6 +274,11 @@ def ours(
             claims="pooled",
         ),
     ]
+
+
+def _alone(work: dict[str, Any], threads: int) -> Contender:
+    """The base alone, with the plugin's own kernel and cache."""
+    return Contender(_threads("own kernel", threads), f"{_MODELS}.alone_decode", work, threads)
 
 
 def _by_plan(pooled: dict[str, Any], threads: int, pool_ranks: int) -> Contender:

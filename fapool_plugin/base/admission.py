@@ -1,0 +1,86 @@
+"""Whether a batch's keys fit their owners, before any of them is computed, and how they are shared out then.
+
+The owners' parts follow their speeds, and give way where memory is short. Knows bytes and ranks; what is asked of
+owners, and what becomes of keys, is in owned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+from torch import Tensor
+
+from fapool_plugin.base.forward import Forward
+from fapool_plugin.base.owned import OwnedKeys, needs
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.config import MIB
+from fapool_plugin.plan.owners import Owners
+from fapool_plugin.plan.shares import speeds
+
+_TIGHT = 0.98
+"""Of an owner's room, where parts follow memory: cuts fall on whole lanes and blocks."""
+
+
+class PoolMemoryError(MemoryError):
+    """The keys of a batch fit neither the pool nor the base."""
+
+
+def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKTE: Tensor, layers: int) -> OwnedKeys:
+    """The owners of a sequence's keys; they are found at its first call, from its keys and values there.
+
+    Raises:
+        PoolMemoryError: they do not fit. Nothing has been sent then.
+    """
+    state = decided.sequence
+    assert state is not None
+    assert decided.geometry is not None
+    if state.owned is not None:
+        return state.owned
+    whole, config = decided.whole or decided.geometry, manager.config
+    ranks = tuple(rank for rank in decided.ranks if not rank.lost)
+    columns = max(state.capacity, whole.columns)
+    position = (k_BKTD.shape[3] + v_BKTE.shape[3]) * k_BKTD.element_size() * layers
+    taken = manager.batches.taken(ranks)
+    room = [max(0, rank.memory_limit - taken[number]) for number, rank in enumerate(ranks)]
+    room.append(psutil.virtual_memory().available if config.base_share != 0 or not ranks else 0)
+    parts: Sequence[float] = speeds(len(ranks), decided.base_share)
+    while True:
+        owners = Owners(
+            whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
+        )
+        need = [positions * position for positions in needs(owners, columns, config.kv_block)]
+        short = [number for number in range(len(parts)) if need[number] > room[number]]
+        if not short:
+            break
+        parts = _less(parts, need, room, short)
+        if not sum(parts):
+            raise PoolMemoryError(_refusal(len(whole.starts), columns, sum(need), room, ranks, config.memory_limit_mib))
+    state.owned = OwnedKeys(owners, ranks, whole, state.id, config.kv_block, state.capacity)
+    state.owned.reserved = need
+    manager.batches.add(state.owned)
+    return state.owned
+
+
+def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], short: Sequence[int]) -> list[float]:
+    """Parts in which those that are short have what fits, and the others the rest; all 0 if there is no way."""
+    total = sum(need)
+    fits = [
+        min(part, _TIGHT * have / total) if at in short else part
+        for at, (part, have) in enumerate(zip(parts, room, strict=True))
+    ]
+    missing = 1.0 - sum(fits)
+    free = [max(0.0, _TIGHT * have / total - part) for part, have in zip(fits, room, strict=True)]
+    if missing <= 1e-9 or sum(free) <= missing:
+        return [0.0] * len(parts)
+    return [part + missing * more / sum(free) for part, more in zip(fits, free, strict=True)]
+
+
+def _refusal(rows: int, columns: int, need: int, room: Sequence[int], ranks: Sequence[object], limit_mib: int) -> str:
+    *pool, base = room
+    fitting = rows * sum(room) // max(1, need)
+    return (
+        f"fa_pool: the keys of {rows} sequence{'s' * (rows > 1)} of up to {columns} tokens need {need / MIB:.0f} MiB; "
+        f"{len(ranks)} pool ranks have {sum(pool) / MIB:.0f} MiB free (memory_limit_mib {limit_mib}) and the base "
+        f"{base / MIB:.0f}. Raise pool_ranks or memory_limit_mib, or give about {fitting} sequences of this length"
+    )

@@ -1,0 +1,275 @@
+"""Keys of a batch that pool ranks own, and the base its share: nowhere else is a copy.
+
+Says what a layer's call asks of the owners, computes the base's share of it from the base's own keys, and brings keys
+back where somebody wants to see them. Knows ranks and tensors; not how answers are gathered or merged, nor what is done
+when an owner is lost.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fapool_plugin.base.lease import Expected, PoolRank
+from fapool_plugin.kernels.forward import attend
+from fapool_plugin.plan.line import Row, Tile
+from fapool_plugin.plan.owners import Asked, Owners
+from fapool_plugin.plan.shares import Geometry
+from fapool_plugin.store.prefixes import PrefixStore
+from fapool_plugin.wire.messages import Header, LinkLost, Op, Status, dtype_code
+
+if TYPE_CHECKING:
+    from fapool_plugin.base.result import Result
+
+
+_FORWARDS = 16
+"""Blocks of a forward, and steps, whose requests are remembered from layer to layer."""
+
+
+class KeysLost(Exception):
+    """An owner is gone, and its keys with it: the forward cannot be completed."""
+
+
+class NoRoom(Exception):
+    """An owner has no room for more keys."""
+
+
+@dataclass(eq=False)
+class OwnedKeys:
+    """The keys of one batch and their owners: ``ranks``, and the base as the last.
+
+    Args:
+        owners: who owns what.
+        ranks: the pool ranks among them, in their order.
+        geometry: where rows start.
+        block: positions by which storage grows.
+        sequence: names the batch on the ranks.
+    """
+
+    owners: Owners
+    ranks: tuple[PoolRank, ...]
+    geometry: Geometry
+    sequence: int
+    block: int
+    capacity: int = 0
+    """Columns that the batch will have at most; 0 if that is not known."""
+    own: PrefixStore = field(init=False)
+    dealt: dict[int, int] = field(default_factory=dict)
+    """Columns whose keys have gone to their owners, by layer."""
+    position_bytes: dict[int, int] = field(default_factory=dict)
+    """Of a lane's key and value, by layer."""
+    kinds: dict[int, tuple[torch.dtype, torch.device, int, int]] = field(default_factory=dict)
+    """Dtype, device and head dims of keys and values, by layer."""
+    reserved: list[int] = field(default_factory=list)
+    """Bytes that each owner must have room for, the base last."""
+    broken: str = ""
+    """Why keys are lost, once that is known."""
+    worked_out: dict[int, Any] = field(default_factory=dict)
+    """What follows from :meth:`asked`, by its identity."""
+    _asked: dict[tuple[int, int, int], list[list[Asked]]] = field(default_factory=dict)
+    """By columns: the same in every layer."""
+
+    def __post_init__(self) -> None:
+        self.own = PrefixStore(sys.maxsize, self.block)
+
+    def gone(self, leased: Sequence[PoolRank]) -> str:
+        """Why keys are lost, as far as is known; empty if they are not."""
+        missing = (rank for rank in self.ranks if rank.lost or rank.link.lost or rank not in leased)
+        return self.broken or next((f"pool rank {rank.number} is gone" for rank in missing), "")
+
+    def columns(self, layer: int) -> int:
+        """Columns of a layer that have owners."""
+        return self.dealt.get(layer, 0)
+
+    def asked(self, geometry: Geometry, layer: int) -> list[list[Asked]]:
+        """What each owner is asked in a layer's call, the base last. All keys that have no owner go with it."""
+        if geometry.columns > self.geometry.columns:
+            self.geometry = geometry
+        key = geometry.q_column, geometry.columns, self.columns(layer)
+        if key not in self._asked:
+            if len(self._asked) >= _FORWARDS:
+                self._asked.clear()
+                self.worked_out.clear()
+            self._asked[key] = self.owners.asked(geometry.rows, key[2], self.capacity)
+        return self._asked[key]
+
+    def compute(self, asked: Sequence[Asked], layer: int, result: Result) -> None:
+        """The base's share of a call, after its new keys have been stored."""
+        for one in asked:
+            tile, start, stop, capacity = one.own
+            where = self.sequence, layer, tile
+            if stop > start:
+                at = result.new_keys(tile, one.new)
+                k, v = result.k[at], result.v[at]
+                if not self.own.put(*where, k, v, start, capacity, owned=True):
+                    raise KeysLost("the base's own keys are not what they were")
+            if self.own.length(*where) < tile.k_stop:
+                raise KeysLost("the base's own keys are not what they were")
+            k, v = self.own.get(*where)
+            q = result.q[slice(*tile[:2]), result.heads(tile), result.geometry.q_slice(one.place)]
+            out, lse = attend(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                softmax_scale=result.softmax_scale, causal=True, q_offset=tile.q_start - tile.k_start,
+                softcap=result.softcap,
+            )  # fmt: skip
+            result.take_own(one.place, out, lse)
+
+    def give_up(self, reason: str, *, at_once: bool) -> None:
+        """Keys are lost. Raises KeysLost if ``at_once``; else the forward goes on, for others whose collectives need
+        it, and what it computes is worth nothing."""
+        self.broken = self.broken or reason
+        if at_once:
+            raise KeysLost(reason)
+
+    def sent(self, layer: int, geometry: Geometry, k_BKTD: Tensor, v_BKTE: Tensor) -> None:
+        """A call's keys are on their way to their owners: blocks behind this one begin where it ends."""
+        self.dealt[layer] = geometry.columns
+        self.kinds[layer] = k_BKTD.dtype, k_BKTD.device, k_BKTD.shape[3], v_BKTE.shape[3]
+        self.position_bytes[layer] = (k_BKTD.shape[3] + v_BKTE.shape[3]) * k_BKTD.element_size()
+
+    def crop(self, layer: int, columns: int) -> None:
+        """Gives up a layer's keys from a column on; new ones overwrite them."""
+        if layer in self.dealt:
+            self.dealt[layer] = min(self.dealt[layer], columns)
+        self.geometry = self._up_to(min(self.geometry.columns, max(self.dealt.values(), default=0)))
+        self._asked.clear()
+        self.worked_out.clear()
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes a copy of row ``rows[i]``, at every owner."""
+        told = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        for layer in self.dealt:
+            self.own.select(self.sequence, layer, rows)
+            for rank in self.ranks:
+                try:
+                    header = Header(
+                        op=Op.SELECT, token=rank.token, sequence=self.sequence, layer=layer, peers=len(rows)
+                    )
+                    rank.link.send(header, [told])
+                except LinkLost as error:
+                    self.give_up(f"pool rank {rank.number}: {error}", at_once=False)
+        starts, stops = self.geometry.starts, self.geometry.stops
+        self.geometry = replace(
+            self.geometry, starts=tuple(starts[row] for row in rows), stops=tuple(stops[row] for row in rows)
+        )
+        self._asked.clear()
+        self.worked_out.clear()
+
+    def fetch(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys (B, K, T, D) and values (B, K, T, E) of a layer, 0 where there is padding. Raises KeysLost."""
+        columns, (dtype, device, dim, v_dim) = self.columns(layer), self.kinds[layer]
+        geometry = self._up_to(columns)
+        shape = len(geometry.starts), self.owners.kv_heads, columns
+        with torch.inference_mode(False), torch.no_grad():
+            k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (dim, v_dim))
+            for number, rank in enumerate([*self.ranks, None]):
+                ranges = self.owners.ranges(number, geometry.rows, columns)
+                if not ranges:
+                    continue
+                tiles = [tile for tile, _ in ranges]
+                if rank is None:
+                    parts = [self.own.get(self.sequence, layer, tile) for tile in tiles]
+                else:
+                    parts = _fetched(rank, self.sequence, layer, tiles, dtype_code(dtype), dim, v_dim)
+                for (tile, runs), (part_k, part_v) in zip(ranges, parts, strict=True):
+                    at = 0
+                    for start, stop in runs:
+                        where = slice(*tile[:2]), slice(*tile[2:4]), geometry.k_slice(tile, start, stop)
+                        k[where], v[where] = (x[:, :, at : at + stop - start] for x in (part_k, part_v))
+                        at += stop - start
+        return k, v
+
+    def held_bytes(self) -> list[int]:
+        """Bytes of keys that each owner has, the base last."""
+        rows_of: dict[int, list[Row]] = {}
+        held = [0] * (len(self.ranks) + 1)
+        for layer, columns in self.dealt.items():
+            if columns not in rows_of:
+                rows_of[columns] = self._up_to(columns).rows
+            for number in range(len(held)):
+                ranges = self.owners.ranges(number, rows_of[columns], columns)
+                held[number] += sum(t.lanes * t.k_stop for t, _ in ranges) * self.position_bytes[layer]
+        return held
+
+    def _up_to(self, columns: int) -> Geometry:
+        """Where the first columns' keys lie."""
+        stops = tuple(min(stop, columns) for stop in self.geometry.stops)
+        return Geometry(self.geometry.starts, stops, 0, columns)
+
+
+class Batches:
+    """All batches of a model that have owned keys, while they live."""
+
+    def __init__(self) -> None:
+        self._all: weakref.WeakSet[OwnedKeys] = weakref.WeakSet()
+
+    def add(self, keys: OwnedKeys) -> None:
+        """One more."""
+        self._all.add(keys)
+
+    def __bool__(self) -> bool:
+        return any(keys.dealt for keys in self._all)
+
+    def taken(self, ranks: Sequence[PoolRank]) -> list[int]:
+        """Bytes of each rank that batches will need."""
+        by_rank = dict.fromkeys((rank.key for rank in ranks), 0)
+        for keys in self._all:
+            for rank, nbytes in zip(keys.ranks, keys.reserved, strict=False):
+                if rank.key in by_rank:
+                    by_rank[rank.key] += nbytes
+        return list(by_rank.values())
+
+    def held(self) -> dict[str, Any]:
+        """Bytes of keys that owners have."""
+        base, ranks = 0, dict[int, int]()
+        for keys in self._all:
+            *pool, own = keys.held_bytes()
+            base += own
+            for rank, nbytes in zip(keys.ranks, pool, strict=True):
+                ranks[rank.number] = ranks.get(rank.number, 0) + nbytes
+        return {"base": base, "ranks": ranks}
+
+
+def needs(owners: Owners, columns: int, block: int) -> list[int]:
+    """Positions of all lanes together that each owner must have room for when lanes have so many."""
+    return [
+        sum(box.lanes * -(-int(np.ceil(part * columns)) // block) * block for box, part in owners.boxes(number))
+        for number in range(len(owners.whole))
+    ]
+
+
+def _fetched(
+    rank: PoolRank, sequence: int, layer: int, tiles: list[Tile], dtype: int, dim: int, v_dim: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of these ranges of a rank's."""
+    table = torch.tensor([(*tile, 0, 0, 0) for tile in tiles], dtype=torch.int64, device="cpu")
+    positions = sum(tile.lanes * tile.k_stop for tile in tiles)
+    header = Header(
+        op=Op.FETCH, sequence=sequence, layer=layer, tiles=len(tiles), dtype=dtype, head_dim=dim, v_head_dim=v_dim
+    )
+    try:
+        call = rank.ask(header, [table], Expected(Op.FETCH, dtype, (0, positions * dim, positions * v_dim, 0)))
+        answer = rank.answer(call)
+    except LinkLost as error:
+        raise KeysLost(f"pool rank {rank.number}: {error}") from error
+    if answer.header.status != Status.OK:
+        raise KeysLost(f"pool rank {rank.number} does not hold what it owned")
+    parts, k_at, v_at = [], 0, 0
+    for tile in tiles:
+        shape = tile.row_stop - tile.row_start, tile.head_stop - tile.head_start, tile.k_stop
+        size = tile.lanes * tile.k_stop
+        parts.append(
+            (
+                answer.tensors[0][k_at : k_at + size * dim].view(*shape, dim),
+                answer.tensors[1][v_at : v_at + size * v_dim].view(*shape, v_dim),
+            )
+        )
+        k_at, v_at = k_at + size * dim, v_at + size * v_dim
+    return parts

@@ -1,0 +1,117 @@
+"""Hugging Face: a cache's keys, where the next forward looks for them: with their owners, or here.
+
+What an owner took with it is computed once more from what forwards were given, over the ranks that are left:
+
+    forward ─ KeysLost ─▶ all layers go back ─▶ recorded inputs fill another cache ─▶ its keys taken ─▶ forward
+
+Knows caches and forwards' decisions; not how a forward is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fapool_plugin.base.admission import PoolMemoryError
+from fapool_plugin.base.forward import StaysHome
+from fapool_plugin.base.owned import KeysLost, NoRoom
+from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.integrations.huggingface.attention import Scope
+from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.pieces import is_own_hook
+from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
+
+
+@dataclass
+class Homes:
+    """Of one model's caches.
+
+    Args:
+        manager: has the ranks.
+        ownable: layers whose keys may live on the pool; none, unless the configuration asks for it.
+        joins: whether inputs of forwards may be joined to one.
+    """
+
+    manager: ResourceManager
+    ownable: frozenset[int] = frozenset()
+    joins: bool = False
+
+    def new_cache(self, config: Any, state: SequenceState) -> PooledCache:
+        """A cache whose keys may live on the pool, if they are to."""
+        record = Record(joins=self.joins) if self.ownable else None
+        return PooledCache(config, self.manager, state, self.ownable, record)
+
+    def prepare(self, cache: PooledCache, scope: Scope) -> None:
+        """Before a forward. Raises KeysLost."""
+        owned, geometry = cache.state.owned, scope.decided.geometry
+        moved = owned is not None and geometry is not None and owned.geometry.starts != geometry.starts
+        if not scope.owning or moved or not cache.get_seq_length():
+            cache.come_home()
+        cache.watch()
+        cache.state.owning = scope.owning
+
+    def complete(self, cache: PooledCache) -> None:
+        """At the end of a forward whose keys go to owners: all base ranks have theirs, or none goes on.
+
+        Raises KeysLost, or StaysHome if keys did not reach their owners.
+        """
+        owned = cache.state.owned
+        broken = owned.broken if owned is not None else ""
+        if self.manager.base_ranks > 1 and not self.manager.agree((int(not broken), 0))[0]:
+            raise KeysLost(broken or "another base rank lost keys")
+        cache.settle()
+
+    def keep_home(self, error: StaysHome, cache: PooledCache | None) -> None:
+        """A layer's keys stay with the base from now on, in this cache and in those to come."""
+        self.ownable -= {error.layer}
+        self.manager.counters.log("home", str(error))
+        if cache is not None:
+            try:
+                cache.keep_home(error.layer)
+            except KeysLost as lost:
+                self.lose(cache, lost)
+
+    def lose(self, cache: PooledCache, error: KeysLost) -> None:
+        """Keys of a cache are lost: they are computed once more before its next forward."""
+        if cache.state.owned is not None:
+            cache.state.owned.broken = cache.state.owned.broken or str(error)
+
+    def recover(self, cache: PooledCache) -> None:
+        """Computes a cache's keys once more, if they are lost for any base rank."""
+        owned, manager = cache.state.owned, self.manager
+        if owned is None:
+            return
+        gone = owned.gone(manager.ranks)
+        if manager.base_ranks > 1 and not manager.agree((int(not gone), 0))[0]:
+            gone = gone or "another base rank lost keys"
+        if not gone:
+            return
+        past, began = cache.get_seq_length(), time.perf_counter()
+        if not past:
+            cache.start_anew()
+            return
+        assert cache.record is not None
+        owner = cache.record.owner()
+        manager.counters.log("replay", f"{past} columns are computed once more: {gone}")
+        scratch = self.new_cache(owner.config.get_text_config(decoder=True), cache.state.anew(past))
+        with unseen(owner, is_own_hook):
+            for given in cache.record.forwards(past):
+                with autocast_of(given), torch.no_grad():
+                    owner(**arguments(owner, given, scratch))
+        cache.adopt(scratch)
+        manager.counters.replays += 1
+        manager.counters.replayed_tokens += past
+        manager.counters.log("replay", f"took {time.perf_counter() - began:.1f} s")
+
+    def no_room(self, error: NoRoom, scope: Scope) -> PoolMemoryError:
+        """What a user is told of keys that no longer fit."""
+        limit = self.manager.config.memory_limit_mib
+        columns = scope.decided.geometry.columns if scope.decided.geometry is not None else 0
+        return PoolMemoryError(
+            f"fa_pool: {error} at {columns} tokens a sequence (memory_limit_mib {limit}): raise memory_limit_mib or "
+            "pool_ranks, or generate less; the cache is as it was before this forward"
+        )

@@ -1,0 +1,204 @@
+"""Hugging Face: what a sequence's forwards were given, so that lost keys can be computed once more.
+
+Inputs of forwards that differ in nothing but their tokens are joined: the replay of a prompt and a thousand steps is
+one forward. Knows a model's arguments; not who owns keys, nor when they are lost.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ALONG = {"input_ids": -1, "inputs_embeds": 1, "position_ids": -1, "attention_mask": -1}
+"""Arguments that have positions, and in which dimension."""
+_LEFT_OUT = {
+    "past_key_values", "use_cache", "labels", "logits_to_keep", "cache_position", "output_hidden_states", "return_dict",
+    "output_attentions", "num_items_in_batch",
+}  # fmt: skip
+_AUTOCAST = "autocast"
+"""Beside a forward's arguments: (device type, dtype, enabled)."""
+_MOST = 256
+"""Forwards that are kept apart, at most: joining copies all tokens."""
+
+Given = dict[str, Any]
+
+
+class Record:
+    """The inputs of a sequence's forwards.
+
+    Args:
+        joins: whether forwards may be joined: the model does not tell a prompt in pieces from the whole.
+    """
+
+    def __init__(self, *, joins: bool) -> None:
+        self._joins = joins
+        self._forwards: list[tuple[int, Given]] = []
+        """Each with the column after its last."""
+        self._owner: Any = None
+        self._weights: tuple[Any, ...] = ()
+        """The version that keys were made with."""
+
+    def add(self, owner: nn.Module, given: Given, start: int, stop: int) -> None:
+        """A forward of the columns [start, stop) is complete."""
+        self.crop(start)
+        if not self._forwards:
+            self._owner, self._weights = weakref.ref(owner), version_of(owner)
+        kept = {name: value for name, value in given.items() if name not in _LEFT_OUT and value is not None}
+        inputs = {name: _held(value) for name, value in kept.items()}
+        self._forwards.append((stop, inputs | {_AUTOCAST: _autocast(next(owner.parameters()).device.type)}))
+        if len(self._forwards) >= _MOST:
+            self._forwards = list(self._joined())
+
+    def crop(self, columns: int) -> None:
+        """Forgets everything from a column on."""
+        while self._forwards and self._start(-1) >= columns:
+            self._forwards.pop()
+        if self._forwards and self._forwards[-1][0] > columns:
+            (stop, given), start = self._forwards.pop(), self._start(-1) if len(self._forwards) > 1 else 0
+            self._forwards.append((columns, _cut(given, start, stop, columns)))
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of row ``rows[i]``."""
+        index = rows.to("cpu")
+        self._forwards = [
+            (stop, {name: _rows(name, value, index) for name, value in given.items()}) for stop, given in self._joined()
+        ]
+
+    def repeat(self, repeats: int) -> None:
+        """Each row becomes so many."""
+        rows = next((x.shape[0] for _, given in self._forwards for x in given.values() if isinstance(x, Tensor)), 0)
+        self.select(torch.arange(rows).repeat_interleave(repeats))
+
+    def owner(self) -> Any:
+        """Whose forwards they were. Raises RuntimeError if its keys cannot be computed once more."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is None or version_of(owner) != self._weights:
+            raise RuntimeError(
+                "fa_pool: keys were lost with a pool rank, and the model's weights or adapters have changed since they "
+                "were made: begin this sequence again, with a new cache"
+            )
+        return owner
+
+    def forwards(self, columns: int) -> Iterator[Given]:
+        """The arguments of forwards that make the keys of the first ``columns`` columns, in order."""
+        self.crop(columns)
+        for _, given in self._joined():
+            yield given
+
+    def copy(self) -> Record:
+        """A record of its own, of the same forwards."""
+        twin = Record(joins=self._joins)
+        twin._forwards, twin._owner, twin._weights = list(self._forwards), self._owner, self._weights
+        return twin
+
+    def __getstate__(self) -> Given:
+        # A reference to a model does not travel: who continues from a pickle is taken for the same model.
+        return dict(vars(self)) | {"_owner": None}
+
+    def _start(self, index: int) -> int:
+        at = index % len(self._forwards)
+        return self._forwards[at - 1][0] if at else 0
+
+    def _joined(self) -> Iterator[tuple[int, Given]]:
+        """Neighbours as one where they have the same arguments, all of them known to have positions."""
+        run: list[Given] = []
+        last = 0
+        for stop, given in self._forwards:
+            alike = run and given.keys() == run[0].keys() and given[_AUTOCAST] == run[0][_AUTOCAST]
+            if run and not (self._joins and alike and given.keys() <= _ALONG.keys() | {_AUTOCAST}):
+                yield last, _together(run)
+                run = []
+            run.append(given)
+            last = stop
+        if run:
+            yield last, _together(run)
+
+
+def version_of(owner: nn.Module) -> tuple[Any, ...]:
+    """What is another value once weights or adapters have changed."""
+    adapters = getattr(owner, "active_adapters", None)
+    try:
+        active = tuple(adapters()) if callable(adapters) else adapters
+    except ValueError:  # transformers': no adapter is loaded
+        active = None
+    return active, tuple(
+        (id(weight), weight._version if not weight.is_inference() else 0) for weight in owner.parameters()
+    )
+
+
+def arguments(owner: nn.Module, given: Given, cache: Any) -> Given:
+    """Those of a forward that makes keys once more, and as little else as the model allows."""
+    device = next(owner.parameters()).device
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    del moved[_AUTOCAST]
+    if "logits_to_keep" in inspect.signature(owner.forward).parameters:
+        moved["logits_to_keep"] = 1
+    return moved | {"past_key_values": cache, "use_cache": True}
+
+
+def autocast_of(given: Given) -> torch.autocast:
+    """As it was when the forward was made."""
+    device, dtype, enabled = given[_AUTOCAST]
+    return torch.autocast(device, dtype=dtype, enabled=enabled)
+
+
+def _autocast(device: str) -> tuple[str, torch.dtype, bool]:
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+@contextmanager
+def unseen(owner: nn.Module, own: Callable[[Any], bool]) -> Iterator[None]:
+    """Within it users' hooks are off and random numbers are drawn from a copy of their state."""
+    random, taken = torch.get_rng_state(), []
+    for module in owner.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not own(hook)]:
+                taken.append((hooks, dict(hooks)))
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in reversed(taken):
+            hooks.clear()
+            hooks.update(before)
+        torch.set_rng_state(random)
+
+
+def _held(value: Any) -> Any:
+    """What others do not write to."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _cut(given: Given, start: int, stop: int, columns: int) -> Given:
+    """Inputs of the columns [start, stop) up to a column."""
+    cut = dict(given)
+    for name, value in given.items():
+        if isinstance(value, Tensor) and name in _ALONG:
+            dim, size = _ALONG[name], value.shape[_ALONG[name]]
+            # A mask has all columns before its forward, too.
+            keep = size - (stop - columns)
+            cut[name] = value.narrow(dim, 0, keep)
+    return cut
+
+
+def _together(run: list[Given]) -> Given:
+    if len(run) == 1:
+        return run[0]
+    whole = {}
+    for name in run[0]:
+        values = [given[name] for given in run]
+        whole[name] = values[-1] if name in ("attention_mask", _AUTOCAST) else torch.cat(values, dim=_ALONG[name])
+    return whole
+
+
+def _rows(name: str, value: Any, rows: Tensor) -> Any:
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    dim = value.ndim - 2 if name == "position_ids" else 0
+    return value.index_select(dim, rows) if value.shape[dim] > 1 or int(rows.max()) == 0 else value
