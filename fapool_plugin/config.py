@@ -158,6 +158,12 @@ class FAPoolConfig(BaseModel):
         description="With kv_home pool, what a lost rank's keys come back from; recompute: recorded inputs, computed "
         "once more.",
     )
+    wave_mib: int = Field(
+        128,
+        ge=1,
+        description="MiB of activations; with kv_home pool a prompt, or batch of them, that needs more is computed in "
+        "waves of positions.",
+    )
     memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
     training_residency: bool = Field(
         False,

@@ -53,7 +53,16 @@ def refusal(reason: str, tokens: int, threshold: int) -> ValueError:
 
 
 class CannotPool(Exception):
-    """A block finds that its forward cannot be pooled exactly: all of it has to be computed otherwise."""
+    """It is found on the way that a forward cannot be pooled exactly: all of it has to be computed otherwise.
+
+    Args:
+        reason: why.
+        ever: whether no other forward of the model can, either.
+    """
+
+    def __init__(self, reason: str, *, ever: bool = True) -> None:
+        super().__init__(reason)
+        self.ever = ever
 
 
 class StaysHome(Exception):

@@ -56,7 +56,7 @@ def meet(loop: Loop) -> Iterator[Callable[[int], list[Exchange]]]:
 def request(merge: int, below: list[int]) -> Message:
     """One query of one KV head."""
     header = Header(op=Op.ATTEND, token=TOKEN, merge=merge, tiles=1, group=GROUP, v_head_dim=E, peers=len(below))
-    table = torch.tensor([[0, 1, 0, 1, 9, 10, 0, 9, 0, 0]])
+    table = torch.tensor([[0, 1, 0, 1, 9, 10, 0, 9, 0, 0, 0]])
     return Message(header, [table, NOTHING, NOTHING, NOTHING, *([torch.tensor(below)] if below else [])])
 
 
@@ -77,7 +77,7 @@ def test_parts_are_merged_on_their_way_and_every_rank_is_reported(meet: Callable
     header, (outs, lses, table, rows) = ranks[0].merged(request(1, [1]), *answers[0])
     assert (header.status, header.parts, header.tiles) == (Status.OK, 3, 1)
     assert torch.as_tensor(rows).tolist() == [[number, Status.OK, 5, 6] for number in range(3)]
-    assert torch.as_tensor(table).tolist() == [[0, 1, 0, 1, 9, 10, 0, 9, 0, 0]]
+    assert torch.as_tensor(table).tolist() == [[0, 1, 0, 1, 9, 10, 0, 9, 0, 0, 0]]
     for got, want in ((outs[0], want_out), (lses[0], want_lse)):
         difference = (got - want).abs().max().item()
         assert difference < 1e-6, f"largest difference {difference:.2e}"

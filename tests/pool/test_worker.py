@@ -52,7 +52,7 @@ def ask(
     torch.manual_seed(keys)
     k, v = torch.randn(keys, D), torch.randn(keys, D)
     q = torch.randn(1, D)
-    tiles = torch.tensor([[0, 1, 0, 1, keys - 1, keys, 0, keys, held, keys]])
+    tiles = torch.tensor([[0, 1, 0, 1, keys - 1, keys, 0, keys, held, keys, 0]])
     header = Header(
         op=Op.ATTEND, token=token, call=9, sequence=sequence, keep=keep, tiles=1, group=1, head_dim=D, v_head_dim=D,
         q_elements=D, k_elements=(keys - held) * D, v_elements=(keys - held) * D, dtype=dtype_code(q.dtype),
@@ -88,6 +88,30 @@ def test_an_assumption_that_does_not_hold_is_answered_stale(bases: tuple[list[Li
     assert ask(link, 1, held=0, keys=7)[0].header.status == Status.OK
     assert ask(link, 1, held=7, keys=7)[0].header.status == Status.OK
     assert ask(link, 1, held=8, keys=8)[0].header.status == Status.STALE
+
+
+def test_what_a_rank_owns_makes_way_for_none_and_can_be_fetched(bases: tuple[list[Link], Worker]) -> None:
+    (link, _), worker = bases
+    hello(link, 1)
+    assert ask(link, 1, held=0, keys=20_000, keep=3)[0].header.status == Status.OK
+    assert ask(link, 1, held=0, keys=15_000, sequence=6)[0].header.status == Status.STALE, "what is owned made way"
+    # 2**20 bytes are 32,768 positions.
+    assert ask(link, 1, held=20_000, keys=40_000, keep=3)[0].header.status == Status.FULL
+    assert ask(link, 1, held=30_000, keys=30_000, keep=3)[0].header.status == Status.STALE, "it never had so many"
+    answer, want = ask(link, 1, held=20_000, keys=20_000, keep=3)
+    assert torch.allclose(answer.tensors[0].view(1, D), want, atol=1e-6)
+    for count, status in ((20_000, Status.OK), (20_001, Status.STALE)):
+        header = Header(op=Op.FETCH, token=1, call=3, sequence=5, tiles=1, dtype=dtype_code(want.dtype))
+        link.send(header, [torch.tensor([[0, 1, 0, 1, 0, 1, 0, count, 0, 0, 0]])])
+        fetched = link.receive()
+        assert fetched.header.status == status
+        if status == Status.OK:
+            torch.manual_seed(20_000)
+            assert torch.equal(fetched.tensors[0].view(count, D), torch.randn(count, D))
+            assert fetched.tensors[1].numel() == count * D
+    link.send(Header(op=Op.FREE, token=1, sequence=5))
+    assert ask(link, 1, held=0, keys=15_000, sequence=6)[0].header.status == Status.OK
+    assert 5 not in worker.prefixes
 
 
 def test_a_rank_serves_one_job_over_several_links(bases: tuple[list[Link], Worker]) -> None:
@@ -141,7 +165,7 @@ def again(link: Link, sequence: int, call: int = 9) -> Message:
 
 def gradients(link: Link, sequence: int, call: int = 9) -> Message:
     """Asks for the gradients of a kept call of seven keys, with dout alone."""
-    table = torch.tensor([[0, 1, 0, 1, 6, 7, 0, 7, 0, 7]])
+    table = torch.tensor([[0, 1, 0, 1, 6, 7, 0, 7, 0, 7, 0]])
     header = Header(
         op=Op.BACKWARD, token=1, sequence=sequence, keep=2, extra=call, tiles=1, group=1, head_dim=D, v_head_dim=D,
         lse_elements=1, scale_bits=float_bits(1.0),

@@ -43,12 +43,18 @@ FULL = pytest.mark.full
 
 
 def request(token: int, random_: random.Random) -> tuple[Header, list[torch.Tensor]]:
-    """One that is right: two tiles of new keys."""
+    """One that is right: two tiles of new keys, or what may be asked of them."""
     tiles = [Tile(0, 1, 0, 1, KEYS - 2, KEYS, 0, KEYS), Tile(0, 1, 1, 2, KEYS - 2, KEYS, 0, KEYS)]
-    table = torch.tensor([[*tile, 0, KEYS] for tile in tiles])
+    table = torch.tensor([[*tile, 0, KEYS, 0] for tile in tiles])
+    if random_.random() < 0.2:
+        sequence = random_.randrange(3)
+        if random_.random() < 0.5:
+            rows = torch.tensor([random_.randrange(-2, 3) for _ in range(2)])
+            return Header(op=Op.SELECT, token=token, sequence=sequence, peers=2), [rows]
+        return Header(op=Op.FETCH, token=token, sequence=sequence, tiles=2, dtype=dtype_code(torch.float32)), [table]
     header = Header(
         op=random_.choice((Op.ATTEND, Op.ATTEND, Op.BACKWARD)), token=token, call=random_.randrange(9),
-        sequence=random_.randrange(3), keep=random_.choice((0, 1, 2)), tiles=2, q_elements=4 * D,
+        sequence=random_.randrange(3), keep=random_.choice((0, 1, 2, 3)), tiles=2, q_elements=4 * D,
         k_elements=2 * KEYS * D, v_elements=2 * KEYS * D, group=1, head_dim=D, v_head_dim=D,
         dtype=dtype_code(torch.float32), scale_bits=float_bits(1.0),
     )  # fmt: skip

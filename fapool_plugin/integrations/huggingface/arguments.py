@@ -51,6 +51,16 @@ def wants_cache(owner: Any, decoder: Any, given: dict[str, Any]) -> bool:
     return bool(value)
 
 
+def wants_last_only(owner: Any, given: dict[str, Any]) -> bool:
+    """Whether a model, transformers' own, makes logits of the last position and nothing of any other, as generate()
+    asks."""
+    own = type(owner).__name__.endswith("ForCausalLM") and "forward" not in vars(owner)
+    keep = given.get("logits_to_keep")
+    asked = any(given.get(name) for name in ("output_hidden_states", "output_attentions"))
+    hidden = getattr(owner.config, "output_hidden_states", False)
+    return own and type(keep) is int and keep == 1 and given.get("labels") is None and not asked and not hidden
+
+
 def traced_reason(tokens: Tensor) -> str | None:
     """Why tensors of this call are not for pool ranks."""
     if torch.compiler.is_exporting() or isinstance(tokens, FakeTensor) or tokens.is_meta:

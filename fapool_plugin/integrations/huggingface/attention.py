@@ -70,6 +70,8 @@ class Scope:
     """Lengths of the documents that are packed into the one row, if they are."""
     owning: bool = False
     """Its new keys go to owners, and those of before are there."""
+    last_only: bool = False
+    """Nobody looks at other positions of the decoder's output than the last."""
     recomputed: bool = False
     """Layers run once more in backward (gradient checkpointing), when no forward is open."""
     full_mask: _FullMask = field(default_factory=_FullMask)
@@ -153,7 +155,8 @@ def _attention(
         return function(module, query, key, value, attention_mask, **kwargs)
     reason, serious = "", False
     if not scope.decided.is_pooled:
-        pass
+        if scope.owning:  # keys of before may be away
+            raise CannotPool(next(iter(scope.decided.notes), "masks of this forward"), ever=False)
     elif attention_mask is None:
         reason, serious = _local_reason(module, query, key, scope, function, kwargs)
     else:

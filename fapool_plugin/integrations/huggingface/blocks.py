@@ -37,9 +37,11 @@ _WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "outp
 
 def run_blocks(
     owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, cache: PooledCache | GraphCache,
-    multiple: int = GRANULE,
+    multiple: int = GRANULE, wave: int | None = None,
 ) -> Any:  # fmt: skip
     """A decoder's forward as blocks of positions in flight; ``cache`` carries keys from block to block.
+
+    With ``wave`` blocks have so many positions, and as many as were decided are in flight at a time, wave after wave.
 
     Raises what a block raises; the cache is as it was before then.
     """
@@ -64,10 +66,17 @@ def run_blocks(
 
         return run
 
-    edges = block_edges(past, geometry.columns, decided.blocks, multiple)
+    flight, count = decided.blocks, decided.blocks
+    if wave is not None:
+        multiple, count = min(multiple, wave), -(-(geometry.columns - past) // wave)
+    edges = block_edges(past, geometry.columns, count, multiple)
     rewind = cache.rewinder() if isinstance(cache, PooledCache) else None
     try:
-        outputs = run_rounds([block(start, stop) for start, stop in edges])
+        outputs: list[Any] = []
+        for first in range(0, len(edges), flight):
+            outputs += run_rounds([block(*edge) for edge in edges[first : first + flight]])
+            if scope.last_only:
+                outputs = [_last_position(outputs[-1])]
     except BaseException:
         if rewind is not None:
             # Layers are at different lengths now; none of them is one that the caller knows.
@@ -80,6 +89,13 @@ def run_blocks(
         kept.layers[:] = cache.plain().layers
     joined = type(outputs[0])(**{name: _joined(name, [o.get(name) for o in outputs], kept) for name in _names(outputs)})
     return joined.to_tuple() if as_tuple else joined
+
+
+def _last_position(output: Any) -> Any:
+    """A block's output without other positions."""
+    return type(output)(
+        **{name: x[:, -1:].clone() if isinstance(x, Tensor) and x.ndim == 3 else x for name, x in output.items()}
+    )
 
 
 def run_parts(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope) -> Any:

@@ -30,6 +30,7 @@ from fapool_plugin.integrations.huggingface.arguments import (
     tokens_of,
     traced_reason,
     wants_cache,
+    wants_last_only,
     with_cache,
 )
 from fapool_plugin.integrations.huggingface.attention import NAME, SCOPE, Scope
@@ -178,8 +179,9 @@ class Forwards:
                 except CannotPool as error:
                     assert rewind is not None
                     rewind()
-                    self.never = str(error)
-                    scope.decided.abandon(self.never)
+                    self.never = str(error) if error.ever else self.never
+                    if not scope.decided.abandoned:
+                        scope.decided.abandon(str(error))
                     scope = replace(scope, owning=False)
                     SCOPE.set(scope)
                     if mine is not None:
@@ -249,13 +251,15 @@ class Forwards:
         if decided.pooled and isinstance(cache, PooledCache):
             cache.reserve(max(state.capacity, round_up(columns, self.manager.config.kv_block)))
         owning = decided.pooled and not training and not documents and isinstance(cache, PooledCache)
+        owning = owning and bool(self.homes.ownable)
         return Scope(
             self.manager,
             decided,
             cache,
             documents,
-            owning and bool(self.homes.ownable),
-            training and is_checkpointed(owner),
+            owning=owning,
+            last_only=owning and owner is not decoder and wants_last_only(owner, given),
+            recomputed=training and is_checkpointed(owner),
         )
 
     def _local_reason(self, owner: Any, given: dict[str, Any], cache: Any, training: bool) -> str | None:
@@ -278,18 +282,20 @@ class Forwards:
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
         decided, began = scope.decided, time.perf_counter()
-        if not owner.fapool_in_rounds or decided.blocks == 1:
+        wave = self.homes.wave(owner, scope) if owner.fapool_in_rounds else None
+        if not owner.fapool_in_rounds or (decided.blocks == 1 and wave is None):
             output = enter(*args, **kwargs)
         else:
-            output = self._in_pieces(owner, enter, args, kwargs, scope)
+            output = self._in_pieces(owner, enter, args, kwargs, scope, wave)
         if owner.fapool_in_rounds and decided.phase == "prefill":
             # A head over every position, and a loss, are not the plan's.
             decided.took_s = time.perf_counter() - began - decided.apart_s
         return output
 
     def _in_pieces(
-        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
-    ) -> Any:
+        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope,
+        wave: int | None,
+    ) -> Any:  # fmt: skip
         """A decoder's forward, cut if nothing speaks against it."""
         decided, given = scope.decided, by_name(owner, args, kwargs)
         rows = decided.phase == "training" and decided.geometry is not None and len(decided.geometry.starts) > 1
@@ -299,8 +305,10 @@ class Forwards:
             try:
                 if rows:
                     return run_parts(owner, enter, given, scope)
-                return run_blocks(owner, enter, given, scope, self._keys(owner, given, scope))
+                return run_blocks(owner, enter, given, scope, self._keys(owner, given, scope), wave=wave)
             except CannotPool as error:
+                if scope.owning:
+                    raise  # keys of before are away
                 reason = str(error)
                 decided.abandon(reason)
         self.manager.counters.not_overlapped(reason)

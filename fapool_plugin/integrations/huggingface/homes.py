@@ -20,10 +20,12 @@ from fapool_plugin.base.forward import StaysHome
 from fapool_plugin.base.owned import KeysLost, NoRoom
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.config import MIB
 from fapool_plugin.integrations.huggingface.attention import Scope
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.pieces import is_own_hook
 from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
+from fapool_plugin.plan.line import GRANULE
 
 
 @dataclass
@@ -64,6 +66,20 @@ class Homes:
         if self.manager.base_ranks > 1 and not self.manager.agree((int(not broken), 0))[0]:
             raise KeysLost(broken or "another base rank lost keys")
         cache.settle()
+
+    def wave(self, decoder: Any, scope: Scope) -> int | None:
+        """Columns of each block of a prompt that is computed in waves, within ``wave_mib``; None: it fits in one."""
+        geometry = scope.decided.geometry
+        if not scope.owning or geometry is None:
+            return None
+        config = decoder.config.get_text_config(decoder=True)
+        # Hidden states, q, k, v and out of a layer, and what its FFN makes of them.
+        wide = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        tokens = self.manager.config.wave_mib * MIB // (wide * decoder.dtype.itemsize)
+        columns = tokens // (len(geometry.starts) * scope.decided.blocks)
+        if geometry.columns - geometry.q_column <= columns * scope.decided.blocks:
+            return None
+        return max(1, columns // GRANULE * GRANULE or columns)
 
     def keep_home(self, error: StaysHome, cache: PooledCache | None) -> None:
         """A layer's keys stay with the base from now on, in this cache and in those to come."""

@@ -1,0 +1,60 @@
+"""Prefixes that have no other copy, and rows that become copies of others, against plain tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from fapool_plugin.plan.line import Tile
+from fapool_plugin.store.prefixes import PrefixStore
+
+D = 4
+POSITION = 2 * D * 4
+"""Bytes of a lane's key and value."""
+
+
+def keys(rows: int, heads: int, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(rows, heads, length, D, generator=made) for _ in range(2))
+    return k, v
+
+
+def tile(rows: tuple[int, int], heads: tuple[int, int], length: int) -> Tile:
+    return Tile(*rows, *heads, length - 1, length, 0, length)
+
+
+def test_owned_prefixes_make_way_for_none() -> None:
+    store = PrefixStore(100 * POSITION, block=10)
+    assert store.put(1, 0, tile((0, 1), (0, 1), 50), *keys(1, 1, 50), 0, owned=True)
+    assert store.put(2, 0, tile((0, 1), (0, 1), 40), *keys(1, 1, 40), 0)
+    # The copy goes, and what is owned stays.
+    assert store.put(3, 0, tile((0, 1), (0, 1), 50), *keys(1, 1, 50), 0)
+    assert (1 in store, 2 in store, 3 in store, store.evictions) == (True, False, True, 1)
+    assert not store.put(4, 0, tile((0, 1), (0, 1), 60), *keys(1, 1, 60), 0), "what is owned has gone"
+    # Growth that does not fit leaves what was there.
+    more = keys(1, 1, 70, seed=1)
+    assert not store.put(1, 0, tile((0, 1), (0, 1), 120), *more, 50, owned=True)
+    k, _ = store.get(1, 0, tile((0, 1), (0, 1), 50))
+    assert torch.equal(k, keys(1, 1, 50)[0])
+    store.free(1)
+    assert store.put(4, 0, tile((0, 1), (0, 1), 60), *keys(1, 1, 60), 0)
+
+
+def test_rows_become_copies_of_others_in_their_box() -> None:
+    store = PrefixStore(2**20, block=16)
+    k, v = keys(5, 2, 20)
+    # Rows 0 to 2 with both heads, rows 3 and 4 with one: two boxes.
+    assert store.put(1, 0, tile((0, 3), (0, 2), 20), k[:3], v[:3], 0, owned=True)
+    assert store.put(1, 0, tile((3, 5), (0, 1), 20), k[3:, :1], v[3:, :1], 0, owned=True)
+    # Row 1 is shorter than its neighbours.
+    assert store.put(1, 0, tile((1, 2), (0, 2), 20), k[1:2, :, :12], v[1:2, :, :12], 0, owned=True)
+    store.select(1, 0, [2, 2, 1, 4, 3])
+    for row, source, length in ((0, 2, 20), (1, 2, 20), (2, 1, 12), (3, 4, 20), (4, 3, 20)):
+        heads = (0, 2 if row < 3 else 1)
+        here = tile((row, row + 1), heads, length)
+        assert store.length(1, 0, here) == length
+        for got, want in zip(store.get(1, 0, here), (k, v), strict=True):
+            assert torch.equal(got[0], want[source, heads[0] : heads[1], :length]), f"row {row}"
+    # Of a row outside its box, or that is not there, nothing is copied.
+    store.select(1, 0, [4, 1, 2, 0, 99])
+    assert torch.equal(store.get(1, 0, tile((0, 1), (0, 2), 20))[0][0], k[2, :, :20])
+    store.select(7, 0, [0])
