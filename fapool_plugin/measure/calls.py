@@ -79,7 +79,7 @@ def kept_busy(rank: PoolRank, shape: Shape, seconds: float) -> Iterator[None]:
         group=shape.heads // shape.kv_heads,
         scale_bits=float_bits(1.0),
     )
-    request = header, (torch.tensor([[*tile, 0, _KEYS]]), q, k, v), expected(header, [tile])
+    request = header, (torch.tensor([[*tile, 0, _KEYS, 0]]), q, k, v), expected(header, [tile])
     rank.answer(rank.ask(*request))
     one_s = rank.answer(rank.ask(*request)).header.extra / 1e9
     asked = [rank.ask(*request) for _ in range(ceil(1.5 * seconds / max(one_s, 1e-4)))]
