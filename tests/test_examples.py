@@ -55,6 +55,20 @@ def test_an_example_pools_a_long_prompt(folder: Path, tmp_path: Path, example: s
 
 @pytest.mark.processes
 @pytest.mark.timeout(120)
+def test_a_long_batch_lives_on_the_pool(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(words(160))
+    done = run("long_batch.py", folder, tmp_path / "text.txt", "--rows", 3, "--tokens", 50, "--new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    assert "token 1: keys in MiB: base 0, rank 0 0, rank 1 0; base process" in done.stdout, done.stdout
+    assert "pooled calls: 2 of the prompts, 6 of steps" in done.stdout
+    assert done.stdout.endswith("replays: 0\n")
+    done = run("long_batch.py", folder, tmp_path / "text.txt", "--rows", 9, "--tokens", 50)
+    assert done.returncode == 2
+    assert "9 rows of 50 need 450" in done.stderr.replace("\n", " ").replace("│", "")
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
 def test_a_large_batch_is_compared() -> None:
     done = run("decode_batches.py", "--rows", 20, "--tokens", 40, "--steps", 2)
     assert done.returncode == 0, done.stderr

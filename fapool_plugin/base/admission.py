@@ -18,6 +18,8 @@ from fapool_plugin.config import MIB
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
 
+_TRIES = 16
+"""What one owner does not take may be too much for the next."""
 _TIGHT = 0.98
 """Of an owner's room, where parts follow memory: cuts fall on whole lanes and blocks."""
 
@@ -42,20 +44,21 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     columns = max(state.capacity, whole.columns)
     position = (k_BKTD.shape[3] + v_BKTE.shape[3]) * k_BKTD.element_size() * layers
     taken = manager.batches.taken(ranks)
-    room = [max(0, rank.memory_limit - taken[number]) for number, rank in enumerate(ranks)]
+    # Base ranks that share a model use every pool rank at the same time.
+    room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
     room.append(psutil.virtual_memory().available if config.base_share != 0 or not ranks else 0)
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
-    while True:
+    for _ in range(_TRIES):
         owners = Owners(
             whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
         )
         need = [positions * position for positions in needs(owners, columns, config.kv_block)]
         short = [number for number in range(len(parts)) if need[number] > room[number]]
-        if not short:
+        parts = _less(parts, need, room, short) if short else parts
+        if not short or not sum(parts):
             break
-        parts = _less(parts, need, room, short)
-        if not sum(parts):
-            raise PoolMemoryError(_refusal(len(whole.starts), columns, sum(need), room, ranks, config.memory_limit_mib))
+    if not manager.agree((int(not short), 0))[0]:
+        raise PoolMemoryError(_refusal(len(whole.starts), columns, sum(need), room, ranks, config.memory_limit_mib))
     state.owned = OwnedKeys(owners, ranks, whole, state.id, config.kv_block, state.capacity)
     state.owned.reserved = need
     manager.batches.add(state.owned)

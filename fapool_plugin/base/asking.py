@@ -17,7 +17,7 @@ from torch import Tensor
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.kept_calls import KeepingStep
 from fapool_plugin.base.lease import PoolRank
-from fapool_plugin.base.owned import NoRoom, OwnedKeys
+from fapool_plugin.base.owned import OwnedKeys
 from fapool_plugin.base.requests import Part, Payload, Request
 from fapool_plugin.base.residency import Held, alike_rows, grown
 from fapool_plugin.base.resource_manager import ResourceManager
@@ -163,11 +163,12 @@ class AttentionRequests:
     def lacks(self, request: Request, part: Part) -> bool:
         """A rank that no longer holds what it was to hold holds nothing; of a kept call it is asked once more."""
         if self.owned is not None:
-            number = request.rank.number
+            who, alone = f"pool rank {request.rank.number}", self.manager.base_ranks == 1
             if part.status == Status.FULL:
-                raise NoRoom(f"pool rank {number} has no room for more keys")
-            why = "does not hold what it owned" if part.status == Status.STALE else "did not answer"
-            self.owned.give_up(f"pool rank {number} {why}", at_once=self.manager.base_ranks == 1)
+                self.owned.fill_up(f"{who} has no room for more keys", at_once=alone)
+            else:
+                why = "does not hold what it owned" if part.status == Status.STALE else "did not answer"
+                self.owned.give_up(f"{who} {why}", at_once=alone)
             return False
         if part.status == Status.STALE:
             request.rank.counters.stale += 1

@@ -71,6 +71,8 @@ class OwnedKeys:
     """Bytes that each owner must have room for, the base last."""
     broken: str = ""
     """Why keys are lost, once that is known."""
+    full: str = ""
+    """Which owner has no room for more keys, once that is known."""
     worked_out: dict[int, Any] = field(default_factory=dict)
     """What follows from :meth:`asked`, by its identity."""
     _asked: dict[tuple[int, int, int], list[list[Asked]]] = field(default_factory=dict)
@@ -127,6 +129,12 @@ class OwnedKeys:
         self.broken = self.broken or reason
         if at_once:
             raise KeysLost(reason)
+
+    def fill_up(self, reason: str, *, at_once: bool) -> None:
+        """There is no room. Raises NoRoom if ``at_once``."""
+        self.full = reason
+        if at_once:
+            raise NoRoom(reason)
 
     def sent(self, layer: int, geometry: Geometry, k_BKTD: Tensor, v_BKTE: Tensor) -> None:
         """A call's keys are on their way to their owners: blocks behind this one begin where it ends."""

@@ -74,8 +74,17 @@ class Modes(NamedTuple):
             runs.switch()
 
 
-def run_rounds(blocks: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
+def run_rounds(
+    blocks: Sequence[Callable[[Callable[[], None]], T]],
+    flight: int | None = None,
+    ended: Callable[[int, T], T] | None = None,
+) -> list[T]:
     """Runs all ``blocks`` in rotation; each is given the function that hands over.
+
+    Args:
+        blocks: what is to run.
+        flight: how many have begun and not ended at any time; the next begins when one ends. None: all.
+        ended: is given a block's number and result, and returns what is kept of it.
 
     Returns their results, in order. Raises what the first failing block raises, after the others have been cancelled
     where they stood: their ``finally`` clauses run, and no error of those takes the first one's place.
@@ -94,7 +103,8 @@ def run_rounds(blocks: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
 
     def runner(index: int, block: Callable[[Callable[[], None]], T]) -> greenlet:
         def run() -> None:
-            results[index] = block(hand_over)
+            result = block(hand_over)
+            results[index] = result if ended is None else ended(index, result)
             nonlocal left
             left = Modes.now()
             outside.set()
@@ -104,13 +114,17 @@ def run_rounds(blocks: Sequence[Callable[[Callable[[], None]], T]]) -> list[T]:
         runs.gr_context = contextvars.copy_context()
         return runs
 
-    rotation = [runner(index, block) for index, block in enumerate(blocks)]
+    waiting = [runner(index, block) for index, block in enumerate(blocks)]
+    rotation = waiting[:flight]
+    del waiting[: len(rotation)]
     try:
         while rotation:
             for runs in list(rotation):
                 runs.switch()
                 if runs.dead:
                     rotation.remove(runs)
+                    rotation += waiting[:1]
+                    del waiting[:1]
     finally:
         cancelled = True
         for runs in rotation:

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,28 @@ from fapool_plugin.plan.shares import block_edges
 
 _DIMS = {"input_ids": (0, 1), "inputs_embeds": (0, 1), "position_ids": (-2, -1), "per_layer_inputs": (0, 1)}
 """Arguments of a decoder that have the batch's rows and the prompt's positions, and in which dimensions."""
+
+
+class Wave(NamedTuple):
+    """How a prompt is computed whose activations are too many."""
+
+    flight: int
+    """Blocks in flight."""
+    columns: int
+    """Of each block."""
+
+
 _WHOLE = {"attention_mask", "past_key_values", "use_cache", "return_dict", "output_hidden_states"}
 """Arguments that blocks and parts know how to treat."""
 
 
 def run_blocks(
     owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, cache: PooledCache | GraphCache,
-    multiple: int = GRANULE, wave: int | None = None,
+    multiple: int = GRANULE, wave: Wave | None = None,
 ) -> Any:  # fmt: skip
     """A decoder's forward as blocks of positions in flight; ``cache`` carries keys from block to block.
 
-    With ``wave`` blocks have so many positions, and as many as were decided are in flight at a time, wave after wave.
+    With ``wave`` so many blocks of so many positions are in flight, one after another.
 
     Raises what a block raises; the cache is as it was before then.
     """
@@ -66,17 +77,20 @@ def run_blocks(
 
         return run
 
-    flight, count = decided.blocks, decided.blocks
+    flight, count = None, decided.blocks
     if wave is not None:
-        multiple, count = min(multiple, wave), -(-(geometry.columns - past) // wave)
+        flight, count = wave.flight, -(-(geometry.columns - past) // wave.columns)
+        multiple = min(multiple, wave.columns)
     edges = block_edges(past, geometry.columns, count, multiple)
+
+    def kept_of(index: int, output: Any) -> Any:
+        last = index == len(edges) - 1
+        return output if not scope.last_only else _last_position(output) if last else None
+
     rewind = cache.rewinder() if isinstance(cache, PooledCache) else None
     try:
-        outputs: list[Any] = []
-        for first in range(0, len(edges), flight):
-            outputs += run_rounds([block(*edge) for edge in edges[first : first + flight]])
-            if scope.last_only:
-                outputs = [_last_position(outputs[-1])]
+        outputs = run_rounds([block(*edge) for edge in edges], flight, kept_of)
+        outputs = outputs[-1:] if scope.last_only else outputs
     except BaseException:
         if rewind is not None:
             # Layers are at different lengths now; none of them is one that the caller knows.

@@ -34,7 +34,14 @@ from fapool_plugin.integrations.huggingface.arguments import (
     with_cache,
 )
 from fapool_plugin.integrations.huggingface.attention import NAME, SCOPE, Scope
-from fapool_plugin.integrations.huggingface.blocks import asked, collector_reason, not_in_pieces, run_blocks, run_parts
+from fapool_plugin.integrations.huggingface.blocks import (
+    Wave,
+    asked,
+    collector_reason,
+    not_in_pieces,
+    run_blocks,
+    run_parts,
+)
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import view_configs
 from fapool_plugin.integrations.huggingface.homes import Homes
@@ -294,7 +301,7 @@ class Forwards:
 
     def _in_pieces(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope,
-        wave: int | None,
+        wave: Wave | None,
     ) -> Any:  # fmt: skip
         """A decoder's forward, cut if nothing speaks against it."""
         decided, given = scope.decided, by_name(owner, args, kwargs)

@@ -22,10 +22,13 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import MIB
 from fapool_plugin.integrations.huggingface.attention import Scope
+from fapool_plugin.integrations.huggingface.blocks import Wave
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.pieces import is_own_hook
 from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
 from fapool_plugin.plan.line import GRANULE
+
+_ANOTHERS = "another base rank lost keys"
 
 
 @dataclass
@@ -51,35 +54,50 @@ class Homes:
         """Before a forward. Raises KeysLost."""
         owned, geometry = cache.state.owned, scope.decided.geometry
         moved = owned is not None and geometry is not None and owned.geometry.starts != geometry.starts
-        if not scope.owning or moved or not cache.get_seq_length():
-            cache.come_home()
+        if owned is not None and (not scope.owning or moved or not cache.get_seq_length()):
+            lost = ""
+            try:
+                cache.come_home()
+            except KeysLost as error:
+                lost = str(error)
+            if self.manager.base_ranks > 1 and not self.manager.agree((int(not lost), 0))[0]:
+                lost = lost or _ANOTHERS
+            if lost:
+                cache.state.owned = owned
+                raise KeysLost(lost)
         cache.watch()
         cache.state.owning = scope.owning
 
     def complete(self, cache: PooledCache) -> None:
         """At the end of a forward whose keys go to owners: all base ranks have theirs, or none goes on.
 
-        Raises KeysLost, or StaysHome if keys did not reach their owners.
+        Raises KeysLost, NoRoom, or StaysHome if keys did not reach their owners.
         """
         owned = cache.state.owned
-        broken = owned.broken if owned is not None else ""
-        if self.manager.base_ranks > 1 and not self.manager.agree((int(not broken), 0))[0]:
-            raise KeysLost(broken or "another base rank lost keys")
+        broken, full = (owned.broken, owned.full) if owned is not None else ("", "")
+        if self.manager.base_ranks > 1:
+            whole, room = self.manager.agree((int(not broken), int(not full)))
+            if not room:
+                raise NoRoom(full or "a pool rank of another base rank has no room for more keys")
+            if not whole:
+                raise KeysLost(broken or _ANOTHERS)
         cache.settle()
 
-    def wave(self, decoder: Any, scope: Scope) -> int | None:
-        """Columns of each block of a prompt that is computed in waves, within ``wave_mib``; None: it fits in one."""
+    def wave(self, decoder: Any, scope: Scope) -> Wave | None:
+        """The blocks of a prompt whose activations are more than ``wave_mib``; None: they are not."""
         geometry = scope.decided.geometry
         if not scope.owning or geometry is None:
             return None
         config = decoder.config.get_text_config(decoder=True)
-        # Hidden states, q, k, v and out of a layer, and what its FFN makes of them.
-        wide = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-        tokens = self.manager.config.wave_mib * MIB // (wide * decoder.dtype.itemsize)
-        columns = tokens // (len(geometry.starts) * scope.decided.blocks)
-        if geometry.columns - geometry.q_column <= columns * scope.decided.blocks:
+        # Each block in flight has hidden states, q, k, v and out of a layer; one of them is in an FFN.
+        ffn = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        elements = self.manager.config.wave_mib * MIB // (decoder.dtype.itemsize * len(geometry.starts))
+        most, new = scope.decided.blocks, geometry.columns - geometry.q_column
+        if new <= most * (elements // (6 * config.hidden_size * most + ffn)):
             return None
-        return max(1, columns // GRANULE * GRANULE or columns)
+        flight = min(2, most)
+        columns = elements // (6 * config.hidden_size * flight + ffn)
+        return Wave(flight, max(1, columns // GRANULE * GRANULE or columns))
 
     def keep_home(self, error: StaysHome, cache: PooledCache | None) -> None:
         """A layer's keys stay with the base from now on, in this cache and in those to come."""
@@ -103,7 +121,7 @@ class Homes:
             return
         gone = owned.gone(manager.ranks)
         if manager.base_ranks > 1 and not manager.agree((int(not gone), 0))[0]:
-            gone = gone or "another base rank lost keys"
+            gone = gone or _ANOTHERS
         if not gone:
             return
         past, began = cache.get_seq_length(), time.perf_counter()
