@@ -153,10 +153,10 @@ class FAPoolConfig(BaseModel):
         description="Where keys live above the threshold; base: the base keeps all, pool ranks have copies; pool: each "
         "key has one owner, a pool rank or the base, and nobody else keeps it.",
     )
-    kv_redundancy: Literal["recompute"] = Field(
+    kv_redundancy: Literal["recompute", "peer", "host"] = Field(
         "recompute",
         description="With kv_home pool, what a lost rank's keys come back from; recompute: recorded inputs, computed "
-        "once more.",
+        "once more; peer: a second pool rank, which holds a copy; host: memory beside a device, not built yet.",
     )
     wave_mib: int = Field(
         128,
@@ -199,6 +199,18 @@ class FAPoolConfig(BaseModel):
         if kv_home == "pool" and info.data.get("spot_check"):
             raise ValueError("spot_check needs keys that the base has itself: set it to 0, or kv_home to base")
         return kv_home
+
+    @field_validator("kv_redundancy")
+    @classmethod
+    def _a_peer_is_another_rank(cls, kv_redundancy: str, info: ValidationInfo) -> str:
+        if kv_redundancy == "peer" and info.data.get("pool_ranks", 2) < 2:
+            raise ValueError("a peer is a second pool rank: set pool_ranks >= 2, or kv_redundancy to recompute")
+        if kv_redundancy == "host":
+            raise ValueError(
+                "host keeps a copy beside a device, and models have run on CPUs only, whose memory is the host's: "
+                "choose recompute or peer"
+            )
+        return kv_redundancy
 
     @classmethod
     def load(cls, source: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str] | None) -> FAPoolConfig:

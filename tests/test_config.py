@@ -74,7 +74,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "warm_start": ([True, False], [1, "true", None]),
     "kv_block": ([1, 64], [0, -256, 256.0, "256", True, None]),
     "kv_home": (["base", "pool"], ["host", True, None, 1]),
-    "kv_redundancy": (["recompute"], ["none", True, None, 1]),
+    "kv_redundancy": (["recompute"], ["none", "host", True, None, 1]),
     "wave_mib": ([1, 10**6], [0, -1, 2.0, "2", True, None]),
     "memory_limit_mib": ([1, 10**6], [0, -1, 2048.0, "2048", True, None]),
     "training_residency": ([True, False], [1, 0, "true", None]),

@@ -29,6 +29,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     },
     "03_deepspeed_and_megatron.ipynb": {"TOKENS": 300, "NEW_TOKENS": 4, "THRESHOLD": 200, "LAYOUTS": [(1, 0), (2, 1)]},
     "04_long_finetuning.ipynb": {"TOKENS": 300, "STEPS": 2, "THRESHOLD": 200, "QUICK": True},
+    "05_keys_on_the_pool.ipynb": {"ROWS": 3, "TOKENS": 200, "NEW_TOKENS": 4},
 }
 EXPECTED: dict[str, tuple[str, ...]] = {
     "01_quickstart.ipynb": (
@@ -63,6 +64,15 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         r"training: [1-9]\d* calls pooled, 0 local",
         r"backward: [1-9]\d* calls pooled, 0 local",
         r"pool rank 0: computed",
+    ),
+    "05_keys_on_the_pool.ipynb": (
+        r"keys at the pool: [1-9]\d* pooled calls",
+        r"keys at the base: [1-9]\d* pooled calls",
+        "tokens are identical",
+        r"fault - pool rank 0 .* lost",
+        r"replay - \d+ columns are computed once more",
+        "replays: 1",
+        "tokens are identical",
     ),
 }
 """What a run has to print, as patterns, in this order."""

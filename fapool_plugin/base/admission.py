@@ -12,7 +12,7 @@ import psutil
 from torch import Tensor
 
 from fapool_plugin.base.forward import Forward
-from fapool_plugin.base.owned import OwnedKeys, needs
+from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name, needs
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
 from fapool_plugin.plan.owners import Owners
@@ -47,20 +47,27 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     # Base ranks that share a model use every pool rank at the same time.
     room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
     room.append(psutil.virtual_memory().available if config.base_share != 0 or not ranks else 0)
+    copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
     for _ in range(_TRIES):
         owners = Owners(
             whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
         )
         need = [positions * position for positions in needs(owners, columns, config.kv_block)]
+        *pool, own = need
+        if copied:
+            need = [mine + pool[number - 1] for number, mine in enumerate(pool)] + [own]
         short = [number for number in range(len(parts)) if need[number] > room[number]]
         parts = _less(parts, need, room, short) if short else parts
         if not short or not sum(parts):
             break
     if not manager.agree((int(not short), 0))[0]:
         raise PoolMemoryError(_refusal(len(whole.starts), columns, sum(need), room, ranks, config.memory_limit_mib))
-    state.owned = OwnedKeys(owners, ranks, whole, state.id, config.kv_block, state.capacity)
-    state.owned.reserved = need
+    holders = [Holder(rank, state.id) for rank in ranks]
+    # The next rank's copy has a name of its own there.
+    peers: list[Holder | None] = [Holder(rank, copy_name(state.id)) for rank in (*ranks[1:], *ranks[:1])]
+    state.owned = OwnedKeys(owners, holders, whole, state.id, config.kv_block, state.capacity, peers if copied else [])
+    state.owned.reserved = pool
     manager.batches.add(state.owned)
     return state.owned
 

@@ -47,6 +47,8 @@ class Work:
     starts_anew: bool
     """Whether all keys that it needs are among them."""
     predicted_s: float
+    owner: int = -1
+    """Its number among the owners of keys, if they have owners."""
 
 
 @dataclass
@@ -87,11 +89,11 @@ class AttentionRequests:
         if id(asked) not in owned.worked_out:
             cost, lanes = self.decided.rank_cost, self.result.k.shape[1]
             works = []
-            for rank, share in zip(owned.ranks, asked, strict=False):
+            for owner, (holder, share) in enumerate(zip(owned.holders, asked, strict=False)):
                 tiles = [one.own.tile for one in share]
                 works.append(
                     Work(
-                        rank,
+                        holder.rank,
                         tiles,
                         self.result.places([one.place for one in share]),
                         torch.tensor(
@@ -101,13 +103,29 @@ class AttentionRequests:
                         None,
                         False,
                         share_s(cost, lanes, tiles) if cost is not None else 0.0,
+                        owner,
                     )
                 )
             owned.worked_out[id(asked)] = works
-        requests = [Request(work.rank, work.tiles, work) for work in owned.worked_out[id(asked)] if work.tiles]
-        if self.result.q.shape[2] == 1 and not owned.owners.disjoint:
+        works = [work for work in owned.worked_out[id(asked)] if work.tiles]
+        requests = [Request(owned.holders[work.owner].rank, work.tiles, work) for work in works]
+        if self.result.q.shape[2] == 1 and not owned.owners.disjoint and not owned.peers:
+            # What is missing of a tree's answer could not be asked of a peer.
             self._arrange(requests)
         return requests, asked[-1]
+
+    def copy_to_peers(self, requests: list[Request], owned: OwnedKeys) -> None:
+        """Sends new keys to the ranks that have copies."""
+        for work in (request.notes for request in requests):
+            peer = owned.peer(work.owner)
+            if peer is None or not work.keys:
+                continue
+            k, v = [self.result.k[at] for at in work.keys], [self.result.v[at] for at in work.keys]
+            table = work.table[work.table[:, 9] > work.table[:, 8]]  # tiles that new keys come with
+            header = self._header._replace(op=Op.STORE, token=peer.rank.token, sequence=peer.sequence, tiles=len(table))
+            with self.manager.guard(peer.rank):
+                peer.rank.link.send(header._replace(k_elements=elements(k), v_elements=elements(v)), [table, k, v])
+                peer.rank.count_bytes()
 
     def _arrange(self, requests: list[Request]) -> None:
         """Has ranks merge results of the same queries; where queries are disjoint there is nothing to merge."""
@@ -124,6 +142,8 @@ class AttentionRequests:
         k, v = [result.k[at] for at in work.keys], [result.v[at] for at in work.keys]
         sizes = {"q_elements": elements(q), "k_elements": elements(k), "v_elements": elements(v)}
         header = self._header._replace(tiles=len(request.tiles), **sizes)
+        if self.owned is not None:
+            header = header._replace(sequence=self.owned.holders[work.owner].sequence)
         tensors: Payload = [work.table, q, k, v]
         return self.keeping.marked(request, header, tensors) if self.keeping else (header, tensors)
 
@@ -163,6 +183,10 @@ class AttentionRequests:
     def lacks(self, request: Request, part: Part) -> bool:
         """A rank that no longer holds what it was to hold holds nothing; of a kept call it is asked once more."""
         if self.owned is not None:
+            other = self.owned.instead_of(request.rank, request.notes.owner, self.manager.ranks)
+            if part.status != Status.FULL and other is not None:
+                request.rank = other
+                return True
             who, alone = f"pool rank {request.rank.number}", self.manager.base_ranks == 1
             if part.status == Status.FULL:
                 self.owned.fill_up(f"{who} has no room for more keys", at_once=alone)

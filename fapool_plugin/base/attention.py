@@ -136,8 +136,15 @@ class _Call:
         """Asks the owners of keys, the base among them."""
         self.result.disjoint = owned.owners.disjoint
         requests, mine = self.asking.of_owners(owned)
-        if self.requests.post(self.asking, requests):
-            owned.give_up("an owner could not be asked", at_once=self.manager.base_ranks == 1)
+        self.requests.post(self.asking, requests)
+        ranks = self.manager.ranks
+        for request in requests:
+            while request.call is None and (other := owned.instead_of(request.rank, request.notes.owner, ranks)):
+                request.rank = other
+                self.requests.again(self.asking, request)
+            if request.call is None and request.above is None:
+                owned.give_up("an owner could not be asked", at_once=self.manager.base_ranks == 1)
+        self.asking.copy_to_peers(requests, owned)
         self.manager.timeline.switch(ATTENTION)
         owned.compute(mine, self.module.layer, self.result)
         owned.sent(self.module.layer, self.result.geometry, self.k, self.v)

@@ -21,6 +21,8 @@ from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLo
 
 _STEPS = 4
 """A rank that takes so many times as long for a step as it should does not get on."""
+_EARLY = 64
+"""Replies that may wait to be asked for: more than there are blocks in flight."""
 _BUSY_S = 0.05
 
 
@@ -111,6 +113,8 @@ class PoolRank:
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
         """Works together with no other rank any more: a part did not arrive in this lease."""
+        self.stands_in = False
+        """It answers for a rank that was lost, beside its own calls, in whatever order."""
         self.met = set[int]()
         """Keys of the ranks that it was introduced to."""
         self._outstanding = Outstanding.of(link)
@@ -147,12 +151,16 @@ class PoolRank:
 
     def answer(self, call: int) -> Message:
         """Waits for the reply to ``call``. Replies to calls that were given up are dropped; but gradients may be asked
-        for in another order than they were sent for, and are kept while the lease lasts."""
+        for in another order than they were sent for, and are kept while the lease lasts; and of a rank that answers for
+        another one, too, the last replies are."""
         while call not in self._early:
             message = self.link.receive(self.stall_s)
             header = message.header
-            if header.token == self.token and (header.call == call or header.op == Op.BACKWARD):
+            kept = header.call == call or header.op == Op.BACKWARD or self.stands_in
+            if header.token == self.token and kept:
                 self._early[header.call] = message
+            if self.stands_in and len(self._early) > _EARLY:
+                del self._early[min(self._early)]
         self.count_bytes()
         return self._early.pop(call)
 

@@ -10,24 +10,22 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fapool_plugin.base.lease import Expected, PoolRank
+from fapool_plugin.base.result import Result
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Row, Tile
 from fapool_plugin.plan.owners import Asked, Owners
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.store.prefixes import PrefixStore
 from fapool_plugin.wire.messages import Header, LinkLost, Op, Status, dtype_code
-
-if TYPE_CHECKING:
-    from fapool_plugin.base.result import Result
-
 
 _FORWARDS = 16
 """Blocks of a forward, and steps, whose requests are remembered from layer to layer."""
@@ -41,25 +39,35 @@ class NoRoom(Exception):
     """An owner has no room for more keys."""
 
 
+class Holder(NamedTuple):
+    """Where an owner's keys are."""
+
+    rank: PoolRank
+    sequence: int
+    """Under which name."""
+
+
 @dataclass(eq=False)
 class OwnedKeys:
-    """The keys of one batch and their owners: ``ranks``, and the base as the last.
+    """The keys of one batch and their owners: pool ranks, and the base as the last.
 
     Args:
         owners: who owns what.
-        ranks: the pool ranks among them, in their order.
+        holders: the pool ranks among them, in their order; a peer takes a lost one's place.
         geometry: where rows start.
         block: positions by which storage grows.
         sequence: names the batch on the ranks.
     """
 
     owners: Owners
-    ranks: tuple[PoolRank, ...]
+    holders: list[Holder]
     geometry: Geometry
     sequence: int
     block: int
     capacity: int = 0
     """Columns that the batch will have at most; 0 if that is not known."""
+    peers: list[Holder | None] = field(default_factory=list)
+    """Of each pool rank among the owners, who has a copy."""
     own: PrefixStore = field(init=False)
     dealt: dict[int, int] = field(default_factory=dict)
     """Columns whose keys have gone to their owners, by layer."""
@@ -82,9 +90,31 @@ class OwnedKeys:
         self.own = PrefixStore(sys.maxsize, self.block)
 
     def gone(self, leased: Sequence[PoolRank]) -> str:
-        """Why keys are lost, as far as is known; empty if they are not."""
-        missing = (rank for rank in self.ranks if rank.lost or rank.link.lost or rank not in leased)
-        return self.broken or next((f"pool rank {rank.number} is gone" for rank in missing), "")
+        """Why keys are lost, as far as is known; empty if they are not, or if a peer takes a lost owner's place."""
+        for owner, holder in enumerate(self.holders):
+            rank = holder.rank
+            if (rank.lost or rank.link.lost or rank not in leased) and not self.replaced(owner, leased):
+                return self.broken or f"pool rank {rank.number} is gone"
+        return self.broken
+
+    def replaced(self, owner: int, leased: Sequence[PoolRank]) -> bool:
+        """Whether a peer has taken the place of an owner that does not answer."""
+        peer = self.peer(owner)
+        if peer is None or peer.rank.lost or peer.rank.link.lost or peer.rank not in leased:
+            return False
+        self.holders[owner], self.peers[owner] = peer, None
+        peer.rank.stands_in = True
+        return True
+
+    def instead_of(self, rank: PoolRank, owner: int, leased: Sequence[PoolRank]) -> PoolRank | None:
+        """Who is asked when ``rank`` did not answer for an owner: who has taken its place, or takes it now."""
+        if self.holders[owner].rank is rank and not self.replaced(owner, leased):
+            return None
+        return self.holders[owner].rank
+
+    def peer(self, owner: int) -> Holder | None:
+        """Who has a copy of an owner's keys."""
+        return self.peers[owner] if self.peers else None
 
     def columns(self, layer: int) -> int:
         """Columns of a layer that have owners."""
@@ -152,17 +182,14 @@ class OwnedKeys:
 
     def select(self, rows: list[int]) -> None:
         """Row i becomes a copy of row ``rows[i]``, at every owner."""
-        told = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        told, copies = torch.tensor(rows, dtype=torch.int64, device="cpu"), [peer for peer in self.peers if peer]
         for layer in self.dealt:
             self.own.select(self.sequence, layer, rows)
-            for rank in self.ranks:
-                try:
-                    header = Header(
-                        op=Op.SELECT, token=rank.token, sequence=self.sequence, layer=layer, peers=len(rows)
-                    )
+            for rank, sequence in [*self.holders, *copies]:
+                header = Header(op=Op.SELECT, token=rank.token, sequence=sequence, layer=layer, peers=len(rows))
+                # Who cannot be told is gone, which the next forward finds.
+                with suppress(LinkLost):
                     rank.link.send(header, [told])
-                except LinkLost as error:
-                    self.give_up(f"pool rank {rank.number}: {error}", at_once=False)
         starts, stops = self.geometry.starts, self.geometry.stops
         self.geometry = replace(
             self.geometry, starts=tuple(starts[row] for row in rows), stops=tuple(stops[row] for row in rows)
@@ -177,15 +204,15 @@ class OwnedKeys:
         shape = len(geometry.starts), self.owners.kv_heads, columns
         with torch.inference_mode(False), torch.no_grad():
             k, v = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in (dim, v_dim))
-            for number, rank in enumerate([*self.ranks, None]):
+            for number, holder in enumerate([*self.holders, None]):
                 ranges = self.owners.ranges(number, geometry.rows, columns)
                 if not ranges:
                     continue
                 tiles = [tile for tile, _ in ranges]
-                if rank is None:
+                if holder is None:
                     parts = [self.own.get(self.sequence, layer, tile) for tile in tiles]
                 else:
-                    parts = _fetched(rank, self.sequence, layer, tiles, dtype_code(dtype), dim, v_dim)
+                    parts = _fetched(*holder, layer, tiles, dtype_code(dtype), dim, v_dim)
                 for (tile, runs), (part_k, part_v) in zip(ranges, parts, strict=True):
                     at = 0
                     for start, stop in runs:
@@ -197,7 +224,7 @@ class OwnedKeys:
     def held_bytes(self) -> list[int]:
         """Bytes of keys that each owner has, the base last."""
         rows_of: dict[int, list[Row]] = {}
-        held = [0] * (len(self.ranks) + 1)
+        held = [0] * len(self.owners.whole)
         for layer, columns in self.dealt.items():
             if columns not in rows_of:
                 rows_of[columns] = self._up_to(columns).rows
@@ -229,9 +256,10 @@ class Batches:
         """Bytes of each rank that batches will need."""
         by_rank = dict.fromkeys((rank.key for rank in ranks), 0)
         for keys in self._all:
-            for rank, nbytes in zip(keys.ranks, keys.reserved, strict=False):
-                if rank.key in by_rank:
-                    by_rank[rank.key] += nbytes
+            for owner, holder in enumerate(keys.holders):
+                for held in (holder, keys.peer(owner)):
+                    if held is not None and held.rank.key in by_rank:
+                        by_rank[held.rank.key] += keys.reserved[owner]
         return list(by_rank.values())
 
     def held(self) -> dict[str, Any]:
@@ -240,9 +268,21 @@ class Batches:
         for keys in self._all:
             *pool, own = keys.held_bytes()
             base += own
-            for rank, nbytes in zip(keys.ranks, pool, strict=True):
-                ranks[rank.number] = ranks.get(rank.number, 0) + nbytes
+            for owner, nbytes in enumerate(pool):
+                for held in (keys.holders[owner], keys.peer(owner)):
+                    if held is not None:
+                        ranks[held.rank.number] = ranks.get(held.rank.number, 0) + nbytes
         return {"base": base, "ranks": ranks}
+
+
+def copy_name(sequence: int) -> int:
+    """Under which name a peer has what another rank owns of a sequence."""
+    return sequence ^ 1
+
+
+def names(sequence: int) -> tuple[int, int]:
+    """Under which names ranks may have anything of a sequence."""
+    return sequence, copy_name(sequence)
 
 
 def needs(owners: Owners, columns: int, block: int) -> list[int]:

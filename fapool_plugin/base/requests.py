@@ -122,6 +122,10 @@ class Requests:
         self._given_back = [request for request in self.asked if request.call is None and request.above is None]
         return [tile for request in self._given_back for tile in request.tiles]
 
+    def again(self, call: Call, request: Request) -> None:
+        """Sends one once more, which could not be sent."""
+        self._ask(call, request)
+
     def wait(self, call: Call, resolve: Resolve) -> bool:
         """Merges the answers and resolves what is missing. Whether any part came from a rank."""
         answering = [request for request in self.asked if request.above is None and request.call is not None]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.forward import Forward, own_share, stay_local
 from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting
-from fapool_plugin.base.owned import Batches
+from fapool_plugin.base.owned import Batches, names
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
 from fapool_plugin.base.threads import SharedThreads
@@ -344,9 +344,9 @@ class ResourceManager:
             sequence_id = self._ended.pop()
             if sequence_id in self._live:
                 self._live.discard(sequence_id)
-                for rank in list(self.ranks):
+                for rank, name in [(rank, name) for rank in self.ranks for name in names(sequence_id)]:
                     with self.guard(rank):
-                        rank.tell(Op.FREE, sequence_id)
+                        rank.tell(Op.FREE, name)
                 if not self._live and self.ranks:
                     self._release("the last long sequence ended")
 

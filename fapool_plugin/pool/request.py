@@ -6,6 +6,7 @@ neither kernels nor what the rank holds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ _SLACK_BYTES = 64 * 2**20
 def check_header(header: Header, limit_bytes: int) -> None:
     """Held against a header before its body is received. Raises LinkLost if it is not a base's, or announces more than
     a rank that may hold ``limit_bytes`` could work on."""
-    if header.op not in (Op.HELLO, Op.ATTEND, Op.FREE, Op.RELEASE, Op.PEER, Op.BACKWARD, Op.FETCH, Op.SELECT):
+    if header.op not in (Op.HELLO, Op.ATTEND, Op.FREE, Op.RELEASE, Op.PEER, Op.BACKWARD, Op.FETCH, Op.SELECT, Op.STORE):
         raise LinkLost(f"sent op {header.op}, which no base sends")
     _, nbytes = rooms(header)
     # Queries, results and gradients are not held against the limit, and are about as large as keys.
@@ -48,6 +49,29 @@ def fetched(message: Message) -> list[Entry]:
         if not all(0 <= low < high < _POSITIONS for low, high in ends) or not 0 <= tile.k_start < tile.k_stop:
             raise LinkLost(f"{tile} in a request for keys")
     return entries
+
+
+def stored(message: Message) -> Iterator[tuple[Entry, Tensor, Tensor]]:
+    """What a STORE brings: of each tile its new keys (rows, K, T, D) and values (rows, K, T, E). Raises LinkLost if the
+    table says something else than the header."""
+    header, (table, k, v) = message.header, message.tensors
+    entries = [Entry(Tile(*row[:8]), *row[8:]) for row in table.tolist()]
+    sizes = []
+    for tile, start, stop, _ in entries:
+        ends = zip(tile[:4:2], tile[1:4:2], strict=True)
+        if not all(0 <= low < high < _POSITIONS for low, high in ends) or not 0 <= start < stop < _POSITIONS:
+            raise LinkLost(f"{tile} with keys [{start}, {stop}) to be stored")
+        sizes.append(tile.lanes * (stop - start))
+    wanted = sum(sizes) * header.head_dim, sum(sizes) * header.v_head_dim
+    if min(header.head_dim, header.v_head_dim) < 1 or (header.k_elements, header.v_elements) != wanted:
+        raise LinkLost(f"{header.k_elements} and {header.v_elements} elements for tiles that have {wanted}")
+    k_at = v_at = 0
+    for entry, size in zip(entries, sizes, strict=True):
+        tile = entry.tile
+        shape = tile.row_stop - tile.row_start, tile.head_stop - tile.head_start, entry.key_stop - entry.key_start
+        k_stop, v_stop = k_at + size * header.head_dim, v_at + size * header.v_head_dim
+        yield entry, k[k_at:k_stop].view(*shape, header.head_dim), v[v_at:v_stop].view(*shape, header.v_head_dim)
+        k_at, v_at = k_stop, v_stop
 
 
 class TileRequest:

@@ -22,7 +22,7 @@ from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.process import run_to_end
-from fapool_plugin.pool.request import TileRequest, check_header, fetched
+from fapool_plugin.pool.request import TileRequest, check_header, fetched, stored
 from fapool_plugin.pool.store import CallStore, KeptTile
 from fapool_plugin.store.prefixes import PrefixStore
 from fapool_plugin.wire.key_file import read_key
@@ -110,6 +110,8 @@ class Worker:
             link.drain(_UNSENT)
         elif header.op == Op.FETCH:
             link.send(*self.fetch(message))
+        elif header.op == Op.STORE:
+            self.store(message)
         elif header.op == Op.SELECT:
             self.prefixes.select(header.sequence, header.layer, message.tensors[0].tolist())
         elif header.op == Op.FREE:
@@ -196,6 +198,15 @@ class Worker:
             ks.append(k)
             vs.append(v)
         return asked._replace(status=Status.OK, k_elements=elements(ks), v_elements=elements(vs)), (ks, vs)
+
+    def store(self, message: Message) -> None:
+        """Keeps a copy of what another rank owns; nothing of it any more, where memory does not suffice for all."""
+        asked = message.header
+        for (tile, start, _, capacity), k, v in stored(message):
+            k, v = k.to(self.device), v.to(self.device)
+            if not self.prefixes.put(asked.sequence, asked.layer, tile, k, v, start, capacity, owned=True):
+                self.prefixes.free(asked.sequence)
+                return
 
     def backward(self, message: Message) -> tuple[Header, Payload]:
         """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with

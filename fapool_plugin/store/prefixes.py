@@ -118,9 +118,20 @@ class PrefixStore:
         return prefixes.k[at], prefixes.v[at]
 
     def select(self, sequence: int, layer: int, rows: Sequence[int]) -> None:
-        """Row i of a layer becomes a copy of row ``rows[i]``, of those rows that lie in one box."""
+        """Row i of a layer becomes a copy of row ``rows[i]``, if both are here. For that they are brought into one box;
+        if memory does not suffice, the sequence is forgotten."""
         by_row = self._sequences.get(sequence, {}).get(layer, {})
-        for one in dict.fromkeys(prefixes for mine in by_row.values() for prefixes in mine):
+        boxes = list(dict.fromkeys(prefixes for mine in by_row.values() for prefixes in mine))
+        moves = [(at, row) for at, row in enumerate(rows) if at != row and by_row.get(at) and by_row.get(row)]
+        if any(one not in by_row[row] for at, row in moves for one in by_row[at]):
+            first = boxes[0]
+            around = first.box.around(one.box for one in boxes)
+            together = self._room(sequence, layer, around, first.k, first.v, 0, 0)
+            if together is None:
+                self.free(sequence)
+                return
+            boxes = [together]
+        for one in boxes:
             first, stop = one.box.row_start, min(one.box.row_stop, len(rows))
             inside = [(row if first <= row < stop else at) - first for at, row in enumerate(rows[first:stop], first)]
             if inside != list(range(stop - first)):

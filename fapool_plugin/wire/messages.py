@@ -45,6 +45,7 @@ class Op(IntEnum):
     BACKWARD = 7
     FETCH = 8
     SELECT = 9
+    STORE = 10
 
 
 class Status(IntEnum):
@@ -111,7 +112,7 @@ class Header(NamedTuple):
     """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message."""
 
 
-_WITH_BODY = frozenset((Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT))
+_WITH_BODY = frozenset((Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT, Op.STORE))
 _PACKED = struct.Struct(f"<{len(Header())}q")
 
 
@@ -184,6 +185,8 @@ def _rooms(
         parts = [((address,), torch.uint8)] if address else []
     elif op == Op.SELECT:
         parts = [((peers,), torch.int64)]
+    elif op == Op.STORE:
+        parts = [table, (k, dtype), (v, dtype)]
     elif op == Op.FETCH:
         parts = [table] if status == Status.REQUEST else [(k, dtype), (v, dtype)] if status == Status.OK else []
     elif status == Status.REQUEST:

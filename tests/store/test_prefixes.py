@@ -54,7 +54,23 @@ def test_rows_become_copies_of_others_in_their_box() -> None:
         assert store.length(1, 0, here) == length
         for got, want in zip(store.get(1, 0, here), (k, v), strict=True):
             assert torch.equal(got[0], want[source, heads[0] : heads[1], :length]), f"row {row}"
-    # Of a row outside its box, or that is not there, nothing is copied.
-    store.select(1, 0, [4, 1, 2, 0, 99])
-    assert torch.equal(store.get(1, 0, tile((0, 1), (0, 2), 20))[0][0], k[2, :, :20])
+    # A row that is not there is no source, and a sequence that is not there no matter.
+    store.select(1, 0, [0, 1, 2, 3, 99])
+    assert torch.equal(store.get(1, 0, tile((4, 5), (0, 1), 20))[0][0], k[3, :1])
     store.select(7, 0, [0])
+    # Rows of two boxes: brought into one.
+    store.select(1, 0, [4, 1, 2, 0, 4])
+    for row, source in ((0, 3), (3, 2), (4, 3)):
+        assert torch.equal(store.get(1, 0, tile((row, row + 1), (0, 1), 20))[0][0], k[source, :1, :20]), f"row {row}"
+    assert store.nbytes == 5 * 2 * 32 * POSITION
+
+
+def test_rows_of_two_boxes_that_do_not_fit_into_one_are_forgotten() -> None:
+    store = PrefixStore(48 * POSITION, block=16)
+    k, v = keys(2, 2, 16)
+    # Three lanes are here, and a box around them would have four.
+    assert store.put(1, 0, tile((0, 1), (0, 2), 16), k[:1], v[:1], 0, owned=True)
+    assert store.put(1, 0, tile((1, 2), (0, 1), 16), k[1:, :1], v[1:, :1], 0, owned=True)
+    store.select(1, 0, [1, 0])
+    assert 1 not in store
+    assert store.nbytes == 0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.base.admission import PoolMemoryError
+from fapool_plugin.base.owned import OwnedKeys
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.layer import PooledLayer
 from tests.models import (
@@ -178,13 +179,19 @@ def test_copies_go_their_own_way(steps: Steps, copied: Callable[[Any], Any]) -> 
 
 
 @pytest.mark.parametrize("rows", [[0, 0, 2], [2, 1, 0]])
-def test_rows_become_others(steps: Steps, rows: list[int]) -> None:
-    """Of other prompts: by way of the base."""
+@pytest.mark.parametrize("owners", [1, 2])
+def test_rows_become_others(folder: Path, rows: list[int], owners: int) -> None:
+    """Of other prompts: by way of the base; or by the one rank that owns everything."""
     index = torch.tensor(rows)
-    steps.both(lambda cache: cache.reorder_cache(index))
-    steps.mask = steps.mask[index]
-    steps(2, "reordered")
-    assert steps.are_away()
+    settings = ON_THE_POOL | {"base_share": 0.0}
+    with Pair.of(folder, pool_ranks=owners, **settings) as pair, torch.no_grad():
+        steps = Steps(pair, *padded_batch(LENGTHS))
+        steps.both(lambda cache: cache.reorder_cache(index))
+        steps.mask = steps.mask[index]
+        steps(2, "reordered")
+        assert steps.are_away()
+        home = [event for event in pair.model.fa_pool.stats()["events"] if event["kind"] == "home"]
+        assert bool(home) == (owners > 1)
 
 
 def test_rows_are_repeated_and_selected(steps: Steps) -> None:
@@ -262,6 +269,56 @@ def test_lost_keys_are_computed_once_more(pair: Pair, at: str, ranks: int) -> No
     assert calls == (7 if at == "prompt" else 6) + (at != "between"), "calls that a hook saw"
 
 
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_peer_takes_a_lost_owners_place(folder: Path, lost: int, blocks: int) -> None:
+    """The first is replaced by its peer; when that goes, too, nobody has its keys, and they are replayed."""
+    settings = ON_THE_POOL | {"kv_redundancy": "peer", "blocks": blocks, "base_share": 0.0}
+    with Pair.of(folder, pool_ranks=3, **settings) as pair, torch.no_grad():
+        steps = Steps(pair, *padded_batch([200, 131, 200]))
+        held = pair.model.fa_pool.stats()["kv_bytes"]["ranks"]
+        total = (200 + 131 + 200) * 2 * 2 * 3 * 8 * 4
+        assert sum(held.values()) == 2 * total, "not each key is there twice"
+        for number in range(lost):
+            steps(1, f"step {number}")
+            kill(1)
+            steps(70, f"after loss {number}")
+            steps(1, f"step after loss {number}")
+        steps.both(lambda cache: cache.reorder_cache(torch.tensor([2, 1, 0])))
+        steps.mask = steps.mask[[2, 1, 0]]
+        steps(2, "reordered")
+        stats = pair.model.fa_pool.stats()
+    assert stats["faults"] == lost
+    assert stats["replays"] == lost - 1
+
+
+@pytest.mark.parametrize("redundancy", ["peer", "recompute"])
+@pytest.mark.parametrize("at", [3, 6])
+def test_an_owner_is_lost_in_mid_prompt(
+    folder: Path, redundancy: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With four blocks in flight: at the third call, in the first round, or at the sixth, in the second."""
+    sent, calls = OwnedKeys.sent, 0
+
+    def lose(self: Any, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        sent(self, *args)
+        if calls == at:
+            kill(1)
+
+    settings = ON_THE_POOL | {"kv_redundancy": redundancy, "blocks": 4}
+    with Pair.of(folder, pool_ranks=2, **settings) as pair, torch.no_grad():
+        pair.model(random_ids(1, 60), use_cache=True)
+        monkeypatch.setattr(OwnedKeys, "sent", lose)
+        steps = Steps(pair, *padded_batch([300, 270]))
+        steps(1, "a step")
+        stats = pair.model.fa_pool.stats()
+    assert (stats["faults"], stats["replays"]) == (1, 0)
+    # The forward began again, or a peer answered in the lost rank's place.
+    assert calls > 10 if redundancy == "recompute" else calls == 10
+
+
 def test_changed_weights_cannot_bring_keys_back(steps: Steps) -> None:
     steps.pair.model.lm_head.weight.mul_(2.0)
     kill(1)
@@ -303,5 +360,10 @@ def test_growth_that_does_not_fit_leaves_the_cache_as_it_was(folder: Path) -> No
 
 
 def test_what_cannot_be_together_is_refused() -> None:
-    with pytest.raises(FAPoolConfigError, match="spot_check needs keys that the base has"):
-        FAPoolConfig(kv_home="pool", spot_check=0.5)
+    for settings, told in (
+        ({"spot_check": 0.5}, "spot_check needs keys that the base has"),
+        ({"kv_redundancy": "peer", "pool_ranks": 1}, "a peer is a second pool rank"),
+        ({"kv_redundancy": "host"}, "host keeps a copy beside a device"),
+    ):
+        with pytest.raises(FAPoolConfigError, match=told):
+            FAPoolConfig(kv_home="pool", **settings)
