@@ -132,9 +132,9 @@ class PrefixStore:
                 return
             boxes = [together]
         for one in boxes:
-            first, stop = one.box.row_start, min(one.box.row_stop, len(rows))
-            inside = [(row if first <= row < stop else at) - first for at, row in enumerate(rows[first:stop], first)]
-            if inside != list(range(stop - first)):
+            start, stop = one.box.row_start, min(one.box.row_stop, len(rows))
+            inside = [(row if start <= row < stop else at) - start for at, row in enumerate(rows[start:stop], start)]
+            if inside != list(range(stop - start)):
                 index, used = torch.tensor(inside, device=one.k.device), slice(int(one.lengths.max()))
                 for x in (one.k, one.v):
                     x[: len(inside), :, used] = x[index, :, used]

@@ -314,9 +314,9 @@ def test_an_owner_is_lost_in_mid_prompt(
         steps = Steps(pair, *padded_batch([300, 270]))
         steps(1, "a step")
         stats = pair.model.fa_pool.stats()
-    assert (stats["faults"], stats["replays"]) == (1, 0)
-    # The forward began again, or a peer answered in the lost rank's place.
-    assert calls > 10 if redundancy == "recompute" else calls == 10
+    assert stats["faults"] == 1
+    # A peer answered in the lost rank's place, or the forward began again, or the next one found that keys were lost.
+    assert (calls, stats["replays"]) == (10, 0) if redundancy == "peer" else calls > 10
 
 
 def test_changed_weights_cannot_bring_keys_back(steps: Steps) -> None:
