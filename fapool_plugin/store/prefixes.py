@@ -74,7 +74,7 @@ class PrefixStore:
         owned: bool = False,
     ) -> bool:
         """Writes keys from position ``start`` on for a tile's lanes; what lay there is overwritten. ``owned``: there
-        is no other copy.
+        is no other copy; what lies behind them stays.
 
         Returns False, and keeps nothing new, if the prefix before ``start`` is not here or memory does not suffice.
         """
@@ -91,9 +91,12 @@ class PrefixStore:
         lanes = box.inside(prefixes.box)
         prefixes.k[(*lanes, slice(start, stop))] = k_RHTD
         prefixes.v[(*lanes, slice(start, stop))] = v_RHTE
-        prefixes.lengths[lanes] = stop
         if owned:
+            # Blocks in flight may come once more, in any order; what is cut off is overwritten, and not asked for.
+            prefixes.lengths[lanes] = np.maximum(prefixes.lengths[lanes], stop)
             self._owned.add(sequence)
+        else:
+            prefixes.lengths[lanes] = stop
         return True
 
     def length(self, sequence: int, layer: int, tile: Tile) -> int:

@@ -35,6 +35,9 @@ def test_owned_prefixes_make_way_for_none() -> None:
     assert not store.put(1, 0, tile((0, 1), (0, 1), 120), *more, 50, owned=True)
     k, _ = store.get(1, 0, tile((0, 1), (0, 1), 50))
     assert torch.equal(k, keys(1, 1, 50)[0])
+    # What comes once more takes nothing away that lies behind it.
+    assert store.put(1, 0, tile((0, 1), (0, 1), 10), *keys(1, 1, 10), 0, owned=True)
+    assert store.length(1, 0, tile((0, 1), (0, 1), 50)) == 50
     store.free(1)
     assert store.put(4, 0, tile((0, 1), (0, 1), 60), *keys(1, 1, 60), 0)
 
@@ -46,7 +49,7 @@ def test_rows_become_copies_of_others_in_their_box() -> None:
     assert store.put(1, 0, tile((0, 3), (0, 2), 20), k[:3], v[:3], 0, owned=True)
     assert store.put(1, 0, tile((3, 5), (0, 1), 20), k[3:, :1], v[3:, :1], 0, owned=True)
     # Row 1 is shorter than its neighbours.
-    assert store.put(1, 0, tile((1, 2), (0, 2), 20), k[1:2, :, :12], v[1:2, :, :12], 0, owned=True)
+    assert store.put(1, 0, tile((1, 2), (0, 2), 20), k[1:2, :, :12], v[1:2, :, :12], 0)
     store.select(1, 0, [2, 2, 1, 4, 3])
     for row, source, length in ((0, 2, 20), (1, 2, 20), (2, 1, 12), (3, 4, 20), (4, 3, 20)):
         heads = (0, 2 if row < 3 else 1)
