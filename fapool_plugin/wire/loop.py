@@ -77,6 +77,8 @@ class Loop:
         self._polled = self._ticked = time.monotonic()
         self._due = 0.0
         self._needed = _Flag()
+        self._callers: list[None] = []
+        """One entry for each caller that waits: the thread leaves the turn to them."""
         self._thread: threading.Thread | None = None
         self._closed = False
         itself = weakref.ref(self)
@@ -115,6 +117,15 @@ class Loop:
         Returns:
             whether it is ready.
         """
+        if ready():
+            return True
+        self._callers.append(None)
+        try:
+            return self._waited(ready, deadline)
+        finally:
+            self._callers.pop()
+
+    def _waited(self, ready: Callable[[], object], deadline: Callable[[], float] | None) -> bool:
         overdue = False
         while not ready():
             rest = _LONGEST_S if deadline is None else deadline() - time.monotonic()
@@ -172,7 +183,7 @@ class Loop:
                 self._needed.wait(left_s)
                 continue
             self._needed.clear()
-            if not self._turn.acquire(blocking=False):
+            if self._callers or not self._turn.acquire(blocking=False):
                 self._needed.wait(_GRACE_S)  # a caller polls, for all
                 continue
             try:
