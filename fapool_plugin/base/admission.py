@@ -12,7 +12,7 @@ import psutil
 from torch import Tensor
 
 from fapool_plugin.base.forward import Forward
-from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name, needs
+from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
 from fapool_plugin.plan.owners import Owners
@@ -53,7 +53,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
         owners = Owners(
             whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
         )
-        need = [positions * position for positions in needs(owners, columns, config.kv_block)]
+        need = [positions * position for positions in owners.needs(columns, config.kv_block)]
         *pool, own = need
         if copied:
             need = [mine + pool[number - 1] for number, mine in enumerate(pool)] + [own]

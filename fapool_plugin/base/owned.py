@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -283,14 +282,6 @@ def copy_name(sequence: int) -> int:
 def names(sequence: int) -> tuple[int, int]:
     """Under which names ranks may have anything of a sequence."""
     return sequence, copy_name(sequence)
-
-
-def needs(owners: Owners, columns: int, block: int) -> list[int]:
-    """Positions of all lanes together that each owner must have room for when lanes have so many."""
-    return [
-        sum(box.lanes * -(-int(np.ceil(part * columns)) // block) * block for box, part in owners.boxes(number))
-        for number in range(len(owners.whole))
-    ]
 
 
 def _fetched(

@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fapool_plugin.plan.box import Box
-from fapool_plugin.plan.line import GRANULE, Line, Piece, Row, Tile, joined
+from fapool_plugin.plan.line import GRANULE, Line, Piece, Row, Tile, joined, round_up
 from fapool_plugin.plan.shares import TileWithKeys
 
 Array = np.ndarray[Any, Any]
@@ -167,7 +168,7 @@ class Owners:
                     if (both := cut.box.common(lanes)).lanes:
                         cut.deal(row.keys)
                         for owner, part in cut.parts.items():
-                            asked[owner] += _part(cut, owner, both, row, before, int(np.ceil(part * capacity)))
+                            asked[owner] += _part(cut, owner, both, row, before, ceil(part * capacity))
             first = stop
         return [sorted(mine, key=lambda one: one.place[:5]) for mine in asked]
 
@@ -187,6 +188,14 @@ class Owners:
                     found.append((Tile(*both, 0, 1, 0, held), cut.runs(owner, 0, keys)))
             first = stop
         return found
+
+    def needs(self, columns: int, block: int) -> list[int]:
+        """Positions of all lanes together that each owner must have room for when lanes have so many, in whole blocks
+        of positions."""
+        return [
+            sum(box.lanes * round_up(ceil(part * columns), block) for box, part in self.boxes(owner))
+            for owner in range(len(self.whole))
+        ]
 
     def stay_together(self, rows: Sequence[int]) -> bool:
         """Whether all owners can make row i a copy of row ``rows[i]``, each by itself."""

@@ -20,7 +20,7 @@ from fapool_plugin.plan.forecast import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import demo as screens
 from fapool_plugin.tools import doctor as examination
-from fapool_plugin.tools import planning
+from fapool_plugin.tools import fitting, planning
 from fapool_plugin.tools.bench import command as bench
 from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, one_line_errors
 
@@ -207,11 +207,21 @@ def plan(
         int, typer.Option(help="Blocks of a prompt in flight, at most; 1: no overlap.")
     ] = MOST_BLOCKS,
     dtype: ModelDtype = Dtype.float32,
+    kv_home: Annotated[
+        KVHome, typer.Option(help="Where keys live; pool: show what fits, instead of what a prompt takes.")
+    ] = KVHome.base,
+    batch: Annotated[int, typer.Option(help="Sequences, with --kv-home pool: how long they may be.")] = 1,
+    memory_limit_mib: Annotated[int, typer.Option(help="MiB of keys that one pool rank may hold.")] = 2048,
+    base_memory_mib: Annotated[
+        int | None, typer.Option(help="MiB that the base has for keys; default: what is free here beside the weights.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw times, ranks and shares into this picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions to this file.")] = None,
 ) -> None:
     """Predict, length by length, what pooling a prompt would take, and from where on it pays.
 
+    With --kv-home pool: the largest batch of each length, and the longest of --batch sequences, that fit, by number of
+    pool ranks; 0 is the base alone.
     Without a profile for this machine and model a quick one is measured first, in seconds.
     Exit codes: 0 done, 2 an error.
     """
@@ -220,6 +230,11 @@ def plan(
         setting = _setting(pool_ranks, threads, threads_per_rank, max_blocks, dtype)
         check_output(json_file)
         check_picture(plot)
+        if kv_home == KVHome.pool:
+            check_counts({"--batch": batch, "--memory-limit-mib": memory_limit_mib})
+            shape = planning.shape_to_hold(model, profile, setting)
+            fitting.show(fitting.outlook(shape, sizes, batch, setting.pool_ranks, memory_limit_mib, base_memory_mib))
+            return
         known = planning.find_profile(model, profile, setting)
         found = planning.outlooks(known, sizes, setting)
         planning.show_plan(found)

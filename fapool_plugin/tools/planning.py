@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fapool_plugin.plan.forecast import Choice, Cores, Thresholds, auto_threshold, choose_prefill, moved_bytes
 from fapool_plugin.plan.line import Row
-from fapool_plugin.plan.profile import Fit, Profile
+from fapool_plugin.plan.profile import Fit, Profile, Shape
 from fapool_plugin.tools.demo import Screen
 
 if TYPE_CHECKING:
@@ -96,6 +96,21 @@ def find_profile(model: Path | None, given: Path | None, setting: Setting, scree
             nearest = sorted({cost.threads for cost in known})
             _note(f"{part} was measured with {nearest} threads; the nearest stands for {missing}")
     return found
+
+
+def shape_to_hold(model: Path | None, given: Path | None, setting: Setting) -> Shape:
+    """What of a model its keys depend on; no weights are read, and nothing is measured.
+
+    Raises:
+        ProfileError: the profile is damaged.
+        OSError: no model.
+        ValueError: nothing of the model would be pooled.
+    """
+    if given is not None and model is None:
+        return Profile.load(given).shape
+    from fapool_plugin.integrations.huggingface.calibrate import shape_of_path
+
+    return shape_of_path(_model_folder(model), setting.dtype)
 
 
 def kept_profile(model: Path, setting: Setting, screen: Screen | None = None) -> str:
