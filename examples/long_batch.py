@@ -70,7 +70,9 @@ def main(
         stats = pool.stats()
     for row, answer in enumerate(answers[:, tokens:]):
         print(f"{row}: {tokenizer.decode(answer, skip_special_tokens=True)[:60]!r}")
-    print(f"pooled calls: {stats['prefill']['pooled_calls']} of the prompts, {stats['decode']['pooled_calls']} of steps")
+    print(
+        f"pooled calls: {stats['prefill']['pooled_calls']} of the prompts, {stats['decode']['pooled_calls']} of steps"
+    )
     print(f"replays: {stats['replays']}")
 
 

@@ -158,6 +158,12 @@ class FAPoolConfig(BaseModel):
         description="With kv_home pool, what a lost rank's keys come back from; recompute: recorded inputs, computed "
         "once more; peer: a second pool rank, which holds a copy; host: memory beside a device, not built yet.",
     )
+    turns: int | None = Field(
+        None,
+        ge=1,
+        description="With kv_home pool, parts of a batch that take turns in a decode step: the base computes the rest "
+        "of one while owners attend for another; 1: none; null: 2 where the plan expects a gain.",
+    )
     wave_mib: int = Field(
         128,
         ge=1,
@@ -208,7 +214,7 @@ class FAPoolConfig(BaseModel):
         if kv_redundancy == "host":
             raise ValueError(
                 "host keeps a copy beside a device, and models have run on CPUs only, whose memory is the host's: "
-                "choose recompute or peer"
+                "set recompute or peer"
             )
         return kv_redundancy
 

@@ -66,7 +66,10 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     holders = [Holder(rank, state.id) for rank in ranks]
     # The next rank's copy has a name of its own there.
     peers: list[Holder | None] = [Holder(rank, copy_name(state.id)) for rank in (*ranks[1:], *ranks[:1])]
-    state.owned = OwnedKeys(owners, holders, whole, state.id, config.kv_block, state.capacity, peers if copied else [])
+    state.owned = OwnedKeys(
+        owners, holders, whole, state.id, config.kv_block, parts[-1] / sum(parts), state.capacity,
+        peers if copied else [],
+    )  # fmt: skip
     state.owned.reserved = pool
     manager.batches.add(state.owned)
     return state.owned

@@ -18,10 +18,12 @@ from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, Phase
-from fapool_plugin.plan.clocks import Cores
+from fapool_plugin.plan.clocks import Cores, Way
 from fapool_plugin.plan.forecast import Choice, auto_threshold, choose_decode, choose_prefill
+from fapool_plugin.plan.line import Row
 from fapool_plugin.plan.profile import AttentionCost, Profile
 from fapool_plugin.plan.shares import MOST_BLOCKS, SHORTEST_BLOCK, Geometry
+from fapool_plugin.plan.step import Decode, turns_s
 
 MARGIN = 0.15
 """A pooled forward may take this much longer than the base alone was to take before anybody is warned."""
@@ -29,6 +31,8 @@ PARTS = 2
 """Of a training batch in flight: each costs its own small matrices, and two are enough to overlap."""
 TRAINING_BLOCKS = 4
 """Of one training row in flight, at most: every block sends the keys of all blocks before it, twice."""
+_TURNS_GAIN = 0.95
+"""Of a whole step's time: parts in turns must be predicted to take less."""
 _STEPS = 16
 """Decode steps are judged together: one is short, and may carry keys for many."""
 _WEIGHT = 0.5
@@ -68,6 +72,7 @@ class Advisor:
     counters: Counters
     profile: Profile | None = None
     _records: dict[tuple[Phase, bool], _Record] = field(default_factory=dict)
+    _turns: dict[tuple[object, ...], int] = field(default_factory=dict)
     _steps: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
     @property
@@ -156,7 +161,7 @@ class Advisor:
         changed."""
         assert self.profile is not None
         block = self.config.kv_block
-        rows = [row._replace(q_start=row.keys - 1) for row in geometry.rows if row.keys]
+        rows = _step_of(geometry, 0, len(geometry.starts))
         lanes = len(geometry.starts) * self.profile.shape.kv_heads
         grown = (
             tuple((row.keys // block, row.alike) for row in rows),
@@ -178,6 +183,26 @@ class Advisor:
                 alone=False,
             )
         return self._corrected("decode", self._steps[key])
+
+    def turns(self, geometry: Geometry, ranks: int, base_share: float) -> int:
+        """Into how many parts in turns a decode step is cut, if keys have owners: 2 where that is predicted to gain."""
+        rows = len(geometry.starts)
+        if self.config.turns is not None:
+            return min(self.config.turns, rows)
+        if self.profile is None or rows < 2 or not ranks:
+            return 1
+        cores, block = self.cores(torch.get_num_threads()), self.config.kv_block
+        key = self.profile, cores, ranks, base_share, tuple((row.keys // block, row.alike) for row in geometry.rows)
+        if key not in self._turns:
+            if len(self._turns) > 64:
+                self._turns.clear()
+            way, held = Way(ranks, 1, base_share), [sys.maxsize] * ranks
+            whole, *parts = (
+                Decode(self.profile, _step_of(geometry, start, stop), cores, held)
+                for start, stop in ((0, rows), (0, rows // 2), (rows // 2, rows))
+            )
+            self._turns[key] = 1 + (turns_s(parts, way) < _TURNS_GAIN * whole.play(way).seconds)
+        return self._turns[key]
 
     def rank_cost(self) -> AttentionCost | None:
         """What attention costs a pool rank."""
@@ -221,3 +246,9 @@ class Advisor:
     def _corrected(self, phase: Phase, choice: Choice) -> Choice:
         pooled, alone = (self._records.get((phase, kind), _Record()).factor for kind in (True, False))
         return replace(choice, seconds=choice.seconds * pooled, alone_s=choice.alone_s * alone)
+
+
+def _step_of(geometry: Geometry, start: int, stop: int) -> list[Row]:
+    """One new token of each of these rows."""
+    part = replace(geometry, starts=geometry.starts[start:stop], stops=geometry.stops[start:stop])
+    return [row._replace(q_start=row.keys - 1) for row in part.rows if row.keys]

@@ -85,7 +85,7 @@ class AttentionRequests:
 
     def of_owners(self, owned: OwnedKeys) -> tuple[list[Request], list[Asked]]:
         """(what pool ranks are asked that own keys, what the base is)."""
-        asked = owned.asked(self.result.geometry, self.layer)
+        asked = owned.asked(self.result.geometry, self.layer, self.decided.first_row)
         if id(asked) not in owned.worked_out:
             cost, lanes = self.decided.rank_cost, self.result.k.shape[1]
             works = []
@@ -183,13 +183,12 @@ class AttentionRequests:
     def lacks(self, request: Request, part: Part) -> bool:
         """A rank that no longer holds what it was to hold holds nothing; of a kept call it is asked once more."""
         if self.owned is not None:
-            other = self.owned.instead_of(request.rank, request.notes.owner, self.manager.ranks)
-            if part.status != Status.FULL and other is not None:
-                request.rank = other
-                return True
             who, alone = f"pool rank {request.rank.number}", self.manager.base_ranks == 1
             if part.status == Status.FULL:
                 self.owned.fill_up(f"{who} has no room for more keys", at_once=alone)
+            elif other := self.owned.instead_of(request.rank, request.notes.owner, self.manager.ranks):
+                request.rank = other
+                return True
             else:
                 why = "does not hold what it owned" if part.status == Status.STALE else "did not answer"
                 self.owned.give_up(f"{who} {why}", at_once=alone)

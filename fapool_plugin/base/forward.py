@@ -103,10 +103,14 @@ class Forward:
     """The base's part of the attention work; None: as much as any other rank."""
     blocks: int = 1
     """Blocks of the prompt to keep in flight."""
+    turns: int = 1
+    """Parts of its rows, in a decode step whose keys have owners."""
     keeper: object = None
     """In training: what the graph holds, and with it the lease."""
     whole: Geometry | None = None
     """The prompt's, if this is one block of it."""
+    first_row: int = 0
+    """Where its rows begin in the batch, if this is one part of it."""
     hand_over: Callable[[], None] | None = None
     """Lets the other blocks go on, between asking and waiting for the answers."""
     notes: dict[str, bool] = field(default_factory=dict)
@@ -182,7 +186,7 @@ class Forward:
         """The rows [start, stop) of this forward as one of several parts in flight."""
         assert self.geometry is not None
         rows = replace(self.geometry, starts=self.geometry.starts[start:stop], stops=self.geometry.stops[start:stop])
-        return replace(self, geometry=rows, hand_over=hand_over, blocks=1, _plans={})
+        return replace(self, geometry=rows, first_row=start, hand_over=hand_over, blocks=1, _plans={})
 
     def plan(self, kv_heads: int, bytes_per_position: int, layers: int) -> Plan:
         """The plan for layers with so many KV heads, over the ranks that are left. A share whose keys would not fit

@@ -63,6 +63,8 @@ class OwnedKeys:
     geometry: Geometry
     sequence: int
     block: int
+    base_share: float = 0.0
+    """The base's part of all keys."""
     capacity: int = 0
     """Columns that the batch will have at most; 0 if that is not known."""
     peers: list[Holder | None] = field(default_factory=list)
@@ -76,13 +78,15 @@ class OwnedKeys:
     """Dtype, device and head dims of keys and values, by layer."""
     reserved: list[int] = field(default_factory=list)
     """Bytes that each owner must have room for, the base last."""
+    _passed: dict[int, int] = field(default_factory=dict)
+    """Rows of a layer whose new keys are with their owners, while those of others are not."""
     broken: str = ""
     """Why keys are lost, once that is known."""
     full: str = ""
     """Which owner has no room for more keys, once that is known."""
     worked_out: dict[int, Any] = field(default_factory=dict)
     """What follows from :meth:`asked`, by its identity."""
-    _asked: dict[tuple[int, int, int], list[list[Asked]]] = field(default_factory=dict)
+    _asked: dict[tuple[int, int, int, int], list[list[Asked]]] = field(default_factory=dict)
     """By columns: the same in every layer."""
 
     def __post_init__(self) -> None:
@@ -119,16 +123,22 @@ class OwnedKeys:
         """Columns of a layer that have owners."""
         return self.dealt.get(layer, 0)
 
-    def asked(self, geometry: Geometry, layer: int) -> list[list[Asked]]:
-        """What each owner is asked in a layer's call, the base last. All keys that have no owner go with it."""
-        if geometry.columns > self.geometry.columns:
+    def asked(self, geometry: Geometry, layer: int, first_row: int = 0) -> list[list[Asked]]:
+        """What each owner is asked in a layer's call, the base last. All keys that have no owner go with it.
+
+        Args:
+            geometry: the call's; of all rows, or of a part of them in turns with others.
+            layer: the layer's number.
+            first_row: where the part begins.
+        """
+        if geometry.columns > self.geometry.columns and len(geometry.starts) == len(self.geometry.starts):
             self.geometry = geometry
-        key = geometry.q_column, geometry.columns, self.columns(layer)
+        key = geometry.q_column, geometry.columns, self.columns(layer), first_row
         if key not in self._asked:
             if len(self._asked) >= _FORWARDS:
                 self._asked.clear()
                 self.worked_out.clear()
-            self._asked[key] = self.owners.asked(geometry.rows, key[2], self.capacity)
+            self._asked[key] = self.owners.asked(geometry.rows, key[2], self.capacity, first_row)
         return self._asked[key]
 
     def compute(self, asked: Sequence[Asked], layer: int, result: Result) -> None:
@@ -137,14 +147,14 @@ class OwnedKeys:
             tile, start, stop, capacity = one.own
             where = self.sequence, layer, tile
             if stop > start:
-                at = result.new_keys(tile, one.new)
+                at = result.new_keys(one.place, one.new)
                 k, v = result.k[at], result.v[at]
                 if not self.own.put(*where, k, v, start, capacity, owned=True):
                     raise KeysLost("the base's own keys are not what they were")
             if self.own.length(*where) < tile.k_stop:
                 raise KeysLost("the base's own keys are not what they were")
             k, v = self.own.get(*where)
-            q = result.q[slice(*tile[:2]), result.heads(tile), result.geometry.q_slice(one.place)]
+            q = result.q[slice(*one.place[:2]), result.heads(tile), result.geometry.q_slice(one.place)]
             out, lse = attend(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                 softmax_scale=result.softmax_scale, causal=True, q_offset=tile.q_start - tile.k_start,
@@ -166,8 +176,13 @@ class OwnedKeys:
             raise NoRoom(reason)
 
     def sent(self, layer: int, geometry: Geometry, k_BKTD: Tensor, v_BKTE: Tensor) -> None:
-        """A call's keys are on their way to their owners: blocks behind this one begin where it ends."""
-        self.dealt[layer] = geometry.columns
+        """A call's keys are on their way to their owners: blocks behind this one begin where it ends; of parts of a
+        batch the last one does."""
+        rows = self._passed.pop(layer, 0) + len(geometry.starts)
+        if rows < len(self.geometry.starts):
+            self._passed[layer] = rows
+        else:
+            self.dealt[layer] = geometry.columns
         self.kinds[layer] = k_BKTD.dtype, k_BKTD.device, k_BKTD.shape[3], v_BKTE.shape[3]
         self.position_bytes[layer] = (k_BKTD.shape[3] + v_BKTE.shape[3]) * k_BKTD.element_size()
 
@@ -175,6 +190,7 @@ class OwnedKeys:
         """Gives up a layer's keys from a column on; new ones overwrite them."""
         if layer in self.dealt:
             self.dealt[layer] = min(self.dealt[layer], columns)
+        self._passed.pop(layer, None)
         self.geometry = self._up_to(min(self.geometry.columns, max(self.dealt.values(), default=0)))
         self._asked.clear()
         self.worked_out.clear()

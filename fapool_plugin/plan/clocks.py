@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fapool_plugin.plan.block import Block
-from fapool_plugin.plan.line import FINEST_PART, Line, Piece, Row, Runs, partition
+from fapool_plugin.plan.line import FINEST_PART, Line, Row, partition
 from fapool_plugin.plan.profile import AttentionCost, Profile
 from fapool_plugin.plan.shares import SHORTEST_BLOCK, cut_positions, granule, new_columns
 
@@ -69,7 +69,7 @@ class Played(NamedTuple):
     """The busiest rank's."""
 
 
-class _Sides(NamedTuple):
+class Sides(NamedTuple):
     """Costs while the base has so many ranks."""
 
     linear_s: float
@@ -106,7 +106,7 @@ class Prefill:
     rows: Sequence[Row]
     cores: Cores
     slowdown: Sequence[float] = ()
-    _known: dict[int, _Sides] = field(default_factory=dict, init=False, repr=False)
+    _known: dict[int, Sides] = field(default_factory=dict, init=False, repr=False)
     _cut: dict[int, list[Block]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -160,15 +160,15 @@ class Prefill:
         """
         side, layers = self._sides(way.ranks), self.profile.shape.layers
         link, call = self.profile.link, self.profile.call
-        *pieces, own = self.line.pieces(_parts(way, self.slowdown))
-        speeds, cuts = _speeds(way.ranks, self.slowdown), self._blocks(way.blocks)
+        *pieces, own = self.line.pieces(parts_of(way, self.slowdown))
+        speeds, cuts = rank_speeds(way.ranks, self.slowdown), self._blocks(way.blocks)
         per_pair = [side.ranks_s * sum(speeds) / speed / self.line.work for speed in speeds]
         asking = merging = 0.0
         messages = []
         for mine in pieces:
             # Keys are sent once, by the last block that needs them.
             moved = sum(block.queries(mine) for block in cuts), cuts[-1].keys(mine)
-            out, back = (nbytes / way.blocks for nbytes in _payload_bytes(self.profile, *moved))
+            out, back = (nbytes / way.blocks for nbytes in payload_bytes(self.profile, *moved))
             messages.append(_Message(asking + link.to_rank.at(out), link.take.at(out), link.send.at(back), back))
             if mine:
                 asking += call.ask_s + link.send.at(out)
@@ -220,12 +220,12 @@ class Prefill:
         for starts, stops in pairwise(edges):
             rows = [Row(a, b, b, row.alike) for row, a, b in zip(self.rows, starts, stops, strict=True)]
             block = granule(new_columns(rows), way.ranks + 1)
-            shares = partition(rows, shape.kv_heads, _parts(way, self.slowdown), block=block, whole=self.rows)
+            shares = partition(rows, shape.kv_heads, parts_of(way, self.slowdown), block=block, whole=self.rows)
             for rank, tile in ((rank, tile) for rank, share in enumerate(shares[:-1]) for tile in share):
                 queries += (tile.q_stop - tile.q_start) * tile.lanes
                 lanes = furthest[rank, tile.row_start : tile.row_stop, tile.head_start : tile.head_stop]
                 np.maximum(lanes, tile.k_stop, out=lanes)
-        sent, received = _payload_bytes(self.profile, queries, int(furthest.sum()))
+        sent, received = payload_bytes(self.profile, queries, int(furthest.sum()))
         return round(sent) * shape.layers, round(received) * shape.layers
 
     def _messages_s(self, way: Way) -> tuple[float, float]:
@@ -235,17 +235,17 @@ class Prefill:
         ranks = way.ranks if way.base_share <= 0.5 and not self.slowdown else 0
         return ranks * (call.ask_s + link.send.a), ranks * (call.merge_s + link.take.a)
 
-    def _sides(self, ranks: int) -> _Sides:
+    def _sides(self, ranks: int) -> Sides:
         if ranks not in self._known:
-            base, rank = _attention_costs(self.profile, self.cores, ranks)
+            base, rank = attention_costs(self.profile, self.cores, ranks)
             linear = self.profile.linear_for(self.cores.base(ranks)).prefill
             crowding = self.cores.crowding(ranks, self.profile.machine.cores)
             beside = crowding * (self.profile.beside if ranks and self.cores.per_rank else 1.0)
-            self._known[ranks] = _Sides(
+            self._known[ranks] = Sides(
                 linear.at(self.tokens) * beside,
                 linear.a * beside,
                 self._attention_s(base) * crowding,
-                self._attention_s(rank) * crowding / sum(_speeds(ranks, self.slowdown)),
+                self._attention_s(rank) * crowding / sum(rank_speeds(ranks, self.slowdown)),
                 base.prefill.a * crowding,
                 rank.prefill.a * crowding,
             )
@@ -265,126 +265,24 @@ class Prefill:
         return self._cut[count]
 
 
-@dataclass(frozen=True)
-class Decode:
-    """One decode step: one new token for each sequence of ``rows``. Nothing overlaps: one block. Ranks sleep while
-    the base computes what is linear; at an attention call all wake at once.
-
-    ``held`` are keys that each rank holds, of all lanes together. What a share lacks is sent once for ``steps``
-    steps; each is charged its part.
-    """
-
-    profile: Profile
-    rows: Sequence[Row]
-    cores: Cores
-    held: Sequence[int]
-    steps: int = 1
-    slowdown: Sequence[float] = ()
-    _known: dict[int, _Sides] = field(default_factory=dict, init=False, repr=False)
-
-    @cached_property
-    def line(self) -> Line:
-        return Line(self.rows, self.profile.shape.kv_heads)
-
-    @cached_property
-    def _keys(self) -> tuple[int, int]:
-        """Of all rows, and their squares."""
-        return sum(row.keys * row.alike for row in self.rows), sum(row.keys**2 * row.alike for row in self.rows)
-
-    @cached_property
-    def _block(self) -> Block:
-        first, last, alike = np.array([(row.q_start, row.q_stop, row.alike) for row in self.rows]).T
-        return Block(first, last, alike, self.profile.shape.kv_heads)
-
-    @cached_property
-    def alone_s(self) -> float:
-        """Seconds of the base alone, with all its threads."""
-        cost = self.profile.attention_for(self.cores.total)
-        linear = self.profile.linear_for(self.cores.total).decode.at(self._block.tokens)
-        calls = self.profile.call.own_s + len(self.rows) * cost.decode.a
-        return linear + self.profile.shape.layers * (calls + self._attention_s(cost))
-
-    def ceiling_s(self, ranks: int) -> float:
-        """Seconds without communication or cost of a call, and with both sides busy as long."""
-        if ranks == 0:
-            return self.alone_s
-        side = self._sides(ranks)
-        both = side.base_s + side.ranks_s
-        return side.linear_s + (self.profile.shape.layers * side.base_s * side.ranks_s / both if both else 0.0)
-
-    def bound_s(self, way: Way) -> float:
-        """Seconds that this way takes at least; quickly known."""
-        side, share = self._sides(way.ranks), way.base_share
-        return side.linear_s + self.profile.shape.layers * max(share * side.base_s, (1 - share) * side.ranks_s)
-
-    def play(self, way: Way) -> Played:
-        """Both clocks through the step: the base asks, computes its own keys, and waits for the slowest reply."""
-        side, layers = self._sides(way.ranks), self.profile.shape.layers
-        link, call = self.profile.link, self.profile.call
-        *pieces, own = self._pieces(way)
-        asking = merging = slowest = busiest = 0.0
-        for mine, missing in zip(pieces, self._missing(way), strict=True):
-            if not mine:
-                continue
-            out, back = _payload_bytes(self.profile, self._block.lanes(mine), missing / self.steps)
-            work = call.rank_s + self._block.calls(mine) * side.rank_call_s + (1 - way.base_share) * side.ranks_s
-            slowest = max(slowest, asking + link.to_rank.at(out) + work + link.to_base.at(back) + call.away_s)
-            busiest = max(busiest, link.take.at(out) + work + link.send.at(back))
-            asking += call.ask_s + link.send.at(out)
-            merging += call.merge_s + link.take.at(back)
-        mine_s = bool(own) * call.own_s + self._block.calls(own) * side.base_call_s + way.base_share * side.base_s
-        step = max(asking + mine_s, slowest, busiest) + merging
-        busy = asking + mine_s + merging
-        return Played(side.linear_s + layers * step, side.linear_s + layers * busy, layers * busiest)
-
-    def _pieces(self, way: Way) -> list[list[Piece | Runs]]:
-        return self.line.pieces(_parts(way, self.slowdown))
-
-    def _missing(self, way: Way) -> list[int]:
-        keys = self.line.work
-        parts = _parts(way, self.slowdown)[:-1]
-        return [max(0, round(part * keys) - held) for part, held in zip(parts, self.held, strict=False)]
-
-    def _sides(self, ranks: int) -> _Sides:
-        if ranks not in self._known:
-            # Ranks sleep while the base computes what is linear.
-            crowding = self.cores.crowding(ranks, self.profile.machine.cores)
-            base, rank = _attention_costs(self.profile, self.cores, ranks)
-            linear = self.profile.linear_for(self.cores.base(ranks)).decode
-            self._known[ranks] = _Sides(
-                linear.at(self._block.tokens),
-                0.0,
-                self._attention_s(base) * crowding,
-                self._attention_s(rank) * crowding / sum(_speeds(ranks, self.slowdown)),
-                base.decode.a * crowding,
-                rank.decode.a * crowding,
-            )
-        return self._known[ranks]
-
-    def _attention_s(self, cost: AttentionCost) -> float:
-        """One layer's attention without the cost of a call."""
-        keys, squares = self._keys
-        return cost.decode.b * keys + cost.decode.c * squares
-
-
-def _attention_costs(profile: Profile, cores: Cores, ranks: int) -> tuple[AttentionCost, AttentionCost]:
+def attention_costs(profile: Profile, cores: Cores, ranks: int) -> tuple[AttentionCost, AttentionCost]:
     """What attention costs the base while it has ``ranks`` pool ranks, and one of them."""
     base = profile.attention_for(cores.base(ranks))
     return base, profile.attention_for(cores.per_rank) if cores.per_rank else base
 
 
-def _speeds(ranks: int, slowdown: Sequence[float]) -> list[float]:
+def rank_speeds(ranks: int, slowdown: Sequence[float]) -> list[float]:
     """Each rank's speed; 1 is what the profile says."""
     return [1 / factor for factor in (*slowdown, *[1.0] * ranks)[:ranks]]
 
 
-def _parts(way: Way, slowdown: Sequence[float]) -> list[float]:
+def parts_of(way: Way, slowdown: Sequence[float]) -> list[float]:
     """Each rank's part of the work, and the base's, which is the last."""
-    speeds = _speeds(way.ranks, slowdown)
+    speeds = rank_speeds(way.ranks, slowdown)
     return [*((1 - way.base_share) * speed / sum(speeds) for speed in speeds), way.base_share]
 
 
-def _payload_bytes(profile: Profile, queries: float, keys: float) -> tuple[float, float]:
+def payload_bytes(profile: Profile, queries: float, keys: float) -> tuple[float, float]:
     """Bytes to a rank (q, new k and v) and back (out, lse) for queries and keys counted in KV lanes."""
     shape = profile.shape
     heads, lse = queries * (shape.heads // shape.kv_heads), 8 if shape.dtype == "float64" else 4

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
-from fapool_plugin.plan.clocks import Cores, Decode, Played, Prefill, Way
+from fapool_plugin.plan.clocks import Cores, Played, Prefill, Way
 from fapool_plugin.plan.line import GRANULE, Row
 from fapool_plugin.plan.profile import Profile
+from fapool_plugin.plan.step import Decode
 
 __all__ = ["Choice", "Cores", "Thresholds", "auto_threshold", "choose_decode", "choose_prefill", "moved_bytes"]
 

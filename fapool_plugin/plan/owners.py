@@ -39,6 +39,11 @@ class Asked(NamedTuple):
     new: tuple[tuple[int, int], ...]
     """Positions of the new keys, as runs."""
 
+    def moved(self, rows: int) -> Asked:
+        """With the place that many rows further."""
+        place = self.place
+        return self._replace(place=place._replace(row_start=place.row_start + rows, row_stop=place.row_stop + rows))
+
 
 @dataclass
 class CutLanes:
@@ -141,19 +146,20 @@ class Owners:
         cut = [(lanes.box, lanes.parts[owner]) for lanes in self.cut if owner in lanes.parts]
         return [(box, 1.0) for box in self.whole[owner]] + cut
 
-    def asked(self, rows: Sequence[Row], dealt: int, capacity: int = 0) -> list[list[Asked]]:
+    def asked(self, rows: Sequence[Row], dealt: int, capacity: int = 0, first: int = 0) -> list[list[Asked]]:
         """What each owner is asked in one call.
 
         Args:
             rows: the call's.
             dealt: columns whose keys have gone to their owners already; all others go with this call.
             capacity: positions that a lane will have at most; 0 if that is not known.
+            first: the number of the call's first row; places count from there.
 
         Raises:
             ValueError: keys of a row would come without a query of it.
         """
         asked: list[list[Asked]] = [[] for _ in self.whole]
-        first = 0
+        begin = first
         for row in rows:
             stop, before = first + row.alike, min(max(0, dealt - row.column), row.keys)
             lanes = Box(first, stop, 0, self.kv_heads)
@@ -170,7 +176,8 @@ class Owners:
                         for owner, part in cut.parts.items():
                             asked[owner] += _part(cut, owner, both, row, before, ceil(part * capacity))
             first = stop
-        return [sorted(mine, key=lambda one: one.place[:5]) for mine in asked]
+        mine_in_order = (sorted(mine, key=lambda one: one.place[:5]) for mine in asked)
+        return [[one.moved(-begin) for one in mine] if begin else mine for mine in mine_in_order]
 
     def ranges(self, owner: int, rows: Sequence[Row], columns: int) -> list[tuple[Tile, list[tuple[int, int]]]]:
         """All that an owner has of the first ``columns`` columns: keys by its own numbers, and their positions."""

@@ -195,12 +195,10 @@ class PrefixStore:
                 return None
             self.free(victim)
             self.evictions += 1
-        new = Prefixes(
-            box,
-            k.new_empty(*lanes, size, k.shape[3]),
-            v.new_empty(*lanes, size, v.shape[3]),
-            np.zeros(lanes, dtype=np.int64),
-        )
+        # Tensors made in inference mode can be written in no other.
+        with torch.inference_mode(False), torch.no_grad():
+            k_RHTD, v_RHTE = (torch.empty(*lanes, size, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
+        new = Prefixes(box, k_RHTD, v_RHTE, np.zeros(lanes, dtype=np.int64))
         for old in olds:
             at, used = old.box.inside(box), slice(int(old.lengths.max()))
             new.k[(*at, used)], new.v[(*at, used)], new.lengths[at] = old.k[:, :, used], old.v[:, :, used], old.lengths

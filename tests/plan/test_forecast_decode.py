@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from fapool_plugin.plan.clocks import Cores, Decode, Way
+from fapool_plugin.plan.clocks import Cores, Way
 from fapool_plugin.plan.forecast import choose_decode
 from fapool_plugin.plan.profile import CallCost, Fit, LinkCost
+from fapool_plugin.plan.step import Decode
 from tests.plan.test_forecast import (
     ATTENTION,
     DEVICES,

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fapool_plugin.plan.clocks import Decode, Prefill, Way
+from fapool_plugin.plan.clocks import Prefill, Way
 from fapool_plugin.plan.forecast import choose_prefill
 from fapool_plugin.plan.line import Row
 from fapool_plugin.plan.profile import CallCost
+from fapool_plugin.plan.step import Decode
 from tests.plan.test_forecast import CORES, DEVICES, FREE, LENGTHS, PROFILES, TYPICAL, prompts_of, steps_of
 
 

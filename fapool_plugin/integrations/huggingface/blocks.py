@@ -105,6 +105,40 @@ def run_blocks(
     return joined.to_tuple() if as_tuple else joined
 
 
+def run_turns(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope, turns: int) -> Any:
+    """A decoder's step as parts of its batch in turns: while owners attend for one, the base goes on with another."""
+    decided, geometry, cache = scope.decided, scope.decided.geometry, scope.cache
+    assert geometry is not None
+    assert isinstance(cache, PooledCache)
+    batch, as_tuple = len(geometry.starts), not asked(owner, given, "return_dict")
+
+    def part(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
+        mine = given | {"past_key_values": cache.part(), "use_cache": True, "return_dict": True}
+        if isinstance(mine.get("attention_mask"), Tensor):
+            mine["attention_mask"] = mine["attention_mask"][start:stop]
+        for name, (dim, _) in _DIMS.items():
+            value = mine.get(name)
+            if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[dim] == batch:
+                mine[name] = value.narrow(dim, start, stop - start)
+
+        def run(hand_over: Callable[[], None]) -> Any:
+            SCOPE.set(replace_scope(scope, decided.part(start, stop, hand_over), mine["past_key_values"]))
+            output = enter(**mine)
+            mine["past_key_values"].settle()
+            return output
+
+        return run
+
+    edges = [batch * index // turns for index in range(turns + 1)]
+    outputs = run_rounds([part(start, stop) for start, stop in pairwise(edges)])
+    decided.turns = turns
+    cache.advance(geometry.columns - geometry.q_column)
+    kept = given.get("past_key_values")
+    names = _names(outputs)
+    joined = type(outputs[0])(**{name: _joined(name, [o.get(name) for o in outputs], kept, 0) for name in names})
+    return joined.to_tuple() if as_tuple else joined
+
+
 def _last_position(output: Any) -> Any:
     """A block's output without other positions."""
     return type(output)(

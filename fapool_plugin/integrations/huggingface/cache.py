@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from fapool_plugin.base.forward import StaysHome
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
-from fapool_plugin.integrations.huggingface.layer import PooledHybridLayer, PooledLayer
+from fapool_plugin.integrations.huggingface.layer import PartOfLayer, PooledHybridLayer, PooledLayer
 from fapool_plugin.integrations.huggingface.replay import Record
 
 
@@ -71,6 +71,22 @@ class PooledCache(DynamicCache):
             raise StaysHome(left[0])
         for layer in self.pooled_layers:
             layer.settle()
+
+    @property
+    def may_take_turns(self) -> bool:
+        """Whether a step of some rows needs nothing of this cache but what their owners have."""
+        return all(type(layer) is PooledLayer and layer.is_away for layer in self.layers)
+
+    def part(self) -> PooledCache:
+        """This cache for some rows, in a step that is taken in turns."""
+        twin = copy.copy(self)
+        twin.layers = [PartOfLayer(layer) for layer in self.pooled_layers]
+        return twin
+
+    def advance(self, columns: int) -> None:
+        """All parts have taken a step of so many columns."""
+        for layer in self.pooled_layers:
+            layer.advance(columns)
 
     def keep_home(self, index: int) -> None:
         """A layer's keys live here from now on. Raises KeysLost."""

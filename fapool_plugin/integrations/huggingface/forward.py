@@ -41,6 +41,7 @@ from fapool_plugin.integrations.huggingface.blocks import (
     not_in_pieces,
     run_blocks,
     run_parts,
+    run_turns,
 )
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import view_configs
@@ -290,7 +291,10 @@ class Forwards:
     ) -> Any:
         decided, began = scope.decided, time.perf_counter()
         wave = self.homes.wave(owner, scope) if owner.fapool_in_rounds else None
-        if not owner.fapool_in_rounds or (decided.blocks == 1 and wave is None):
+        given = by_name(owner, args, kwargs)
+        if owner.fapool_in_rounds and (turns := self.homes.turns(owner, given, scope)) > 1:
+            output = run_turns(owner, enter, given, scope, turns)
+        elif not owner.fapool_in_rounds or (decided.blocks == 1 and wave is None):
             output = enter(*args, **kwargs)
         else:
             output = self._in_pieces(owner, enter, args, kwargs, scope, wave)

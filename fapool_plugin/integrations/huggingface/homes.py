@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fapool_plugin.base.admission import PoolMemoryError
 from fapool_plugin.base.forward import StaysHome
@@ -22,9 +23,9 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import MIB
 from fapool_plugin.integrations.huggingface.attention import Scope
-from fapool_plugin.integrations.huggingface.blocks import Wave
+from fapool_plugin.integrations.huggingface.blocks import Wave, collector_reason
 from fapool_plugin.integrations.huggingface.cache import PooledCache
-from fapool_plugin.integrations.huggingface.pieces import is_own_hook
+from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed
 from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
 from fapool_plugin.plan.line import GRANULE
 
@@ -65,6 +66,8 @@ class Homes:
             if lost:
                 cache.state.owned = owned
                 raise KeysLost(lost)
+        if cache.state.owned is not None:
+            cache.state.owned.full = ""  # it may have been cut since
         cache.watch()
         cache.state.owning = scope.owning
 
@@ -86,7 +89,7 @@ class Homes:
     def wave(self, decoder: Any, scope: Scope) -> Wave | None:
         """The blocks of a prompt whose activations are more than ``wave_mib``; None: they are not."""
         geometry = scope.decided.geometry
-        if not scope.owning or geometry is None:
+        if not scope.owning or geometry is None or geometry.columns - geometry.q_column == 1:
             return None
         config = decoder.config.get_text_config(decoder=True)
         # Each block in flight has hidden states, q, k, v and out of a layer; one of them is in an FFN.
@@ -98,6 +101,21 @@ class Homes:
         flight = min(2, most)
         columns = elements // (6 * config.hidden_size * flight + ffn)
         return Wave(flight, max(1, columns // GRANULE * GRANULE or columns))
+
+    def turns(self, decoder: Any, given: dict[str, Any], scope: Scope) -> int:
+        """Parts of a decode step that take turns; 1: none do."""
+        cache, decided, mask = scope.cache, scope.decided, given.get("attention_mask")
+        geometry, step = decided.geometry, decided.phase == "decode" and scope.owning
+        plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        if not step or geometry is None or not plain or not isinstance(cache, PooledCache) or cache.state.owned is None:
+            return 1
+        # Tests have tried that rows of these models know nothing of each other.
+        if not cache.may_take_turns or not is_surveyed(decoder) or hook_reason(decoder) or collector_reason():
+            return 1
+        if self.manager.base_ranks > 1 and self.manager.config.turns is None:
+            return 1  # profiles of base ranks differ
+        owned = cache.state.owned
+        return self.manager.advisor.turns(geometry, len(owned.holders), owned.base_share)
 
     def keep_home(self, error: StaysHome, cache: PooledCache | None) -> None:
         """A layer's keys stay with the base from now on, in this cache and in those to come."""

@@ -110,6 +110,15 @@ class PooledLayer(DynamicLayer):
         """Whether all that was given away was taken."""
         return self._new is None
 
+    @property
+    def is_away(self) -> bool:
+        """Whether its keys are with their owners."""
+        return self._away
+
+    def advance(self, columns: int) -> None:
+        """So many columns have come to the owners of its keys, part by part."""
+        self._columns += columns
+
     def settle(self) -> None:
         """A forward is complete."""
         self._before = None
@@ -265,6 +274,15 @@ class PooledLayer(DynamicLayer):
         inference mode, too; another's that was made in inference mode does not, and is taken as changed.)"""
         both: tuple[torch.Tensor, ...] = (self.keys, self.values)
         return tuple((x.data_ptr(), x.shape, object() if x.is_inference() else x._version) for x in both)
+
+
+class PartOfLayer(PooledLayer):
+    """Some rows of a layer whose keys are away, in a step that is taken in turns with others: what comes is theirs."""
+
+    def __init__(self, whole: PooledLayer) -> None:
+        super().__init__(whole.index, whole.state, 1, ownable=True)
+        self.dtype, self.device, self.is_initialized = whole.dtype, whole.device, True
+        self._away, self._columns = True, whole.get_seq_length()
 
 
 class PooledHybridLayer(LinearAttentionAndFullAttentionLayer, PooledLayer):

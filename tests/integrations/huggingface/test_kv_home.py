@@ -11,34 +11,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from torch import Tensor
 
-from fapool_plugin.base.admission import PoolMemoryError
-from fapool_plugin.base.owned import OwnedKeys
-from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
-from fapool_plugin.integrations.huggingface.layer import PooledLayer
+from fapool_plugin.base.advisor import Advisor
+from fapool_plugin.plan.shares import Geometry
+from tests.kv_home import LENGTHS, NEW, ON_THE_POOL, Steps, kill
 from tests.models import (
     TOLERANCE,
     Pair,
     assert_close,
     assert_same_tokens,
-    eager,
     greedily,
     logits_too,
     one_thread,
     padded_batch,
-    pooled,
     random_ids,
     save_model,
-    workers,
 )
-
-ON_THE_POOL: dict[str, Any] = {"kv_home": "pool", "timeout_s": 2.0}
-LENGTHS = [90, 61, 90]
-NEW = 6
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -58,40 +48,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(folder: Path) -> Iterator[Pair]:
     with Pair.of(folder, pool_ranks=2, **ON_THE_POOL) as pair:
         yield pair
-
-
-def kill(count: int) -> None:
-    for pid in sorted(workers())[:count]:
-        psutil.Process(pid).kill()
-
-
-class Steps:
-    """The same tokens to both models, each with a cache of its own."""
-
-    def __init__(self, pair: Pair, ids: Tensor, mask: Tensor) -> None:
-        self.pair, self.mask = pair, mask
-        self.cache, self.expected = (
-            model(ids, attention_mask=mask, use_cache=True).past_key_values for model in (pair.model, pair.reference)
-        )
-
-    def __call__(self, count: int, what: str, tolerance: float = TOLERANCE) -> None:
-        ids = random_ids(self.mask.shape[0], count, seed=count)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), count)], dim=1)
-        actual, expected = (
-            model(ids, attention_mask=self.mask, past_key_values=cache).logits
-            for model, cache in ((self.pair.model, self.cache), (self.pair.reference, self.expected))
-        )
-        assert_close(actual, expected, what=what, tolerance=tolerance)
-
-    def both(self, change: Callable[[Any], object]) -> None:
-        change(self.cache)
-        change(self.expected)
-
-    def are_away(self) -> bool:
-        """Whether no layer has keys here."""
-        layers = [layer for layer in self.cache.layers if isinstance(layer, PooledLayer)]
-        assert layers
-        return all(vars(layer)["_away"] and not layer._kv.length for layer in layers)
 
 
 @pytest.fixture
@@ -152,6 +108,20 @@ def test_autocast_in_some_of_the_forwards(pair: Pair, autocast: tuple[int, ...])
                 steps(1, f"step {number}", tolerance=5e-2 if autocast else TOLERANCE)
             if number == 2:
                 kill(1)
+
+
+def test_inference_mode_and_no_grad_by_turns(pair: Pair) -> None:
+    for first, then in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        with first():
+            steps = Steps(pair, *padded_batch(LENGTHS))
+            steps(1, "in the first mode")
+        with then():
+            steps(1, "in the second")
+            steps.both(lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])))
+            steps.mask = steps.mask[[2, 0, 1]]
+            steps(2, "reordered")
+        with first():
+            steps(1, "in the first again")
 
 
 def test_keys_can_be_read_and_written(steps: Steps) -> None:
@@ -238,132 +208,48 @@ def test_a_short_sequence_that_grows_gives_its_keys_away(folder: Path) -> None:
         assert not steps.are_away()
 
 
-@pytest.mark.parametrize("at", ["prompt", "step", "between"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_lost_keys_are_computed_once_more(pair: Pair, at: str, ranks: int) -> None:
-    calls = 0
-
-    def lose(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == {"prompt": 2, "step": 6, "between": 0}[at]:
-            kill(ranks)
-
-    hook = pair.model.model.layers[0].register_forward_hook(lose)
-    # A hook leaves the prompt in one block: 1 call of it, and one of each step.
-    ids, mask = padded_batch(LENGTHS)
-    with torch.no_grad():
-        if at == "prompt":  # a second prompt, which the first has borrowed ranks for
-            pair.model(ids, attention_mask=mask, use_cache=True)
-        steps = Steps(pair, ids, mask)
-        for number in range(4):
-            steps(1, f"step {number}")
-            if at == "between" and number == 1:
-                kill(ranks)
-        steps(5, "at last")
-    hook.remove()
-    stats = pair.model.fa_pool.stats()
-    assert stats["faults"] == ranks
-    assert stats["replays"] == (0 if at == "prompt" else 1)
-    # The hook is the user's: it sees what the user's forwards do, not what is computed once more.
-    assert calls == (7 if at == "prompt" else 6) + (at != "between"), "calls that a hook saw"
-
-
-@pytest.mark.parametrize("blocks", [1, 4])
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_peer_takes_a_lost_owners_place(folder: Path, lost: int, blocks: int) -> None:
-    """The first is replaced by its peer; when that goes, too, nobody has its keys, and they are replayed."""
-    settings = ON_THE_POOL | {"kv_redundancy": "peer", "blocks": blocks, "base_share": 0.0}
-    with Pair.of(folder, pool_ranks=3, **settings) as pair, torch.no_grad():
-        steps = Steps(pair, *padded_batch([200, 131, 200]))
-        held = pair.model.fa_pool.stats()["kv_bytes"]["ranks"]
-        total = (200 + 131 + 200) * 2 * 2 * 3 * 8 * 4
-        assert sum(held.values()) == 2 * total, "not each key is there twice"
-        for number in range(lost):
-            steps(1, f"step {number}")
-            kill(1)
-            steps(70, f"after loss {number}")
-            steps(1, f"step after loss {number}")
-        steps.both(lambda cache: cache.reorder_cache(torch.tensor([2, 1, 0])))
-        steps.mask = steps.mask[[2, 1, 0]]
-        steps(2, "reordered")
-        stats = pair.model.fa_pool.stats()
-    assert stats["faults"] == lost
-    assert stats["replays"] == lost - 1
-
-
-@pytest.mark.parametrize("redundancy", ["peer", "recompute"])
-@pytest.mark.parametrize("at", [3, 6])
-def test_an_owner_is_lost_in_mid_prompt(
-    folder: Path, redundancy: str, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With four blocks in flight: at the third call, in the first round, or at the sixth, in the second."""
-    sent, calls = OwnedKeys.sent, 0
-
-    def lose(self: Any, *args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        sent(self, *args)
-        if calls == at:
-            kill(1)
-
-    settings = ON_THE_POOL | {"kv_redundancy": redundancy, "blocks": 4}
+@pytest.mark.parametrize("turns", [2, 3])
+@pytest.mark.parametrize("partition", ["line", "query_blocks"])
+def test_parts_in_turns(folder: Path, turns: int, partition: str) -> None:
+    settings = ON_THE_POOL | {"turns": turns, "partition": partition}
     with Pair.of(folder, pool_ranks=2, **settings) as pair, torch.no_grad():
-        pair.model(random_ids(1, 60), use_cache=True)
-        monkeypatch.setattr(OwnedKeys, "sent", lose)
-        steps = Steps(pair, *padded_batch([300, 270]))
-        steps(1, "a step")
+        steps = Steps(pair, *padded_batch([90, 61, 90, 75]))
+        calls = pair.model.fa_pool.stats()["decode"]["pooled_calls"]
+        for number in range(3):
+            steps(1, f"step {number}")
+        assert pair.model.fa_pool.stats()["decode"]["pooled_calls"] - calls == 3 * 2 * turns
+        assert steps.are_away()
+        steps.both(lambda cache: cache.crop(-2))
+        steps.mask = steps.mask[:, :-2]
+        steps(1, "after crop")
+        kill(1)
+        steps(1, "after a loss")
+        steps(5, "a block")
+        steps(1, "at last")
         stats = pair.model.fa_pool.stats()
-    assert stats["faults"] == 1
-    # A peer answered in the lost rank's place, or the forward began again, or the next one found that keys were lost.
-    assert (calls, stats["replays"]) == (10, 0) if redundancy == "peer" else calls > 10
+    assert (stats["faults"], stats["replays"]) == (1, 1)
+    with Pair.of(folder, pool_ranks=2, **settings) as pair:
+        ids, mask = padded_batch([70, 52])
+        actual, expected = pair.generate(ids, prefill=1, decode=turns * (NEW - 1), **greedily(NEW, mask, num_beams=3))
+        assert_same_tokens(actual, expected)
 
 
-def test_changed_weights_cannot_bring_keys_back(steps: Steps) -> None:
-    steps.pair.model.lm_head.weight.mul_(2.0)
-    kill(1)
-    with pytest.raises(RuntimeError, match="weights or adapters have changed"):
-        steps(1, "refused")
+def test_turns_are_taken_where_the_plan_expects_a_gain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = 2
 
+    def asked(self: Any, geometry: Geometry, ranks: int, base_share: float) -> int:
+        assert (len(geometry.starts), ranks) == (4, 2)
+        assert base_share == pytest.approx(1 / 3, abs=0.05)
+        return expected
 
-def test_what_does_not_fit_is_refused_before_anything_is_sent(folder: Path) -> None:
-    with pooled(folder, pool_ranks=1, memory_limit_mib=1, base_share=0.0, **ON_THE_POOL) as model, torch.no_grad():
-        ids = random_ids(12, 250)
-        with pytest.raises(PoolMemoryError, match=r"12 sequences of up to 250 tokens need .* MiB.*Raise pool_ranks"):
-            model(ids, use_cache=True)
-        assert model.fa_pool.stats()["ranks"][0]["calls"] == 0
-        # What fits is pooled as if nothing had been.
-        assert_close(model(ids[:2], use_cache=True).logits, eager(folder)(ids[:2]).logits)
-
-
-def test_owners_that_are_short_of_memory_get_less(folder: Path) -> None:
-    with pooled(folder, pool_ranks=1, memory_limit_mib=1, base_share=0.05, **ON_THE_POOL) as model, torch.no_grad():
-        ids = random_ids(14, 250)
-        output = model(ids, use_cache=True)
-        assert_close(output.logits, eager(folder)(ids).logits)
-        held = model.fa_pool.stats()["kv_bytes"]
-        total = held["base"] + held["ranks"][0]
-        assert 0.95 * total > 2**20 >= held["ranks"][0] > 0.7 * 2**20, held
-
-
-def test_growth_that_does_not_fit_leaves_the_cache_as_it_was(folder: Path) -> None:
-    settings = ON_THE_POOL | {"memory_limit_mib": 1, "base_share": 0.0, "kv_block": 16}
-    with Pair.of(folder, pool_ranks=1, **settings) as pair, torch.no_grad():
-        steps = Steps(pair, *padded_batch([200] * 12))
-        length, mask = steps.cache.get_seq_length(), steps.mask
-        with pytest.raises(PoolMemoryError, match=r"no room for more keys.*as it was"):
-            steps(50, "too much")
-        assert steps.cache.get_seq_length() == length
-        steps.mask = mask
-        steps.expected.crop(length - steps.expected.get_seq_length() or 0)
-        steps(1, "what fits")
-
-
-def test_what_cannot_be_together_is_refused() -> None:
-    for settings, told in (
-        ({"spot_check": 0.5}, "spot_check needs keys that the base has"),
-        ({"kv_redundancy": "peer", "pool_ranks": 1}, "a peer is a second pool rank"),
-        ({"kv_redundancy": "host"}, "host keeps a copy beside a device"),
-    ):
-        with pytest.raises(FAPoolConfigError, match=told):
-            FAPoolConfig(kv_home="pool", **settings)
+    monkeypatch.setattr(Advisor, "turns", asked)
+    with Pair.of(folder, pool_ranks=2, **ON_THE_POOL) as pair, torch.no_grad():
+        steps = Steps(pair, *padded_batch([90] * 4))
+        for expected in (2, 1):
+            calls = pair.model.fa_pool.stats()["decode"]["pooled_calls"]
+            steps(1, "a step")
+            assert pair.model.fa_pool.stats()["decode"]["pooled_calls"] - calls == 2 * expected
+        # Rows of a model that looks into a step are not parted.
+        hook = pair.model.model.layers[0].register_forward_hook(lambda *_: None)
+        steps(1, "with a hook")
+        hook.remove()

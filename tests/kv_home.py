@@ -1,0 +1,55 @@
+"""Models whose keys live on the pool, step by step beside the same model without the plugin.
+
+Knows caches by what they answer; which rank owns what is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from fapool_plugin.integrations.huggingface.layer import PooledLayer
+from tests.models import TOLERANCE, Pair, assert_close, random_ids, workers
+
+ON_THE_POOL: dict[str, Any] = {"kv_home": "pool", "timeout_s": 2.0}
+LENGTHS = [90, 61, 90]
+NEW = 6
+
+
+def kill(count: int) -> None:
+    """Ends so many pool ranks, the ones that started first."""
+    for pid in sorted(workers())[:count]:
+        psutil.Process(pid).kill()
+
+
+class Steps:
+    """The same tokens to both models, each with a cache of its own."""
+
+    def __init__(self, pair: Pair, ids: Tensor, mask: Tensor) -> None:
+        self.pair, self.mask = pair, mask
+        self.cache, self.expected = (
+            model(ids, attention_mask=mask, use_cache=True).past_key_values for model in (pair.model, pair.reference)
+        )
+
+    def __call__(self, count: int, what: str, tolerance: float = TOLERANCE) -> None:
+        ids = random_ids(self.mask.shape[0], count, seed=count)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), count)], dim=1)
+        actual, expected = (
+            model(ids, attention_mask=self.mask, past_key_values=cache).logits
+            for model, cache in ((self.pair.model, self.cache), (self.pair.reference, self.expected))
+        )
+        assert_close(actual, expected, what=what, tolerance=tolerance)
+
+    def both(self, change: Callable[[Any], object]) -> None:
+        change(self.cache)
+        change(self.expected)
+
+    def are_away(self) -> bool:
+        """Whether no layer has keys here."""
+        layers = [layer for layer in self.cache.layers if isinstance(layer, PooledLayer)]
+        assert layers
+        return all(vars(layer)["_away"] and not layer._kv.length for layer in layers)
