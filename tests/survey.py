@@ -138,7 +138,7 @@ class Found:
         return next(kind for kind in order if kind in kinds)
 
 
-def survey(name: str) -> Found:
+def survey(name: str, kv_home: str = "base") -> Found:
     """Uses one type in every way, with pool ranks and without."""
     if name in NOT_BUILT:
         return Found(name, name, Outcome("not built", NOT_BUILT[name]))
@@ -146,7 +146,7 @@ def survey(name: str) -> Found:
     reference, plain, model = build(name, "eager"), build(name), build(name)
     found = Found(name, plain.config.model_type)
     try:
-        model = FAPoolForCausalLM.wrap(model, FA_POOL)
+        model = FAPoolForCausalLM.wrap(model, FA_POOL | {"kv_home": kv_home})
     except ValueError as error:
         found.loaded = Outcome("refused at load", said(error))
     except Exception as error:

@@ -129,7 +129,7 @@ class Forward:
     @property
     def owns_keys(self) -> bool:
         """Whether its keys go to owners, if it is pooled."""
-        return self.config.kv_home == "pool" and self.lasting and self.phase != "training"
+        return self.sequence is not None and self.sequence.ownable and self.lasting and self.phase != "training"
 
     def note(self, reason: str, serious: bool) -> None:
         """Remembers why a call is local."""

@@ -111,6 +111,8 @@ class SequenceState:
     full: set[int] = field(default_factory=set)
     """Ranks that assumed nothing and still could not store what they were sent."""
     id: int = field(default_factory=lambda: secrets.randbits(62))
+    ownable: bool = False
+    """Whether its keys are to have owners, above the threshold."""
     owned: OwnedKeys | None = None
     """Its keys, if they have owners."""
     owning: bool = False

@@ -37,6 +37,7 @@ class PooledCache(DynamicCache):
         super().__init__(config=config)
         block = manager.config.kv_block
         self.state, self.record, self._manager = state, record, manager
+        state.ownable = record is not None
         for index, layer in enumerate(self.layers):
             mine = index in ownable
             if type(layer) is DynamicLayer:
@@ -154,6 +155,7 @@ class PooledCache(DynamicCache):
         # A copy goes its own way; pool ranks know nothing of it yet.
         twin.state = memo[id(self.state)] = SequenceState(self.state.prompt_columns, self.state.capacity)
         twin.record = self.record.copy() if self.record is not None else None
+        twin.state.ownable = self.state.ownable
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.watch()
         return twin
@@ -163,7 +165,7 @@ class PooledCache(DynamicCache):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._ends = None
+        self._ends, self.state.ownable = None, self.record is not None
 
     def watch(self) -> None:
         """Its sequence ends with it."""

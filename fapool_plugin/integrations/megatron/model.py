@@ -55,6 +55,10 @@ def get_fapool_layer_spec(
             f"threshold = {settings.threshold!r}, profile = {settings.profile!r}: nothing measures Megatron's own "
             "models yet; give the threshold as a number, and no profile"
         )
+    if settings.kv_home == "pool":
+        raise FAPoolConfigError(
+            'kv_home = "pool": Megatron\'s own models keep all keys in a static cache of theirs; set kv_home to "base"'
+        )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,

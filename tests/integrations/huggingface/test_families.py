@@ -30,6 +30,7 @@ from tests.models import (
 )
 
 NEW_TOKENS = 12
+KEYS_ON_THE_POOL = ("llama", "gemma2", "deepseek_v3")
 CASES = [
     *[pytest.param(name, 2, "line", id=f"{name}-2") for name in FAMILIES],
     *[pytest.param("llama", ranks, "line", id=f"llama-{ranks}") for ranks in (1, 3)],
@@ -53,30 +54,39 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in KEYS_ON_THE_POOL else [pytest.mark.full]) for name in FAMILIES],
+)
+def test_long_calls_with_keys_on_the_pool_equal_eager(tmp_path: Path, name: str) -> None:
+    test_long_calls_equal_eager(tmp_path, name, 2, "line", kv_home="pool")
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize(("name", "ranks", "partition"), CASES)
-def test_long_calls_equal_eager(tmp_path: Path, name: str, ranks: int, partition: str) -> None:
+def test_long_calls_equal_eager(tmp_path: Path, name: str, ranks: int, partition: str, **settings: str) -> None:
     folder, full = save_model(name, tmp_path), FAMILIES[name].full_layers
     reference = eager(folder)
     ids, mask = padded_batch([33, 40, 39])
-    settings = greedily(NEW_TOKENS, mask)
+    asked = greedily(NEW_TOKENS, mask)
     with torch.no_grad():
         expected = reference(ids, attention_mask=mask).logits
-    greedy = reference.generate(ids, **settings, **logits_too())
+    greedy = reference.generate(ids, **asked, **logits_too())
     assert_clear_choices(greedy.logits)
-    beams = reference.generate(ids, **settings, num_beams=3)
+    beams = reference.generate(ids, **asked, num_beams=3)
 
-    with pooled(folder, pool_ranks=ranks, partition=partition) as model:
+    with pooled(folder, pool_ranks=ranks, partition=partition, **settings) as model:
         with pools(model, prefill=full, decode=0), torch.no_grad():
             logits = model(ids, attention_mask=mask).logits
         assert_close(logits[mask == 1], expected[mask == 1])
 
         with pools(model, prefill=full, decode=full * (NEW_TOKENS - 1)):
-            result = model.generate(ids, **settings, **logits_too())
+            result = model.generate(ids, **asked, **logits_too())
         assert_same_tokens(result.sequences, greedy.sequences)
         assert_close(torch.stack(result.logits), torch.stack(greedy.logits), what="logits of decode")
 
         with pools(model, prefill=full, decode=full * (NEW_TOKENS - 1)):
-            assert_same_tokens(model.generate(ids, **settings, num_beams=3), beams)
+            assert_same_tokens(model.generate(ids, **asked, num_beams=3), beams)
 
         stats = model.fa_pool.stats()
         assert stats["prefill"]["local_calls"] == (2 - full) * 3

@@ -40,6 +40,14 @@ def test_type(name: str, found: dict[str, Found]) -> None:
     assert not workers() - before, "a pool rank is left behind"
 
 
+@pytest.mark.parametrize("name", [*TYPES, *VARIANTS])
+def test_type_with_keys_on_the_pool(name: str) -> None:
+    before = workers()
+    wrong = survey(name, "pool").wrong
+    assert not wrong, "\n".join(wrong)
+    assert not workers() - before, "a pool rank is left behind"
+
+
 def test_most_types_are_pooled(found: dict[str, Found]) -> None:
     """Of all types; where only some were asked for, there is nothing to count."""
     types = [found[name] for name in TYPES if name in found]
