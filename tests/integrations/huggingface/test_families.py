@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_long_calls_with_keys_on_the_pool_equal_eager(tmp_path: Path, name: str)
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("name", "ranks", "partition"), CASES)
-def test_long_calls_equal_eager(tmp_path: Path, name: str, ranks: int, partition: str, **settings: str) -> None:
+def test_long_calls_equal_eager(tmp_path: Path, name: str, ranks: int, partition: str, **settings: Any) -> None:
     folder, full = save_model(name, tmp_path), FAMILIES[name].full_layers
     reference = eager(folder)
     ids, mask = padded_batch([33, 40, 39])
