@@ -10,13 +10,16 @@ relative.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from math import floor, isfinite, sqrt
+from math import floor, isfinite
 from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from fapool_plugin.plan.box import Box
 
+Array = np.ndarray[Any, Any]
 Axis = Literal["queries", "keys"]
 Mode = Literal["line", "query_blocks"]
 
@@ -167,6 +170,8 @@ class Line:
 
     def _between(self, begin: _Cut, end: _Cut) -> list[Piece | Runs]:
         (run, lane, part), (last_run, last_lane, last_part) = begin, end
+        if (run, lane) == (last_run, last_lane):
+            return [_one_lane(run, lane, self.kv_heads, part, last_part)] if part < last_part else []
         pieces: list[Piece | Runs] = []
         if part and (run, lane) < (last_run, last_lane):
             pieces.append(_one_lane(run, lane, self.kv_heads, part, 1.0))
@@ -260,10 +265,23 @@ def partition(
             [one for piece in mine for one in _apart(piece, rows, kv_heads)]
             for mine in Line(whole, kv_heads).pieces(speeds)
         ]
+    at = _positions_of(pieces, rows, axis, block)
     return [
-        tuple(joined((p.run, tile) for p in mine for tile in _tiles(p, rows[p.run], firsts[p.run], axis, block)))
+        tuple(joined((p.run, tile) for p in mine for tile in _tiles(p, rows[p.run], firsts[p.run], axis, at)))
         for mine in pieces
     ]
+
+
+def _positions_of(
+    pieces: Sequence[Sequence[Piece]], rows: Sequence[Row], axis: Axis, block: int
+) -> dict[tuple[int, float], int]:
+    """Where pieces begin and end inside their lanes: by run and part of the lane's work."""
+    cuts: dict[int, list[float]] = {}
+    for mine in pieces:
+        for piece in mine:
+            cuts.setdefault(piece.run, []).extend((piece.start, piece.stop))
+    found = ((run, parts, positions(rows[run], parts, axis, block)) for run, parts in cuts.items())
+    return {(run, part): at for run, parts, ats in found for part, at in zip(parts, ats, strict=True)}
 
 
 def paired(rows: Sequence[Row], whole: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -293,12 +311,10 @@ def _apart(piece: Piece | Runs, rows: Sequence[Row], kv_heads: int) -> list[Piec
     return [Piece(run, 0, rows[run].alike, 0, kv_heads, 0.0, 1.0) for run in range(*piece)]
 
 
-def _tiles(piece: Piece, row: Row, first: int, axis: Axis, block: int) -> list[Tile]:
+def _tiles(piece: Piece, row: Row, first: int, axis: Axis, at: Mapping[tuple[int, float], int]) -> list[Tile]:
     """The tile of a piece, cut at positions; none if nothing is left of it. ``first`` is the first row of its run."""
-    if row.q_start == row.q_stop:
-        return []
-    start, stop = (position(row, part, axis, block) for part in (piece.start, piece.stop))
-    if start == stop:
+    start, stop = at[piece.run, piece.start], at[piece.run, piece.stop]
+    if row.q_start == row.q_stop or start == stop:
         return []
     lanes = first + piece.row_start, first + piece.row_stop, piece.head_start, piece.head_stop
     if axis == "keys":
@@ -306,35 +322,39 @@ def _tiles(piece: Piece, row: Row, first: int, axis: Axis, block: int) -> list[T
     return [Tile(*lanes, row.q_start + start, row.q_start + stop, 0, row.q_start + stop)]
 
 
-def position(row: Row, part: float, axis: Axis, block: int) -> int:
-    """How many of a lane's positions along ``axis`` have the first ``part`` of its work: the multiple of ``block``, or
-    the lane's end, whose work is nearest.
+def positions(row: Row, parts: Sequence[float], axis: Axis, block: int) -> list[int]:
+    """How many of a lane's positions along ``axis`` have the first of ``parts`` of its work, for each of them: the
+    multiple of ``block``, or the lane's end, whose work is nearest.
 
     Nearest in work, not in positions: a cut is then off by at most half a block's pairs, and a share by one block's.
     """
     before, queries = row.q_start, row.q_stop - row.q_start
     extent = queries if axis == "queries" else row.q_stop
-    if part in (0.0, 1.0):
-        return extent if part else 0
-    target, seen_by_all = part * row.pairs, queries * (before + 1)
+    if not queries:
+        return [0] * len(parts)
+    part = np.array(parts)
+    target, rising = part * row.pairs, 2 * before + 1
     if axis == "queries":
-        ideal = (sqrt((2 * before + 1) ** 2 + 8 * target) - (2 * before + 1)) / 2
-    elif target <= seen_by_all:
-        ideal = target / queries
+        ideal = (np.sqrt(rising**2 + 8 * target) - rising) / 2
     else:
-        rest = (2 * queries - 1) ** 2 - 8 * (target - seen_by_all)
-        ideal = before + 1 + (2 * queries - 1 - sqrt(max(0.0, rest))) / 2
+        seen_by_all = queries * (before + 1)
+        rest = np.maximum(0.0, (2 * queries - 1) ** 2 - 8 * (target - seen_by_all))
+        late = before + 1 + (2 * queries - 1 - np.sqrt(rest)) / 2
+        ideal = np.where(target <= seen_by_all, target / queries, late)
 
-    def work(first: int) -> int:
+    def work(first: Array) -> Array:
         if axis == "queries":
             return first * before + first * (first + 1) // 2
         # Each key after the first query's is seen by one query less than the key before it.
-        late = max(0, first - before - 1)
+        late = np.maximum(0, first - before - 1)
         return queries * first - late * (late + 1) // 2
 
-    low = min(int(ideal) // block * block, extent)
-    high = min(low + block, extent)
-    return low if 2 * target <= work(low) + work(high) + _SLIVER * row.pairs else high
+    low = np.minimum(ideal.astype(np.int64) // block * block, extent)
+    high = np.minimum(low + block, extent)
+    nearest = np.where(2 * target <= work(low) + work(high) + _SLIVER * row.pairs, low, high)
+    # The ends of a lane are no cuts.
+    nearest = np.where(part == 0.0, 0, np.where(part == 1.0, extent, nearest))
+    return [int(at) for at in nearest]
 
 
 def joined(tiles: Iterable[tuple[Any, Tile]]) -> list[Tile]:

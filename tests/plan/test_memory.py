@@ -29,8 +29,11 @@ def test_the_largest_batch_fits_and_wastes_little(ranks: list[int], base: int, t
     assert rows == 0 or fits(SHAPE, rows, tokens, room)
     total, lane = 256 * (sum(ranks) + base), -(-tokens // block) * block
     assert rows * SHAPE.kv_heads * tokens <= total, "more keys than there is room"
-    # Each owner may have a lane's room left at both ends of its share, and parts of lanes are rounded up to blocks.
-    wasted = 2 * (len(ranks) + 1) * (lane + block)
+    # Each owner may have a lane's room left at both ends of its share; parts of lanes are rounded up to blocks; short
+    # lanes are not cut, and a share is off by up to a 64th of the mean then, which the smallest owner feels most.
+    owners = [one for one in (*ranks, base) if one]
+    uneven = total // 64 // len(owners) * max(owners) // min(owners) if owners else 0
+    wasted = 2 * (len(ranks) + 1) * (lane + block) + uneven
     assert (rows + 1) * SHAPE.kv_heads * lane > total - wasted, f"{rows} rows of {total // lane // 2} that may fit"
 
 

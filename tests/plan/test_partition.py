@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin.plan import line as partition_module
-from fapool_plugin.plan.line import Axis, Row, Share, Tile, allowed_pairs, partition, position
+from fapool_plugin.plan.line import Axis, Row, Share, Tile, allowed_pairs, partition, positions
 
 AXES: list[Axis] = ["queries", "keys"]
 MODES = ["line", "query_blocks"]
@@ -261,7 +261,7 @@ def test_a_cut_is_the_nearest_of_all(past, new, part, axis, block):
         for cut in {*range(0, extent, block), extent}
     }
     least = min(abs(work - part * len(pairs)) for work in before.values())
-    off = abs(before[position(row, part, axis, block)] - part * len(pairs))
+    off = abs(before[positions(row, [part], axis, block)[0]] - part * len(pairs))
     assert off <= least + 1e-6, f"{off} pairs off the ideal, the nearest cut is {least} off"
 
 
