@@ -34,6 +34,18 @@ class KeysLost(Exception):
     """An owner is gone, and its keys with it: the forward cannot be completed."""
 
 
+class FailedWithout(Exception):
+    """A model's own code failed in a forward that was given new keys only: for want of the others, perhaps.
+
+    Args:
+        error: what it raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class NoRoom(Exception):
     """An owner has no room for more keys."""
 

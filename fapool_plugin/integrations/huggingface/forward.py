@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from fapool_plugin.base.advisor import Profiler
 from fapool_plugin.base.forward import CannotPool, StaysHome
-from fapool_plugin.base.owned import KeysLost, NoRoom
+from fapool_plugin.base.owned import FailedWithout, KeysLost, NoRoom
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.arguments import (
@@ -147,9 +147,8 @@ class Forwards:
         tokens = tokens_of(given)
         if tokens is None:
             return enter(*args, **kwargs)
-        cache = given.get("past_key_values")
-        given_cache = cache if isinstance(cache, PooledCache) else None  # else each try makes its own
-        # Each rank may be lost, and each layer's keys may turn out to stay here.
+        # Ranks may be lost, and layers' keys turn out to stay here; without a cache of theirs each try makes one.
+        given_cache = cache if isinstance(cache := given.get("past_key_values"), PooledCache) else None
         for _ in range(self.manager.config.pool_ranks + self.full_layers + 2):
             if given_cache is not None:
                 self.homes.recover(given_cache)
@@ -158,15 +157,18 @@ class Forwards:
             except StaysHome as error:
                 self.homes.keep_home(error, given_cache)
             except KeysLost as error:
-                if given_cache is not None:
-                    self.homes.lose(given_cache, error)
-        raise RuntimeError("fa_pool: keys that live on the pool are lost again and again; see stats()['events']")
+                self.homes.lose(given_cache, error)
+            except FailedWithout as failed:
+                assert given_cache is not None
+                with self.homes.all_home(given_cache, failed.error):
+                    return self.run(owner, enter, args, kwargs, compiled=compiled)
+        raise RuntimeError("fa_pool: keys on the pool are lost again and again; see stats()['events']")
 
     def _decided(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
         given: dict[str, Any], scope: Scope,
     ) -> Any:  # fmt: skip
-        """A forward as it was decided. Raises KeysLost, when all is as before it."""
+        """A forward as it was decided. Raises KeysLost, StaysHome or FailedWithout, when all is as before it."""
         cache, rewind = scope.cache, None
         mine = cache if isinstance(cache, PooledCache) else None
         before, completed = SCOPE.set(scope), False
@@ -205,6 +207,15 @@ class Forwards:
                 rewind()
             if isinstance(error, NoRoom):
                 raise self.homes.no_room(error, scope) from None
+            told = isinstance(error, (KeysLost, StaysHome, MemoryError))
+            if (
+                scope.owning
+                and isinstance(error, Exception)
+                and not told
+                and mine is not None
+                and mine.get_seq_length()
+            ):
+                raise FailedWithout(error) from error
             raise
         finally:
             SCOPE.reset(before)

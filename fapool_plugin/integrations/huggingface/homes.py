@@ -10,6 +10,8 @@ Knows caches and forwards' decisions; not how a forward is computed.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed
 from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
 from fapool_plugin.plan.line import GRANULE
+from fapool_plugin.wire.link import first_line
 
 _ANOTHERS = "another base rank lost keys"
 
@@ -91,15 +94,16 @@ class Homes:
         geometry = scope.decided.geometry
         if not scope.owning or geometry is None or geometry.columns - geometry.q_column == 1:
             return None
-        config = decoder.config.get_text_config(decoder=True)
+        config, hidden = decoder.config.get_text_config(decoder=True), decoder.get_input_embeddings().weight.shape[1]
+        wide = getattr(config, "intermediate_size", None) or 4 * hidden
         # Each block in flight has hidden states, q, k, v and out of a layer; one of them is in an FFN.
-        ffn = 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        ffn = 3 * (wide if isinstance(wide, int) else max(wide))
         elements = self.manager.config.wave_mib * MIB // (decoder.dtype.itemsize * len(geometry.starts))
         most, new = scope.decided.blocks, geometry.columns - geometry.q_column
-        if new <= most * (elements // (6 * config.hidden_size * most + ffn)):
+        if new <= most * (elements // (6 * hidden * most + ffn)):
             return None
         flight = min(2, most)
-        columns = elements // (6 * config.hidden_size * flight + ffn)
+        columns = elements // (6 * hidden * flight + ffn)
         return Wave(flight, max(1, columns // GRANULE * GRANULE or columns))
 
     def turns(self, decoder: Any, given: dict[str, Any], scope: Scope) -> int:
@@ -127,9 +131,28 @@ class Homes:
             except KeysLost as lost:
                 self.lose(cache, lost)
 
-    def lose(self, cache: PooledCache, error: KeysLost) -> None:
+    @contextmanager
+    def all_home(self, cache: PooledCache, error: Exception) -> Iterator[None]:
+        """A forward once more with all keys here. If it succeeds this is how the model's are made from now on; if not,
+        ``error`` had another reason, and is raised."""
+        ownable, layers = self.ownable, [layer for layer in cache.pooled_layers if layer.ownable]
+        cache.come_home()
+        rewind, self.ownable = cache.rewinder(), frozenset()
+        for layer in layers:
+            layer.ownable = False
+        try:
+            yield
+        except Exception:
+            rewind()
+            self.ownable = ownable
+            for layer in layers:
+                layer.ownable = True
+            raise error from None
+        self.manager.counters.log("home", f"this model needs all keys here: {first_line(error)}")
+
+    def lose(self, cache: PooledCache | None, error: KeysLost) -> None:
         """Keys of a cache are lost: they are computed once more before its next forward."""
-        if cache.state.owned is not None:
+        if cache is not None and cache.state.owned is not None:
             cache.state.owned.broken = cache.state.owned.broken or str(error)
 
     def recover(self, cache: PooledCache) -> None:

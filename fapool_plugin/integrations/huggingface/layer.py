@@ -156,7 +156,7 @@ class PooledLayer(DynamicLayer):
             self._crop_away(min(self._columns, length))
         elif self._keys is None:
             self.is_initialized = False
-        elif self.is_initialized and self.get_seq_length() > length:
+        elif self.is_initialized and max(self._kv.length, self.get_seq_length()) > length:
             self._kv.crop(length)
             self.keys, self.values = self._kv.views()
             self._sealed = self._seal()

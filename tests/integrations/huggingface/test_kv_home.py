@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fapool_plugin.base.advisor import Advisor
+from fapool_plugin.integrations.huggingface.layer import PooledLayer
 from fapool_plugin.plan.shares import Geometry
 from tests.kv_home import LENGTHS, NEW, ON_THE_POOL, Steps, kill
 from tests.models import (
@@ -108,6 +110,41 @@ def test_autocast_in_some_of_the_forwards(pair: Pair, autocast: tuple[int, ...])
                 steps(1, f"step {number}", tolerance=5e-2 if autocast else TOLERANCE)
             if number == 2:
                 kill(1)
+
+
+def test_a_model_that_needs_all_keys_has_them(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layer looks at how many keys its cache gives it, as some make masks of them."""
+    update = PooledLayer.update
+
+    def counting(self: Any, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, k, v, *args, **kwargs)
+        if self.index == 1 and keys.shape[2] != self.get_seq_length():
+            raise RuntimeError("17 keys where there should be 18")
+        return keys, values
+
+    with torch.no_grad():
+        steps = Steps(pair, *padded_batch(LENGTHS))
+        monkeypatch.setattr(PooledLayer, "update", counting)
+        steps(1, "a step")
+        assert not steps.are_away()
+        steps(1, "another")
+        told = [event["reason"] for event in pair.model.fa_pool.stats()["events"] if event["kind"] == "home"]
+    assert told == ["this model needs all keys here: 17 keys where there should be 18"]
+
+
+def test_what_a_model_raises_is_raised(pair: Pair) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("the user's")
+
+    with torch.no_grad():
+        steps = Steps(pair, *padded_batch(LENGTHS))
+        hook = pair.model.model.layers[1].register_forward_hook(fail)
+        more = torch.cat([steps.mask, steps.mask.new_ones(3, 1)], dim=1)
+        with pytest.raises(ZeroDivisionError, match="the user's"):
+            pair.model(random_ids(3, 1), attention_mask=more, past_key_values=steps.cache)
+        hook.remove()
+        steps(1, "as if nothing had been")
+        assert steps.are_away()
 
 
 def test_inference_mode_and_no_grad_by_turns(pair: Pair) -> None:
