@@ -48,6 +48,12 @@ def request(token: int, random_: random.Random) -> tuple[Header, list[torch.Tens
     table = torch.tensor([[*tile, 0, KEYS, 0] for tile in tiles])
     if random_.random() < 0.2:
         sequence = random_.randrange(3)
+        if random_.random() < 0.3:
+            header = Header(
+                op=Op.STORE, token=token, sequence=sequence, tiles=2, dtype=dtype_code(torch.float32), head_dim=D,
+                v_head_dim=D, k_elements=2 * KEYS * D, v_elements=2 * KEYS * D,
+            )  # fmt: skip
+            return header, [table, torch.randn(2 * KEYS * D), torch.randn(2 * KEYS * D)]
         if random_.random() < 0.5:
             rows = torch.tensor([random_.randrange(-2, 3) for _ in range(2)])
             return Header(op=Op.SELECT, token=token, sequence=sequence, peers=2), [rows]
