@@ -42,22 +42,10 @@ VALUES = (0, 1, 2, 3, 5, 7, 9, 64, 2**20, 2**31, 2**40, 2**62, -1, -2, -(2**62))
 FULL = pytest.mark.full
 
 
-def request(token: int, random_: random.Random) -> tuple[Header, list[torch.Tensor]]:
-    """One that is right: two tiles of new keys, or what may be asked of them."""
+def computed(token: int, random_: random.Random) -> tuple[Header, list[torch.Tensor]]:
+    """A request that is right, for two tiles of new keys."""
     tiles = [Tile(0, 1, 0, 1, KEYS - 2, KEYS, 0, KEYS), Tile(0, 1, 1, 2, KEYS - 2, KEYS, 0, KEYS)]
     table = torch.tensor([[*tile, 0, KEYS, 0] for tile in tiles])
-    if random_.random() < 0.2:
-        sequence = random_.randrange(3)
-        if random_.random() < 0.3:
-            header = Header(
-                op=Op.STORE, token=token, sequence=sequence, tiles=2, dtype=dtype_code(torch.float32), head_dim=D,
-                v_head_dim=D, k_elements=2 * KEYS * D, v_elements=2 * KEYS * D,
-            )  # fmt: skip
-            return header, [table, torch.randn(2 * KEYS * D), torch.randn(2 * KEYS * D)]
-        if random_.random() < 0.5:
-            rows = torch.tensor([random_.randrange(-2, 3) for _ in range(2)])
-            return Header(op=Op.SELECT, token=token, sequence=sequence, peers=2), [rows]
-        return Header(op=Op.FETCH, token=token, sequence=sequence, tiles=2, dtype=dtype_code(torch.float32)), [table]
     header = Header(
         op=random_.choice((Op.ATTEND, Op.ATTEND, Op.BACKWARD)), token=token, call=random_.randrange(9),
         sequence=random_.randrange(3), keep=random_.choice((0, 1, 2, 3)), tiles=2, q_elements=4 * D,
@@ -69,6 +57,22 @@ def request(token: int, random_: random.Random) -> tuple[Header, list[torch.Tens
         header = header._replace(keep=0, lse_elements=4)
         parts += [torch.randn(4 * D), torch.randn(4), torch.randn(4 * D)]
     return header, parts
+
+
+def request(token: int, random_: random.Random) -> tuple[Header, list[torch.Tensor]]:
+    """One that is right, for two tiles of new keys or of what may be asked of them."""
+    header, parts = computed(token, random_)
+    if random_.random() < 0.8:
+        return header, parts
+    sequence, table, dtype = random_.randrange(3), parts[0], dtype_code(torch.float32)
+    op = random_.choice((Op.FETCH, Op.SELECT, Op.STORE))
+    asked = Header(op=op, token=token, sequence=sequence, dtype=dtype)
+    if op == Op.SELECT:
+        return asked._replace(peers=2), [torch.tensor([random_.randrange(-2, 3) for _ in range(2)])]
+    if op == Op.FETCH:
+        return asked._replace(tiles=2), [table]
+    sizes = {"k_elements": 2 * KEYS * D, "v_elements": 2 * KEYS * D, "head_dim": D, "v_head_dim": D}
+    return asked._replace(tiles=2, **sizes), [table, torch.randn(2 * KEYS * D), torch.randn(2 * KEYS * D)]
 
 
 def mutated(header: Header, random_: random.Random) -> Header:
@@ -170,7 +174,7 @@ def _table(message: bytearray, random_: random.Random) -> bytes:
 
 
 def _is_served(honest: Link, random_: random.Random) -> None:
-    header, parts = request(1, random_)
+    header, parts = computed(1, random_)
     header = header._replace(op=Op.ATTEND, keep=0, lse_elements=0, call=77)
     honest.send(header, parts[:4])
     answer = honest.receive(30.0)
