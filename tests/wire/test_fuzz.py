@@ -87,7 +87,7 @@ def mutated(header: Header, random_: random.Random) -> Header:
 @pytest.mark.parametrize("count", [20_000, pytest.param(200_000, marks=FULL)])
 def test_headers_are_taken_or_refused_and_nothing_else(count: int) -> None:
     random_ = random.Random(count)
-    outstanding, asked = Outstanding(), request(1, random_)[0]._replace(op=Op.ATTEND, call=1)
+    outstanding, asked = Outstanding(), computed(1, random_)[0]._replace(op=Op.ATTEND, call=1)
     tiles = [Tile(0, 1, 0, 1, 0, 2, 0, KEYS)]
     answers = refused = 0
     for _ in range(count):
