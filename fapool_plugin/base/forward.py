@@ -66,10 +66,10 @@ class CannotPool(Exception):
 
 
 class StaysHome(Exception):
-    """A layer's keys cannot live on the pool: what its attention is given is not what is cached."""
+    """A layer's keys cannot live on the pool: attention is given others than are cached, or the model reads them."""
 
     def __init__(self, layer: int) -> None:
-        super().__init__(f"the keys of layer {layer} do not reach its attention as they are cached")
+        super().__init__(f"the model reads the keys of layer {layer}, or gives its attention others than are cached")
         self.layer = layer
 
 

@@ -113,8 +113,8 @@ class PoolRank:
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
         """Works together with no other rank any more: a part did not arrive in this lease."""
-        self.stands_in = False
-        """It answers for a rank that was lost, beside its own calls, in whatever order."""
+        self.out_of_order = False
+        """Its replies are not waited for in the order of its calls: it answers for a lost rank, too, or for keys."""
         self.met = set[int]()
         """Keys of the ranks that it was introduced to."""
         self._outstanding = Outstanding.of(link)
@@ -151,15 +151,15 @@ class PoolRank:
 
     def answer(self, call: int) -> Message:
         """Waits for the reply to ``call``. Replies to calls that were given up are dropped; but gradients may be asked
-        for in another order than they were sent for, and are kept while the lease lasts; and of a rank that answers for
-        another one, too, the last replies are."""
+        for in another order than they were sent for, and are kept while the lease lasts. Where other replies are, too,
+        the last ones are kept."""
         while call not in self._early:
             message = self.link.receive(self.stall_s)
             header = message.header
-            kept = header.call == call or header.op == Op.BACKWARD or self.stands_in
+            kept = header.call == call or header.op == Op.BACKWARD or self.out_of_order
             if header.token == self.token and kept:
                 self._early[header.call] = message
-            if self.stands_in and len(self._early) > _EARLY:
+            if self.out_of_order and len(self._early) > _EARLY:
                 del self._early[min(self._early)]
         self.count_bytes()
         return self._early.pop(call)

@@ -118,7 +118,7 @@ class OwnedKeys:
         if peer is None or peer.rank.lost or peer.rank.link.lost or peer.rank not in leased:
             return False
         self.holders[owner], self.peers[owner] = peer, None
-        peer.rank.stands_in = True
+        peer.rank.out_of_order = True
         return True
 
     def instead_of(self, rank: PoolRank, owner: int, leased: Sequence[PoolRank]) -> PoolRank | None:
@@ -322,6 +322,7 @@ def _fetched(
         op=Op.FETCH, sequence=sequence, layer=layer, tiles=len(tiles), dtype=dtype, head_dim=dim, v_head_dim=v_dim
     )
     try:
+        rank.out_of_order = True  # blocks in flight may wait for others of its replies
         call = rank.ask(header, [table], Expected(Op.FETCH, dtype, (0, positions * dim, positions * v_dim, 0)))
         answer = rank.answer(call)
     except LinkLost as error:

@@ -233,6 +233,8 @@ class PooledLayer(DynamicLayer):
         return self._new
 
     def _are_read(self) -> None:
+        if self._away and self.state.owning:
+            raise StaysHome(self.index)  # a model that reads them once does so in every forward
         if self._away:
             warnings.warn(
                 "fa_pool: keys that live on the pool (kv_home) are read as a tensor: they are fetched, and go back "
