@@ -79,7 +79,9 @@ def test_decode(tmp_path, none_left) -> None:
     done = run("decode", *words, "--runs", "2", "--json", str(file))
     assert done.exit_code == 0, done.output
     found = complete(file, 2)
-    assert list(found) == ["sdpa, 1 thread", "sdpa, 2 threads", "fapool, 1 + 1", "fapool by plan, 2 + 1"]
+    own = ["own kernel, 1 thread", "own kernel, 2 threads"]
+    assert list(found) == ["sdpa, 1 thread", "sdpa, 2 threads", *own, "fapool, 1 + 1", "fapool by plan, 2 + 1"]
+    assert not any(facts["pooled_calls"] for label in own for facts in found[label]["facts"])
     assert "fapool by plan, 2 + 1: " in done.output, "whether it pooled is not said"
     layers, steps, tables = 4, 3 + 1, 8 * 64
     queries = 4 * 2 * 8 * 64  # fp32, two sequences, eight heads of 64
@@ -88,6 +90,21 @@ def test_decode(tmp_path, none_left) -> None:
         sent = facts["bytes_sent"] / (layers * steps)
         assert sent <= HEADER_BYTES + queries + tables, f"{sent} bytes a call: keys were sent within the turn"
         assert len(facts["step_seconds"]) == 3
+
+
+@pytest.mark.full
+@pytest.mark.processes
+@pytest.mark.timeout(LIMIT_S)
+def test_decode_with_keys_on_the_pool(tmp_path, none_left) -> None:
+    file = tmp_path / "decode.json"
+    words = ["--model", "random", "--tokens", "300", "--threshold", "64", "--steps", "3", "--batch", "4"]
+    done = run("decode", *words, "--runs", "1", "--kv-home", "pool", "--json", str(file))
+    assert done.exit_code == 0, done.output
+    found = complete(file, 1)
+    assert list(found) == ["own kernel, 1 thread", "own kernel, 2 threads", "fapool, 1 + 1"]
+    (facts,) = found["fapool, 1 + 1"]["facts"]
+    # Once or twice a layer: a step may be taken in two parts.
+    assert facts["pooled_calls"] in (4 * 4, 2 * 4 * 4)
 
 
 @pytest.mark.processes
