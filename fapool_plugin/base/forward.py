@@ -131,6 +131,12 @@ class Forward:
         """Whether its keys go to owners, if it is pooled."""
         return self.sequence is not None and self.sequence.ownable and self.lasting and self.phase != "training"
 
+    @property
+    def may_be_alone(self) -> bool:
+        """Whether it is computed without ranks where that is predicted to be faster: not if its keys may be more than
+        the base can hold."""
+        return self.config.activation == "cost" and not self.owns_keys
+
     def note(self, reason: str, serious: bool) -> None:
         """Remembers why a call is local."""
         self.notes[reason] = serious or self.notes.get(reason, False)

@@ -307,9 +307,9 @@ def copy_name(sequence: int) -> int:
     return sequence ^ 1
 
 
-def names(sequence: int) -> tuple[int, int]:
+def names(sequence: int, redundancy: str) -> tuple[int, ...]:
     """Under which names ranks may have anything of a sequence."""
-    return sequence, copy_name(sequence)
+    return (sequence, copy_name(sequence)) if redundancy == "peer" else (sequence,)
 
 
 def _fetched(

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
+from itertools import product
 from typing import Any, Literal
 
 from fapool_plugin.base.advisor import Advisor, Profiler
@@ -183,8 +184,7 @@ class ResourceManager:
         if self.advisor.needs_profile and profiler is not None:
             self._profile(profiler, length, forward.sequence)
         choice = self.advisor.choose(forward, self.ranks, one_block is None)
-        alone = choice is not None and self.config.activation == "cost" and choice.alone_s <= choice.seconds
-        alone = alone and not forward.owns_keys  # which may be more than the base can hold
+        alone = choice is not None and forward.may_be_alone and choice.alone_s <= choice.seconds
         mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
         blocks = self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1
         mode, blocks = self._agree((mode, blocks))
@@ -344,7 +344,7 @@ class ResourceManager:
             sequence_id = self._ended.pop()
             if sequence_id in self._live:
                 self._live.discard(sequence_id)
-                for rank, name in [(rank, name) for rank in self.ranks for name in names(sequence_id)]:
+                for rank, name in product(list(self.ranks), names(sequence_id, self.config.kv_redundancy)):
                     with self.guard(rank):
                         rank.tell(Op.FREE, name)
                 if not self._live and self.ranks:

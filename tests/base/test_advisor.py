@@ -223,7 +223,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
     told: list[Any] = []
 
     def asked(self: PoolRank, header: Any, tensors: Any, expected: Any) -> int:
-        for row, row_stop, first, last, *_, start, stop in tensors[0].tolist():
+        for row, row_stop, first, last, *_, start, stop, _ in tensors[0].tolist():
             lanes = product(range(row, row_stop), range(first, last))
             told.extend((self.number, header.layer, (self.number, *lane), start, stop) for lane in lanes)
         return ask(self, header, tensors, expected)
