@@ -177,7 +177,8 @@ def test_the_bytes_sent_are_those_a_call_needs(managers: Callable[..., ResourceM
     stream.call(1)
     step = manager.counters.as_dict()["bytes_sent"] - before
     keys = 400 * K * (D + E) * 4
-    assert step < 3 * 1024 < keys, f"a decode step sent {step} bytes: keys, too?"
+    # Heartbeats of a busy machine are among them, 256 bytes each.
+    assert step < 3 * 1024 + 64 * 256 < keys / 8, f"a decode step sent {step} bytes: keys, too?"
 
 
 def test_a_rank_that_evicted_the_keys_answers_stale_and_is_sent_them_again(
