@@ -96,9 +96,7 @@ class AttentionRequests:
                         holder.rank,
                         tiles,
                         self.result.places([one.place for one in share]),
-                        torch.tensor(
-                            [(*tile, *keys) for _, (tile, *keys), _ in share], dtype=torch.int64, device="cpu"
-                        ),
+                        _table(one.own for one in share),
                         [self.result.new_keys(one.place, one.new) for one in share if one.new],
                         None,
                         False,

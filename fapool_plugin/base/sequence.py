@@ -113,6 +113,8 @@ class SequenceState:
     id: int = field(default_factory=lambda: secrets.randbits(62))
     ownable: bool = False
     """Whether its keys are to have owners, above the threshold."""
+    edited: bool = False
+    """Whether somebody has put other keys in the place of those that its forwards made."""
     owned: OwnedKeys | None = None
     """Its keys, if they have owners."""
     owning: bool = False

@@ -54,7 +54,9 @@ def wants_cache(owner: Any, decoder: Any, given: dict[str, Any]) -> bool:
 def wants_last_only(owner: Any, given: dict[str, Any]) -> bool:
     """Whether a model, transformers' own, makes logits of the last position and nothing of any other, as generate()
     asks."""
-    own = type(owner).__name__.endswith("ForCausalLM") and "forward" not in vars(owner)
+    kind = type(owner)
+    own = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("ForCausalLM")
+    own = own and "forward" not in vars(owner)
     keep = given.get("logits_to_keep")
     asked = any(given.get(name) for name in ("output_hidden_states", "output_attentions"))
     hidden = getattr(owner.config, "output_hidden_states", False)

@@ -113,13 +113,8 @@ def run_turns(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scop
     batch, as_tuple = len(geometry.starts), not asked(owner, given, "return_dict")
 
     def part(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
-        mine = given | {"past_key_values": cache.part(), "use_cache": True, "return_dict": True}
-        if isinstance(mine.get("attention_mask"), Tensor):
-            mine["attention_mask"] = mine["attention_mask"][start:stop]
-        for name, (dim, _) in _DIMS.items():
-            value = mine.get(name)
-            if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[dim] == batch:
-                mine[name] = value.narrow(dim, start, stop - start)
+        mine = _rows_of(given, batch, start, stop)
+        mine |= {"past_key_values": cache.part(), "use_cache": True, "return_dict": True}
 
         def run(hand_over: Callable[[], None]) -> Any:
             SCOPE.set(replace_scope(scope, decided.part(start, stop, hand_over), mine["past_key_values"]))
@@ -139,6 +134,18 @@ def run_turns(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scop
     return joined.to_tuple() if as_tuple else joined
 
 
+def _rows_of(given: dict[str, Any], batch: int, start: int, stop: int) -> dict[str, Any]:
+    """A decoder's arguments for the rows [start, stop) of a batch."""
+    mine = dict(given)
+    if isinstance(mine.get("attention_mask"), Tensor):
+        mine["attention_mask"] = mine["attention_mask"][start:stop]
+    for name, (dim, _) in _DIMS.items():
+        value = mine.get(name)
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[dim] == batch:
+            mine[name] = value.narrow(dim, start, stop - start)
+    return mine
+
+
 def _last_position(output: Any) -> Any:
     """A block's output without other positions."""
     return type(output)(
@@ -154,13 +161,8 @@ def run_parts(owner: Any, enter: Callable[..., Any], given: dict[str, Any], scop
     wants_cache, purposes = asked(owner, given, "use_cache"), mask_purposes(given, scope) or {}
 
     def part(start: int, stop: int) -> Callable[[Callable[[], None]], Any]:
-        mine = given | {"past_key_values": None, "use_cache": wants_cache, "return_dict": True}
-        if isinstance(mine.get("attention_mask"), Tensor):
-            mine["attention_mask"] = mine["attention_mask"][start:stop]
-        for name, (dim, _) in _DIMS.items():
-            value = mine.get(name)
-            if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[dim] == batch:
-                mine[name] = value.narrow(dim, start, stop - start)
+        mine = _rows_of(given, batch, start, stop)
+        mine |= {"past_key_values": None, "use_cache": wants_cache, "return_dict": True}
 
         def run(hand_over: Callable[[], None]) -> Any:
             SCOPE.set(replace_scope(scope, decided.part(start, stop, hand_over), scope.cache))

@@ -155,7 +155,7 @@ class PooledCache(DynamicCache):
         # A copy goes its own way; pool ranks know nothing of it yet.
         twin.state = memo[id(self.state)] = SequenceState(self.state.prompt_columns, self.state.capacity)
         twin.record = self.record.copy() if self.record is not None else None
-        twin.state.ownable = self.state.ownable
+        twin.state.ownable, twin.state.edited = self.state.ownable, self.state.edited
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.watch()
         return twin

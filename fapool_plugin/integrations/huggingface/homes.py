@@ -113,13 +113,16 @@ class Homes:
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         if not step or geometry is None or not plain or not isinstance(cache, PooledCache) or cache.state.owned is None:
             return 1
-        # Tests have tried that rows of these models know nothing of each other.
-        if not cache.may_take_turns or not is_surveyed(decoder) or hook_reason(decoder) or collector_reason():
-            return 1
         if self.manager.base_ranks > 1 and self.manager.config.turns is None:
             return 1  # profiles of base ranks differ
         owned = cache.state.owned
-        return self.manager.advisor.turns(geometry, len(owned.holders), owned.base_share)
+        turns = self.manager.advisor.turns(geometry, len(owned.holders), owned.base_share)
+        if turns == 1 or not cache.may_take_turns or collector_reason():
+            return 1
+        # Tests have tried that rows of these models know nothing of each other.
+        if not is_surveyed(decoder) or hook_reason(decoder):
+            return 1
+        return turns
 
     def keep_home(self, error: StaysHome, cache: PooledCache | None) -> None:
         """A layer's keys stay with the base from now on, in this cache and in those to come."""
@@ -136,7 +139,11 @@ class Homes:
         """A forward once more with all keys here. If it succeeds this is how the model's are made from now on; if not,
         ``error`` had another reason, and is raised."""
         ownable, layers = self.ownable, [layer for layer in cache.pooled_layers if layer.ownable]
-        cache.come_home()
+        try:
+            cache.come_home()
+        except KeysLost as lost:
+            self.lose(cache, lost)
+            raise error from None
         rewind, self.ownable = cache.rewinder(), frozenset()
         for layer in layers:
             layer.ownable = False
@@ -170,6 +177,11 @@ class Homes:
             cache.start_anew()
             return
         assert cache.record is not None
+        if cache.state.edited:
+            raise RuntimeError(
+                "fa_pool: keys were lost with a pool rank, and keys of this cache were written by hand: no replay "
+                'brings back: begin this sequence again, or set kv_redundancy to "peer"'
+            )
         owner = cache.record.owner()
         manager.counters.log("replay", f"{past} columns are computed once more: {gone}")
         scratch = self.new_cache(owner.config.get_text_config(decoder=True), cache.state.anew(past))

@@ -75,11 +75,8 @@ class PooledLayer(DynamicLayer):
             self.come_home()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif self._seal() != self._sealed:
-            # Somebody put other keys here, or wrote into ours: those count now, and nobody holds them.
-            self._kv = GrowingKV(self._kv.block, self._kv.capacity)
-            self._kv.append(self.keys, self.values)
-            self.state.residency.forget()
+        else:
+            self._take_over_edited()
         self.keys, self.values = self._kv.append(key_states, value_states)
         self._sealed = self._seal()
         return self.keys, self.values
@@ -212,7 +209,14 @@ class PooledLayer(DynamicLayer):
             home = PooledLayer(self.index, self.state, self._kv.block)
             home._put(*self._fetched())
             state |= {name: vars(home)[name] for name in ("_away", "_columns", "_kv", "_keys", "_values", "_sealed")}
-        return state | {"_new": None, "_before": None}
+        edited = not self._away and self._keys is not None and self._seal() != self._sealed
+        return state | {"_new": None, "_before": None, "_edited": edited}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        edited = state.pop("_edited")
+        self.__dict__.update(state)
+        if self._keys is not None and not edited:
+            self._put(self._keys, self._values)  # storage and seal of its own
 
     def _give_away(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer's attention is to hand to the keys' owners: all that have none."""
@@ -225,12 +229,18 @@ class PooledLayer(DynamicLayer):
             self.come_home()  # the wider dtype counts, as where caches are concatenated
         columns = self.get_seq_length() + k_BKSD.shape[2]
         if not self._away and columns > k_BKSD.shape[2]:
-            if self._seal() != self._sealed:
-                self._kv = GrowingKV(self._kv.block, self._kv.capacity)
-                self._kv.append(self.keys, self.values)
+            self._take_over_edited()
             k_BKSD, v_BKSE = self._kv.append(k_BKSD, v_BKSE)
         self._new, self._columns = (k_BKSD, v_BKSE), columns
         return self._new
+
+    def _take_over_edited(self) -> None:
+        """If somebody put other keys here, or wrote into ours, those count now, and nobody holds them."""
+        if self._seal() != self._sealed:
+            self._kv = GrowingKV(self._kv.block, self._kv.capacity)
+            self._kv.append(self.keys, self.values)
+            self.state.residency.forget()
+            self.state.edited = True
 
     def _are_read(self) -> None:
         if self._away and self.state.owning:

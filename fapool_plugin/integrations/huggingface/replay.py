@@ -47,7 +47,7 @@ class Record:
     def add(self, owner: nn.Module, given: Given, start: int, stop: int) -> None:
         """A forward of the columns [start, stop) is complete."""
         self.crop(start)
-        if not self._forwards:
+        if not self._forwards or self._owner is None:
             self._owner, self._weights = weakref.ref(owner), version_of(owner)
         kept = {name: value for name, value in given.items() if name not in _LEFT_OUT and value is not None}
         inputs = {name: _held(value) for name, value in kept.items()}
@@ -66,6 +66,7 @@ class Record:
     def select(self, rows: Tensor) -> None:
         """Row i becomes a copy of row ``rows[i]``."""
         index = rows.to("cpu")
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index
         self._forwards = [
             (stop, {name: _rows(name, value, index) for name, value in given.items()}) for stop, given in self._joined()
         ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,25 @@ def test_an_owner_is_lost_in_mid_prompt(
     assert stats["faults"] == 1
     # A peer answered in the lost rank's place, or the forward began again, or the next one found that keys were lost.
     assert (calls, stats["replays"]) == (10, 0) if redundancy == "peer" else calls > 10
+
+
+def test_keys_written_by_hand_cannot_be_replayed(steps: Steps) -> None:
+    """A replay would give those that were there before, without a word."""
+    with pytest.warns(RuntimeWarning, match="fetched"):
+        steps.both(lambda cache: cache.layers[0].values[:, :, 40:50].mul_(3.0))
+    steps(1, "after they were written to")
+    kill(1)
+    with pytest.raises(RuntimeError, match="written by hand"):
+        steps(1, "refused")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_keys_of_a_copy_come_back(steps: Steps, copied: Callable[[Any], Any]) -> None:
+    steps.cache, steps.expected = copied(steps.cache), copy.deepcopy(steps.expected)
+    steps(1, "the copy")
+    kill(1)
+    steps(1, "after a loss")
+    assert steps.pair.model.fa_pool.stats()["replays"] == 1
 
 
 def test_changed_weights_cannot_bring_keys_back(steps: Steps) -> None:
