@@ -76,6 +76,22 @@ def test_generate(folder: Path, ranks: int, partition: str, base_share: float | 
         assert bool(held["base"]) == (base_share is None)
 
 
+def test_a_prompt_in_waves(folder: Path) -> None:
+    """Of 300 columns in blocks of 64, two of them in flight: within 1 MiB of activations."""
+    settings = ON_THE_POOL | {"wave_mib": 1, "blocks": 2}
+    ids, mask = padded_batch([300, 233, 300])
+    with Pair.of(folder, pool_ranks=2, **settings) as pair:
+        # Only the last position is asked for, so that others are dropped.
+        actual, expected = pair.generate(ids, prefill=5, decode=NEW - 1, **greedily(NEW, mask), **logits_too())
+        assert_same_tokens(actual.sequences, expected.sequences)
+        for one, other in zip(actual.logits, expected.logits, strict=True):
+            assert_close(one, other)
+        with torch.no_grad():
+            real = mask.bool()
+            logits = pair.model(ids, attention_mask=mask, use_cache=True).logits
+            assert_close(logits[real], pair.reference(ids, attention_mask=mask).logits[real], what="all positions")
+
+
 def test_a_batch_gives_its_memory_back_with_its_cache(pair: Pair) -> None:
     with torch.no_grad():
         cache = pair.model(random_ids(2, 50), use_cache=True).past_key_values

@@ -152,6 +152,28 @@ def test_keys_of_a_copy_come_back(steps: Steps, copied: Callable[[Any], Any]) ->
     assert steps.pair.model.fa_pool.stats()["replays"] == 1
 
 
+def test_embeddings_are_replayed_where_no_ids_were_given(pair: Pair) -> None:
+    ids, mask = padded_batch(LENGTHS)
+    with torch.no_grad():
+        embeds = pair.reference.get_input_embeddings()(ids) * 1.5
+        cache, expected = (
+            model(inputs_embeds=embeds.clone(), attention_mask=mask, use_cache=True).past_key_values
+            for model in (pair.model, pair.reference)
+        )
+        embeds.zero_()  # what was given is the caller's to change
+        for number in range(2):
+            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+            step = random_ids(len(ids), 1, seed=number)
+            actual, wanted = (
+                model(step, attention_mask=mask, past_key_values=past).logits
+                for model, past in ((pair.model, cache), (pair.reference, expected))
+            )
+            assert_close(actual, wanted, what=f"step {number}")
+            if not number:
+                kill(1)
+    assert pair.model.fa_pool.stats()["replays"] == 1
+
+
 def test_changed_weights_cannot_bring_keys_back(steps: Steps) -> None:
     steps.pair.model.lm_head.weight.mul_(2.0)
     kill(1)
