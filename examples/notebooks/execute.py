@@ -134,7 +134,8 @@ def main(
 ) -> None:
     """Run notebooks and write their outputs into them. Exit code 1 if one should not be committed as it is."""
     bad = False
-    for path in notebooks or sorted(HERE.glob("*.ipynb")):
+    for given in notebooks or sorted(HERE.glob("*.ipynb")):
+        path = given if given.exists() else HERE / given
         typer.echo(f"{path.name} ...", err=True)
         notebook = nbformat.read(path, as_version=4)
         execute(notebook)
