@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 from torch import Tensor
 
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
+from fapool_plugin.observe.memory import available_memory
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
 
@@ -46,7 +46,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     taken = manager.batches.taken(ranks)
     # Base ranks that share a model use every pool rank at the same time.
     room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
-    room.append(psutil.virtual_memory().available if config.base_share != 0 or not ranks else 0)
+    room.append(max(0, available_memory() - config.wave_mib * MIB) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
     for _ in range(_TRIES):

@@ -12,10 +12,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 
 from fapool_plugin.config import FAPoolConfig, check_machine
+from fapool_plugin.observe.memory import available_memory
 from fapool_plugin.plan.forecast import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import demo as screens
@@ -288,7 +288,7 @@ def _config(pool_ranks: int, trace: Path | None, **chosen: Any) -> FAPoolConfig:
     if pool_ranks == 0:
         return FAPoolConfig(enabled=False)
     config = FAPoolConfig(pool_ranks=pool_ranks, trace=str(trace) if trace else None, **chosen)
-    check_machine(config, psutil.virtual_memory().available)
+    check_machine(config, available_memory())
     return config
 
 

@@ -23,6 +23,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
+from fapool_plugin.observe.memory import available_memory
 
 _NEEDED = ("torch", "links", "transformers")
 _PATIENCE_S = 10.0
@@ -180,10 +181,10 @@ def _transformers() -> Check:
 
 
 def _memory() -> Check:
-    memory = psutil.virtual_memory()
-    text = f"{decimal(memory.available)} of {decimal(memory.total)} available"
+    left = available_memory()
+    text = f"{decimal(left)} of {decimal(psutil.virtual_memory().total)} available to this process"
     try:
-        check_machine(FAPoolConfig(), memory.available)
+        check_machine(FAPoolConfig(), left)
     except FAPoolConfigError as error:
         return Check("memory", "", False, f"{text}; {error}")
     return Check("memory", "", True, text)

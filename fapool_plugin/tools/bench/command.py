@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 
 from fapool_plugin.config import FAPoolConfig, check_machine
+from fapool_plugin.observe.memory import available_memory
 from fapool_plugin.plan.clocks import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import planning
@@ -371,5 +371,5 @@ def _check_longer(tokens: int, threshold: int) -> None:
 
 def checked(**settings: Any) -> dict[str, Any]:
     """The plugin's settings, checked against this machine. Raises FAPoolConfigError."""
-    check_machine(FAPoolConfig(**settings), psutil.virtual_memory().available)
+    check_machine(FAPoolConfig(**settings), available_memory())
     return settings
