@@ -42,6 +42,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     whole, config = decided.whole or decided.geometry, manager.config
     ranks = tuple(rank for rank in decided.ranks if not rank.lost)
     columns = max(state.capacity, whole.columns)
+    block = 1 if columns == state.capacity else config.kv_block  # storage of a known length has that length
     position = (k_BKTD.shape[3] + v_BKTE.shape[3]) * k_BKTD.element_size() * layers
     taken = manager.batches.taken(ranks)
     # Base ranks that share a model use every pool rank at the same time.
@@ -53,7 +54,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
         owners = Owners(
             whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
         )
-        need = [positions * position for positions in owners.needs(columns, config.kv_block)]
+        need = [positions * position for positions in owners.needs(columns, block)]
         *pool, own = need
         if copied:
             need = [mine + pool[number - 1] for number, mine in enumerate(pool)] + [own]

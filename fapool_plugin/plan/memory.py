@@ -1,6 +1,6 @@
 """What fits where keys have owners: the largest batch, and the longest, that base and pool hold together.
 
-In whole lanes and blocks, as they are really cut. Knows numbers only; what is free on a machine is the caller's to say.
+In lanes and parts of them, as they are really cut. Knows numbers only; what is free is the caller's to say.
 """
 
 from __future__ import annotations
@@ -22,22 +22,20 @@ class Room:
     Args:
         ranks: bytes of each pool rank.
         base: bytes of the base.
-        block: positions by which storage grows.
     """
 
     ranks: Sequence[int]
     base: int
-    block: int = 256
 
 
 def fits(shape: Shape, rows: int, tokens: int, room: Room) -> bool:
-    """Whether the keys of so many sequences of so many tokens fit, each with one owner."""
+    """Whether the keys of so many sequences of so many tokens fit, each with one owner, which has that room at once."""
     position = (shape.head_dim + shape.v_head_dim) * shape.element_bytes * shape.layers
     rooms = [*room.ranks, room.base]
     if sum(rooms) < rows * shape.kv_heads * tokens * position:
         return False
     owners = Owners([Row(0, tokens, tokens, rows)], shape.kv_heads, rooms)
-    return all(need * position <= have for need, have in zip(owners.needs(tokens, room.block), rooms, strict=True))
+    return all(need * position <= have for need, have in zip(owners.needs(tokens), rooms, strict=True))
 
 
 def largest_batch(shape: Shape, tokens: int, room: Room) -> int:

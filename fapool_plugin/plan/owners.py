@@ -27,6 +27,8 @@ from fapool_plugin.plan.line import GRANULE, Line, Piece, Row, Tile, joined, rou
 from fapool_plugin.plan.shares import TileWithKeys
 
 Array = np.ndarray[Any, Any]
+_AHEAD = 2 * GRANULE
+"""Positions that an owner may have of a cut lane above its part of it: short stretches are not divided."""
 
 
 class Asked(NamedTuple):
@@ -174,7 +176,7 @@ class Owners:
                     if (both := cut.box.common(lanes)).lanes:
                         cut.deal(row.keys)
                         for owner, part in cut.parts.items():
-                            asked[owner] += _part(cut, owner, both, row, before, ceil(part * capacity))
+                            asked[owner] += _part(cut, owner, both, row, before, room_for(part, capacity))
             first = stop
         mine_in_order = (sorted(mine, key=lambda one: one.place[:5]) for mine in asked)
         return [[one.moved(-begin) for one in mine] if begin else mine for mine in mine_in_order]
@@ -196,11 +198,11 @@ class Owners:
             first = stop
         return found
 
-    def needs(self, columns: int, block: int) -> list[int]:
+    def needs(self, columns: int, block: int = 1) -> list[int]:
         """Positions of all lanes together that each owner must have room for when lanes have so many, in whole blocks
         of positions."""
         return [
-            sum(box.lanes * round_up(ceil(part * columns), block) for box, part in self.boxes(owner))
+            sum(box.lanes * round_up(room_for(part, columns), block) for box, part in self.boxes(owner))
             for owner in range(len(self.whole))
         ]
 
@@ -211,6 +213,11 @@ class Owners:
             return False
         parts = [(box, sources[box.row_start : box.row_stop]) for box in boxes]
         return all(box.row_start <= part.min() and part.max() < box.row_stop for box, part in parts)
+
+
+def room_for(part: float, positions: int) -> int:
+    """What an owner of a part of a lane holds at most when that has so many positions."""
+    return min(positions, ceil(part * positions) + _AHEAD) if part < 1.0 else positions
 
 
 def _whole(box: Box, row: Row, before: int, capacity: int) -> Asked:

@@ -1,10 +1,11 @@
-"""What is said to fit against a count of every lane's blocks."""
+"""What is said to fit against a count of every lane's positions."""
 
 from __future__ import annotations
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
+from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.plan.memory import Room, fits, largest_batch, longest
 from fapool_plugin.plan.profile import Shape
 
@@ -20,20 +21,19 @@ POSITION = 3 * 2 * 8 * 4
     ranks=st.lists(st.integers(0, 400), max_size=4),
     base=st.integers(0, 400),
     tokens=st.integers(1, 900),
-    block=st.sampled_from([1, 16, 256]),
 )
-def test_the_largest_batch_fits_and_wastes_little(ranks: list[int], base: int, tokens: int, block: int) -> None:
+def test_the_largest_batch_fits_and_wastes_little(ranks: list[int], base: int, tokens: int) -> None:
     """Rooms in blocks of 256 positions."""
-    room = Room([256 * POSITION * one for one in ranks], 256 * POSITION * base, block)
+    room = Room([256 * POSITION * one for one in ranks], 256 * POSITION * base)
     rows = largest_batch(SHAPE, tokens, room)
     assert rows == 0 or fits(SHAPE, rows, tokens, room)
-    total, lane = 256 * (sum(ranks) + base), -(-tokens // block) * block
+    total, lane = 256 * (sum(ranks) + base), tokens
     assert rows * SHAPE.kv_heads * tokens <= total, "more keys than there is room"
-    # Each owner may have a lane's room left at both ends of its share; parts of lanes are rounded up to blocks; short
+    # Each owner may have a lane's room left at both ends of its share; parts of lanes may be two granules more; short
     # lanes are not cut, and a share is off by up to a 64th of the mean then, which the smallest owner feels most.
     owners = [one for one in (*ranks, base) if one]
     uneven = total // 64 // len(owners) * max(owners) // min(owners) if owners else 0
-    wasted = 2 * (len(ranks) + 1) * (lane + block) + uneven
+    wasted = 2 * (len(ranks) + 1) * (lane + 2 * GRANULE) + uneven
     assert (rows + 1) * SHAPE.kv_heads * lane > total - wasted, f"{rows} rows of {total // lane // 2} that may fit"
 
 
@@ -41,8 +41,8 @@ def test_more_ranks_hold_longer_batches() -> None:
     rooms = [Room([2**20] * ranks, 2**20) for ranks in range(4)]
     lengths = [longest(SHAPE, 4, room) for room in rooms]
     batches = [largest_batch(SHAPE, 256, room) for room in rooms]
-    assert lengths[0] == 2**20 // POSITION // 8 // 256 * 256
-    # 5,461 positions each: 21 lanes of 256 and a third of one, in blocks of 256. So two lanes that are cut in three go.
+    assert lengths[0] == 2**20 // POSITION // 8
+    # 5,461 positions each: 21 lanes of 256 and a third of one, of which two granules more may come.
     assert batches == [10, 21, 30, 42]
     assert all(fits(SHAPE, 4, length, room) for length, room in zip(lengths, rooms, strict=True))
     assert lengths == sorted(lengths)

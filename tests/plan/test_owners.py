@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from fapool_plugin.plan.box import Box
 from fapool_plugin.plan.line import Row
-from fapool_plugin.plan.owners import CutLanes, Owners
+from fapool_plugin.plan.owners import CutLanes, Owners, room_for
 from fapool_plugin.plan.shares import Geometry
 
 Lane = tuple[int, int]
@@ -137,6 +137,8 @@ def test_a_cut_lane_is_dealt_by_its_owners_parts_whatever_the_stretches(
             off = abs(lanes.held(owner, stop) - part / sum(parts) * stop)
             # Every long stretch is rounded, and a short one is one owner's.
             assert off <= 64 + len(stretches), f"owner {owner} is {off:.1f} keys off after {stop}"
+            room = room_for(part / sum(parts), stop)
+            assert lanes.held(owner, stop) <= room, f"owner {owner} holds more than the {room} it has room for"
 
 
 @pytest.mark.parametrize("copies", [2, 3])
