@@ -123,6 +123,29 @@ def test_a_prompt_and_its_steps_send_the_least(
             assert stats_sent() - before <= sent + headers
 
 
+@pytest.mark.parametrize(("rows", "ranks", "cut"), [(2, 1, 0), (2, 2, 0), (2, 3, 0), (1, 2, 1), (2, 4, 2)])
+def test_a_step_over_owners_sends_each_number_once(
+    tmp_path: Path, ledger: Ledger, rows: int, ranks: int, cut: int
+) -> None:
+    """By closed form: every new key to one owner, every query to all owners of its lane, and one answer of each."""
+    folder, lanes = save_model("llama", tmp_path, max_position_embeddings=1024), 3 * rows
+    reference, ids = eager(folder), random_ids(rows, LONG)
+    settings: dict[str, Any] = {"pool_ranks": ranks, "base_share": 0.0, "kv_home": "pool"}
+    with planned(folder, activation="length", **settings) as model, torch.no_grad():
+        got, want = model(ids), reference(ids)
+        for step in range(3):
+            ledger.take()
+            before, more = model.fa_pool.stats(), random_ids(rows, 1, seed=step)
+            logits = model(more, past_key_values=got.past_key_values).logits
+            assert_close(logits, reference(more, past_key_values=want.past_key_values).logits, what=f"step {step}")
+            after, (sent, _, headers) = model.fa_pool.stats(), ledger.take()
+            assert sent == LAYERS * ((lanes + cut) * QUERY + lanes * POSITION), f"step {step}: {sent} bytes"
+            assert sent <= after["bytes_sent"] - before["bytes_sent"] <= sent + headers
+            answers = LAYERS * (lanes + cut) * (QUERY + GROUP * FP32)
+            received = after["bytes_received"] - before["bytes_received"]
+            assert 0 <= received - answers <= headers, f"step {step}: {received} bytes came, {answers} are needed"
+
+
 @pytest.mark.parametrize("share", [None, 0.0])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("mode", ["line", "query_blocks"])
