@@ -2,6 +2,7 @@
 # make demo       install, then the demonstration
 # make test       install, lint, then every test but the long matrix and the GPU ones
 # make test-full  install, lint, then every test but the GPU ones
+# make gpu-check  what can be found out on a GPU in ten minutes
 # make lint       ruff and mypy through pre-commit; make format mends what ruff can mend
 # make clean      remove what the above made
 
@@ -10,7 +11,7 @@ STAMP := .venv/.installed
 # python3.11 by preference; asked to run, not only looked up, since a version manager's stub may stand in its place.
 PYTHON ?= $(or $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
 
-.PHONY: install demo test test-full lint format clean
+.PHONY: install demo test test-full gpu-check lint format clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -31,6 +32,9 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+gpu-check: install
+	$(BIN)/python -m tests.gpu.check
 
 # pre-commit needs a git checkout; an unpacked archive gets the same three checks without it.
 lint: install

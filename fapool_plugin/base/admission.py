@@ -23,6 +23,9 @@ _TRIES = 16
 _TIGHT = 0.98
 """Of an owner's room, where parts follow memory: cuts fall on whole lanes and blocks."""
 
+_WAVES = 2
+"""Times the activations of a wave that the base must have left beside its keys: allocators give back late."""
+
 
 class PoolMemoryError(MemoryError):
     """The keys of a batch fit neither the pool nor the base."""
@@ -47,7 +50,8 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     taken = manager.batches.taken(ranks)
     # Base ranks that share a model use every pool rank at the same time.
     room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
-    room.append(max(0, available_memory() - config.wave_mib * MIB) if config.base_share != 0 or not ranks else 0)
+    spare = available_memory() - _WAVES * config.wave_mib * MIB
+    room.append(max(0, spare) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
     for _ in range(_TRIES):

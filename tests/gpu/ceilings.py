@@ -1,0 +1,84 @@
+"""How fast the package's kernels are, beside the same operator called alone: nothing above can be faster."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fapool_plugin.kernels.backward import attend_backward
+from fapool_plugin.kernels.forward import attend, merge_
+from tests.gpu.report import Report
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+SCALE = HEAD_DIM**-0.5
+
+
+def run(report: Report) -> None:
+    for tokens in (8192, 32768, 131072):
+        n = report.size(tokens, tokens // 64)
+        with report.part(f"prefill {n}"):
+            q, k, v = _tensors(report, 1, n, n)
+            flops = 4 * HEADS * HEAD_DIM * n * n / 2
+            ours = report.timed(partial(attend, q, k, v, softmax_scale=SCALE, causal=True))
+            _speed(report, f"prefill {n}, attend", flops, ours)
+            _alone(report, f"prefill {n}", q, k, v, flops, ours)
+    with report.part("rectangle"):
+        s, t = report.size(4096, 64), report.size(32768, 512)
+        q, k, v = _tensors(report, 1, s, t)
+        flops = 4 * HEADS * HEAD_DIM * s * (t - s / 2)
+        ours = report.timed(partial(attend, q, k, v, softmax_scale=SCALE, causal=True))
+        _speed(report, f"rectangle {s} x {t}, attend", flops, ours)
+        _alone(report, f"rectangle {s} x {t}", q, k, v, flops, ours)
+    with report.part("merge"):
+        n = report.size(8192, 128)
+        out, lse = torch.zeros(1, n, HEADS, HEAD_DIM, device=report.device), torch.zeros(1, HEADS, n).to(report.device)
+        part = (out.to(_dtype(report)), lse.clone())
+        seconds = report.timed(lambda: merge_(out, lse, *part))
+        report.figure(f"merge of {n} queries", out.numel() * 10 / seconds / 1e9, "GB/s")
+    for batch in (1, 8, 32, 128):
+        with report.part(f"decode {batch}"):
+            keys = report.size(8192, 256)
+            q, k, v = _tensors(report, batch, 1, keys)
+            seconds = report.timed(partial(attend, q, k, v, softmax_scale=SCALE))
+            nbytes = (k.numel() + v.numel()) * k.element_size()
+            report.figure(f"decode, batch {batch} x {keys} keys", nbytes / seconds / 1e9, "GB/s")
+    for tokens in (8192, 32768):
+        n = report.size(tokens, tokens // 64)
+        with report.part(f"backward {n}"):
+            q, k, v = _tensors(report, 1, n, n)
+            out, lse = attend(q, k, v, softmax_scale=SCALE, causal=True)
+            dout = torch.randn_like(q)
+            work = partial(attend_backward, dout, q, k, v, out, lse, softmax_scale=SCALE, causal=True)
+            seconds = report.timed(work)
+            _speed(report, f"backward {n}, attend_backward", 2.5 * 4 * HEADS * HEAD_DIM * n * n / 2, seconds)
+
+
+def _alone(report: Report, name: str, q: Tensor, k: Tensor, v: Tensor, flops: float, ours: float) -> None:
+    """torch's operator by itself, which takes GQA and a bottom-right mask."""
+    if report.device.type != "cuda":
+        report.skipped(f"{name}, operator alone", "no CUDA device")
+        return
+    alone = report.timed(
+        lambda: torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, True, False, scale=SCALE
+        )
+    )
+    _speed(report, f"{name}, operator alone", flops, alone)
+    report.figure(f"{name}, attend over the operator alone", ours / alone, "(goal 1.05)")
+
+
+def _speed(report: Report, name: str, flops: float, seconds: float) -> None:
+    report.figure(name, seconds * 1e3, "ms")
+    report.figure(name, flops / seconds / 1e12, "TFLOP/s")
+
+
+def _tensors(report: Report, batch: int, s: int, t: int) -> tuple[Tensor, Tensor, Tensor]:
+    heads = ((s, HEADS), (t, KV_HEADS), (t, KV_HEADS))
+    q, k, v = (torch.randn(batch, n, count, HEAD_DIM, device=report.device, dtype=_dtype(report)) for n, count in heads)
+    return q, k, v
+
+
+def _dtype(report: Report) -> torch.dtype:
+    return torch.bfloat16 if report.device.type == "cuda" else torch.float32

@@ -1,0 +1,80 @@
+"""Links between a base and a pool rank that share the GPU: what a message takes, and what a rank's death leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import signal
+import threading
+import time
+
+import torch
+
+from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.measure.calibrate import measure_link
+from fapool_plugin.observe.metrics import RankCounters
+from fapool_plugin.ranks.local import LocalPool
+from fapool_plugin.wire.messages import LinkLost
+from tests.gpu.report import Report
+
+CARRIERS = ("shm", "ipc", "nixl")
+
+
+def run(report: Report) -> None:
+    for carrier in CARRIERS:
+        if importlib.util.find_spec(f"fapool_plugin.wire.{carrier}") is None:
+            report.skipped(f"carrier {carrier}", "the package has none")
+    with report.part("copies"):
+        _copies(report)
+    pool = LocalPool(FAPoolConfig(pool_ranks=1, timeout_s=10.0, start_timeout_s=60.0))
+    try:
+        with report.part("carrier inline"):
+            rank, seconds = _leased(pool)
+            report.figure("first pool rank ready", seconds, "s")
+            cost = measure_link(rank, quick=True)
+            for way, fit in (("to the rank", cost.to_rank), ("to the base", cost.to_base)):
+                report.figure(f"inline, {way}: an empty message", fit.a * 1e6, "us")
+                report.figure(f"inline, {way}", 1e-9 / fit.b if fit.b else float("nan"), "GB/s")
+        with report.part("a rank killed under load"):
+            _killed(report, pool, rank)
+    finally:
+        pool.close()
+
+
+def _copies(report: Report) -> None:
+    """Between device and host, as every carrier but ipc has to copy: its bandwidth is the most that they can give."""
+    if report.device.type != "cuda":
+        report.skipped("copies", "no CUDA device")
+        return
+    there = torch.empty(2**28, dtype=torch.uint8, device=report.device)
+    for kind, here in (("pageable", torch.empty(2**28, dtype=torch.uint8)), ("pinned", None)):
+        host = here if here is not None else torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+        for way, work in (
+            ("from the device", lambda host=host: host.copy_(there)),
+            ("to the device", lambda host=host: there.copy_(host)),
+        ):
+            report.figure(f"copy {way}, {kind}", 2**28 / report.timed(work) / 1e9, "GB/s")
+
+
+def _killed(report: Report, pool: LocalPool, rank: PoolRank) -> None:
+    killer = threading.Timer(0.5, os.kill, (pool.pids()[0], signal.SIGKILL))
+    killed = time.perf_counter() + 0.5
+    killer.start()
+    try:
+        while True:
+            measure_link(rank, quick=True)
+    except LinkLost:
+        report.figure("a rank's death is known after, at most", time.perf_counter() - killed, "s")
+    x = torch.ones(1 << 20, device=report.device)
+    report.passed("the context still works", float((x * 2).sum()) == 2.0 * x.numel())
+    _, seconds = _leased(pool)
+    report.passed("a new link works", True, f"after {seconds:.2f} s")
+
+
+def _leased(pool: LocalPool) -> tuple[PoolRank, float]:
+    began = time.perf_counter()
+    rank = PoolRank(0, pool.acquire(lambda text: None)[0], secrets.randbits(62), RankCounters(0))
+    rank.open()
+    return rank, time.perf_counter() - began

@@ -1,0 +1,66 @@
+"""The GPU check, rehearsed on the CPU: its steps run, one that hangs or dies costs itself, and what failed is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu import check
+from tests.gpu.report import Missing, Report
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
+
+
+def rehearsed(tmp_path: Path, steps: str) -> tuple[int, list[dict]]:
+    file = tmp_path / "found.json"
+    code = check.main(["--rehearse", "--steps", steps, "--json", str(file)])
+    told = json.loads(file.read_text())
+    assert told["rehearsal"]
+    return code, told["found"]
+
+
+def test_what_needs_a_gpu_is_skipped_and_never_passes(tmp_path: Path) -> None:
+    code, found = rehearsed(tmp_path, "machine,pytest,operators,overlap")
+    assert code == 0, found
+    kinds = {(line["step"], line["kind"]) for line in found}
+    assert {("pytest", "SKIP"), ("operators", "SKIP"), ("overlap", "SKIP")} <= kinds
+    assert not {("pytest", "PASS"), ("operators", "PASS"), ("overlap", "PASS")} & kinds
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("step", ["ceilings", "links", "pooled", "predictions"])
+def test_a_step_runs(tmp_path: Path, step: str) -> None:
+    code, found = rehearsed(tmp_path, step)
+    assert code == 0, found
+    assert len([line for line in found if line["kind"] == "FIGURE"]) > 1, found
+
+
+def test_a_step_that_hangs_is_killed_and_fails() -> None:
+    began = time.monotonic()
+    found = check._run("machine", 1, True)
+    assert time.monotonic() - began < 20, "it was not killed"
+    assert [line["detail"] for line in found if line["kind"] == "FAIL"] == ["killed at its limit of 1 s"], found
+
+
+def test_what_raises_or_differs_fails_and_the_step_goes_on() -> None:
+    told = io.StringIO()
+    report = Report(told, torch.device("cpu"), rehearsal=True)
+    with report.part("raises"):
+        raise RuntimeError("no such kernel")
+    with report.part("lacks"):
+        raise Missing("no wheel")
+    one = torch.ones(3)
+    report.close("differs", one * 1.1, one, 0.01)
+    report.close("is nan", one * torch.nan, one, 0.01)
+    report.close("is nothing", one * 0, one * 0, 0.01)
+    report.close("is close", one * 1.001, one, 0.01)
+    kinds = {line["name"]: line["kind"] for line in map(json.loads, told.getvalue().splitlines())}
+    assert kinds == {
+        "raises": "FAIL", "lacks": "SKIP", "differs": "FAIL", "is nan": "FAIL", "is nothing": "FAIL",
+        "is close": "PASS",
+    }  # fmt: skip
