@@ -14,7 +14,7 @@ from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
 

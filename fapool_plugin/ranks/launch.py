@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from fapool_plugin.config import MIB, RANK_MIB, FAPoolConfig, FAPoolConfigError
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 from fapool_plugin.ranks.placement import Placement, place
 from fapool_plugin.wire.key_file import lease_token, read_key
 

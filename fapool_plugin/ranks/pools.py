@@ -15,7 +15,7 @@ from typing import Any
 from fapool_plugin.base.lease import Pool
 from fapool_plugin.base.resource_manager import Agree, ResourceManager
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 from fapool_plugin.observe.prometheus import serve
 from fapool_plugin.observe.trace import Trace
 from fapool_plugin.ranks.launch import JOINED

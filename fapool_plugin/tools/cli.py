@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fapool_plugin.config import FAPoolConfig, check_machine
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 from fapool_plugin.plan.forecast import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import demo as screens

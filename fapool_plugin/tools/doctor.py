@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 
 _NEEDED = ("torch", "links", "transformers")
 _PATIENCE_S = 10.0

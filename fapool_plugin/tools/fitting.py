@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fapool_plugin.config import MIB
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 from fapool_plugin.plan.memory import Room, largest_batch, longest
 from fapool_plugin.plan.profile import Shape
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fapool_plugin.observe.memory import available_memory
+from fapool_plugin.observe.available_memory import available_memory
 
 MIB = 2**20
 
@@ -64,7 +64,7 @@ def test_without_groups_the_machine_counts(tmp_path: Path, process: Path) -> Non
 def test_limits_of_the_process(limit: str) -> None:
     script = (
         "import resource\n"
-        "from fapool_plugin.observe.memory import available_memory\n"
+        "from fapool_plugin.observe.available_memory import available_memory\n"
         f"resource.setrlimit(resource.{limit}, (2**30, 2**30))\n"
         "left = available_memory()\n"
         "held = bytearray(left - 2**25)\n"
