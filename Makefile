@@ -33,8 +33,9 @@ test: lint
 test-full: lint
 	$(BIN)/python -m pytest -m "not gpu"
 
-gpu-check: install
-	$(BIN)/python -m tests.gpu.check
+# By a Python whose torch sees the GPU: what make installs is a CPU build.
+gpu-check:
+	$(PYTHON) -m tests.gpu.check
 
 # pre-commit needs a git checkout; an unpacked archive gets the same three checks without it.
 lint: install

@@ -14,7 +14,7 @@ from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
 
@@ -50,7 +50,9 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     taken = manager.batches.taken(ranks)
     # Base ranks that share a model use every pool rank at the same time.
     room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
-    spare = available_memory() - _WAVES * config.wave_mib * MIB
+    # Local ranks will take theirs of the same memory.
+    shared = left_for_job() - (sum(room) if config.pool == "local" else 0)
+    spare = min(shared, left_for_process()) - _WAVES * config.wave_mib * MIB
     room.append(max(0, spare) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)

@@ -146,7 +146,7 @@ class _Call:
                 owned.give_up("an owner could not be asked", at_once=self.manager.base_ranks == 1)
         self.asking.copy_to_peers(requests, owned)
         self.manager.timeline.switch(ATTENTION)
-        owned.compute(mine, self.module.layer, self.result)
+        owned.compute(mine, self.module.layer, self.result, at_once=self.manager.base_ranks == 1)
         owned.sent(self.module.layer, self.result.geometry, self.k, self.v)
         self.manager.timeline.switch(LINEAR)
 

@@ -153,18 +153,21 @@ class OwnedKeys:
             self._asked[key] = self.owners.asked(geometry.rows, key[2], self.capacity, first_row)
         return self._asked[key]
 
-    def compute(self, asked: Sequence[Asked], layer: int, result: Result) -> None:
-        """The base's share of a call, after its new keys have been stored."""
+    def compute(self, asked: Sequence[Asked], layer: int, result: Result, *, at_once: bool) -> None:
+        """The base's share of a call, after its new keys have been stored. What is not there, or does not fit, is told
+        as :meth:`give_up` and :meth:`fill_up` do."""
         for one in asked:
             tile, start, stop, capacity = one.own
             where = self.sequence, layer, tile
             if stop > start:
                 at = result.new_keys(one.place, one.new)
                 k, v = result.k[at], result.v[at]
-                if not self.own.put(*where, k, v, start, capacity, owned=True):
-                    raise KeysLost("the base's own keys are not what they were")
+                if not self.own.put(*where, k, v, start, capacity, owned=True) and self.own.length(*where) >= start:
+                    self.fill_up("the base has no memory for more keys", at_once=at_once)
+                    continue
             if self.own.length(*where) < tile.k_stop:
-                raise KeysLost("the base's own keys are not what they were")
+                self.give_up("the base's own keys are not what they were", at_once=at_once)
+                continue
             k, v = self.own.get(*where)
             q = result.q[slice(*one.place[:2]), result.heads(tile), result.geometry.q_slice(one.place)]
             out, lse = attend(

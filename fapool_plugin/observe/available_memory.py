@@ -1,4 +1,4 @@
-"""Memory that this process may still take: the least of the machine's, its control groups' and its own limits.
+"""Memory that is left: to all processes of a job together, by machine and control groups, and to one by its own limits.
 
 In a container or a batch job the machine's free memory is not what a process gets. Knows Linux's files; elsewhere only
 the machine's answer counts.
@@ -7,6 +7,7 @@ the machine's answer counts.
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -16,15 +17,20 @@ GROUPS = Path("/sys/fs/cgroup")
 PROCESS = Path("/proc/self")
 
 
-def available_memory(groups: Path = GROUPS, process: Path = PROCESS) -> int:
-    """Bytes, at least 0.
+def left_for_job(groups: Path = GROUPS, process: Path = PROCESS) -> int:
+    """Bytes, at least 0, that this process and those it starts may take together.
 
     Args:
         groups: where control groups are mounted, of version 1 or 2.
         process: the folder of this process in /proc.
     """
-    machine = psutil.virtual_memory().available
-    return max(0, min((machine, *_left_in_groups(groups, process), *_left_of_limits(process))))
+    return max(0, min((psutil.virtual_memory().available, *_left_in_groups(groups, process))))
+
+
+def left_for_process(process: Path = PROCESS) -> int:
+    """Bytes, at least 0, that ``ulimit -d`` and ``ulimit -v`` leave to this process; without them more than any machine
+    has."""
+    return max(0, min((sys.maxsize, *_left_of_limits(process))))
 
 
 def _left_in_groups(groups: Path, process: Path) -> Iterator[int]:
@@ -48,7 +54,6 @@ def _left_in_groups(groups: Path, process: Path) -> Iterator[int]:
 
 
 def _left_of_limits(process: Path) -> Iterator[int]:
-    """What ``ulimit -d`` and ``ulimit -v`` leave."""
     taken = dict(line.split(":", 1) for line in _text(process / "status").splitlines() if line.startswith("Vm"))
     for limit, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         most, _ = resource.getrlimit(limit)

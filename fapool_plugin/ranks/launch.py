@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from fapool_plugin.config import MIB, RANK_MIB, FAPoolConfig, FAPoolConfigError
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.ranks.placement import Placement, place
 from fapool_plugin.wire.key_file import lease_token, read_key
 
@@ -119,7 +119,7 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
         "node": _number(environment, _NODE),
         "local": local_rank,
         "host": socket.gethostname(),
-        "free": available_memory(),
+        "free": left_for_job(),
     }
     store = _meet(host, port, rank, config)
     if rank == 0:

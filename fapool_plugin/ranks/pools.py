@@ -15,7 +15,7 @@ from typing import Any
 from fapool_plugin.base.lease import Pool
 from fapool_plugin.base.resource_manager import Agree, ResourceManager
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.observe.prometheus import serve
 from fapool_plugin.observe.trace import Trace
 from fapool_plugin.ranks.launch import JOINED
@@ -73,7 +73,7 @@ def pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:
         FAPoolConfigError: more local ranks than memory can hold, or ranks of a launch that was not joined.
     """
     if config.pool == "local" or not config.enabled:
-        check_machine(config, available_memory())
+        check_machine(config, left_for_job())
         return LocalPool
     launch = JOINED.get()
     if launch is None:

@@ -195,9 +195,14 @@ class PrefixStore:
                 return None
             self.free(victim)
             self.evictions += 1
-        # Tensors made in inference mode can be written in no other.
-        with torch.inference_mode(False), torch.no_grad():
-            k_RHTD, v_RHTE = (torch.empty(*lanes, size, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
+        try:
+            # Tensors made in inference mode can be written in no other.
+            with torch.inference_mode(False), torch.no_grad():
+                k_RHTD, v_RHTE = (torch.empty(*lanes, size, x.shape[3], dtype=x.dtype, device=x.device) for x in (k, v))
+        except RuntimeError as error:  # less memory than the limit is there; of the CPU that has no class of its own
+            if k.device.type != "cpu" and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            return None
         new = Prefixes(box, k_RHTD, v_RHTE, np.zeros(lanes, dtype=np.int64))
         for old in olds:
             at, used = old.box.inside(box), slice(int(old.lengths.max()))

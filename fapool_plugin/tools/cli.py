@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fapool_plugin.config import FAPoolConfig, check_machine
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.plan.forecast import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import demo as screens
@@ -288,7 +288,7 @@ def _config(pool_ranks: int, trace: Path | None, **chosen: Any) -> FAPoolConfig:
     if pool_ranks == 0:
         return FAPoolConfig(enabled=False)
     config = FAPoolConfig(pool_ranks=pool_ranks, trace=str(trace) if trace else None, **chosen)
-    check_machine(config, available_memory())
+    check_machine(config, left_for_job())
     return config
 
 

@@ -23,7 +23,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job
 
 _NEEDED = ("torch", "links", "transformers")
 _PATIENCE_S = 10.0
@@ -181,8 +181,8 @@ def _transformers() -> Check:
 
 
 def _memory() -> Check:
-    left = available_memory()
-    text = f"{decimal(left)} of {decimal(psutil.virtual_memory().total)} available to this process"
+    left = left_for_job()
+    text = f"{decimal(left)} of {decimal(psutil.virtual_memory().total)} available to this job"
     try:
         check_machine(FAPoolConfig(), left)
     except FAPoolConfigError as error:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fapool_plugin.config import MIB
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 from fapool_plugin.plan.memory import Room, largest_batch, longest
 from fapool_plugin.plan.profile import Shape
 
@@ -37,7 +37,7 @@ def outlook(
     """Counts what fits."""
     if base_mib is None:
         weights = shape.parameters * shape.element_bytes
-        base_mib = max(0, available_memory() - weights) // MIB
+        base_mib = max(0, min(left_for_job(), left_for_process()) - weights) // MIB
     rooms = {ranks: Room([rank_mib * MIB] * ranks, base_mib * MIB) for ranks in (0, *pool_ranks)}
     batches = {
         ranks: {tokens: largest_batch(shape, tokens, room) for tokens in lengths} for ranks, room in rooms.items()

@@ -13,7 +13,7 @@ from tests.gpu.report import Report
 
 NEEDED = ("greenlet", "pydantic", "pydantic_core", "annotated_types", "typing_inspection", "platformdirs", "psutil")
 """Packages of small wheels that an image for GPUs may lack; the check stops without them."""
-OPTIONAL = ("triton", "xformers", "flash_attn", "flash_attn_interface", "fa3-fwd", "nixl", "cryptography")
+OPTIONAL = ("triton", "xformers", "flash_attn", "fa3-fwd", "nixl", "cryptography")
 SEEN = ("torch", "transformers", "numpy", *NEEDED, *OPTIONAL)
 
 

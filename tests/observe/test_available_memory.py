@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 
 MIB = 2**20
 
@@ -42,31 +42,34 @@ def test_the_tightest_group_counts_and_cache_does_not(tmp_path: Path, process: P
     (process / "cgroup").write_text("0::/job/step\n")
     group(tmp_path / "job", 2, str(500 * MIB), 450 * MIB, cache=100 * MIB)
     group(tmp_path / "job" / "step", 2, "max", 400 * MIB)
-    assert available_memory(tmp_path, process) == 150 * MIB
+    assert left_for_job(tmp_path, process) == 150 * MIB
     group(tmp_path / "job" / "step", 2, str(420 * MIB), 400 * MIB)
-    assert available_memory(tmp_path, process) == 20 * MIB
+    assert left_for_job(tmp_path, process) == 20 * MIB
     group(tmp_path / "job" / "step", 2, str(420 * MIB), 430 * MIB)
-    assert available_memory(tmp_path, process) == 0
+    assert left_for_job(tmp_path, process) == 0
 
 
 @pytest.mark.parametrize("path", ["/", "/docker/of-the-host"])
 def test_the_group_that_a_container_sees(tmp_path: Path, process: Path, path: str) -> None:
     (process / "cgroup").write_text(f"5:devices:/x\n4:cpu,memory:{path}\n0::/\n")
     group(tmp_path / "memory", 1, str(300 * MIB), 100 * MIB, cache=10 * MIB)
-    assert available_memory(tmp_path, process) == 210 * MIB
+    assert left_for_job(tmp_path, process) == 210 * MIB
 
 
 def test_without_groups_the_machine_counts(tmp_path: Path, process: Path) -> None:
-    assert available_memory(tmp_path, process) == 64 * 2**30
+    assert left_for_job(tmp_path, process) == 64 * 2**30
+    assert left_for_process(process) == sys.maxsize
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_limits_of_the_process(limit: str) -> None:
     script = (
         "import resource\n"
-        "from fapool_plugin.observe.available_memory import available_memory\n"
+        "from fapool_plugin.observe.available_memory import left_for_job, left_for_process\n"
+        "before = left_for_job()\n"
         f"resource.setrlimit(resource.{limit}, (2**30, 2**30))\n"
-        "left = available_memory()\n"
+        "left = left_for_process()\n"
+        "assert left_for_job() > before / 2, 'a limit of one process counted for all'\n"
         "held = bytearray(left - 2**25)\n"
         "try:\n"
         "    more = bytearray(2**26)\n"

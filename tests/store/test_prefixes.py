@@ -42,6 +42,17 @@ def test_owned_prefixes_make_way_for_none() -> None:
     assert store.put(4, 0, tile((0, 1), (0, 1), 60), *keys(1, 1, 60), 0)
 
 
+def test_memory_that_ends_before_the_limit_refuses_keys_and_takes_none() -> None:
+    store = PrefixStore(2**62, block=10)
+    whole = tile((0, 1), (0, 1), 50)
+    assert store.put(1, 0, whole, *keys(1, 1, 50), 0, owned=True)
+    assert not store.put(2, 0, whole, *keys(1, 1, 50), 0, capacity=2**48), "2^53 bytes are there"
+    assert not store.put(1, 0, tile((0, 1), (0, 1), 60), *keys(1, 1, 10), 50, capacity=2**48, owned=True)
+    assert store.length(1, 0, whole) == 50
+    assert torch.equal(store.get(1, 0, whole)[0], keys(1, 1, 50)[0])
+    assert store.put(1, 0, tile((0, 1), (0, 1), 60), *keys(1, 1, 10), 50, owned=True)
+
+
 def test_rows_become_copies_of_others_in_their_box() -> None:
     store = PrefixStore(2**20, block=16)
     k, v = keys(5, 2, 20)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from fapool_plugin.config import FAPoolConfig, check_machine
-from fapool_plugin.observe.available_memory import available_memory
+from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.plan.clocks import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import planning
@@ -371,5 +371,5 @@ def _check_longer(tokens: int, threshold: int) -> None:
 
 def checked(**settings: Any) -> dict[str, Any]:
     """The plugin's settings, checked against this machine. Raises FAPoolConfigError."""
-    check_machine(FAPoolConfig(**settings), available_memory())
+    check_machine(FAPoolConfig(**settings), left_for_job())
     return settings

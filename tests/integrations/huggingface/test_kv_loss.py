@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fapool_plugin.base import admission
 from fapool_plugin.base.admission import PoolMemoryError
 from fapool_plugin.base.owned import OwnedKeys
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
@@ -19,6 +20,8 @@ from tests.models import (
     Pair,
     assert_close,
     eager,
+    greedily,
+    logits_too,
     one_thread,
     padded_batch,
     pooled,
@@ -199,6 +202,52 @@ def test_owners_that_are_short_of_memory_get_less(folder: Path) -> None:
         held = model.fa_pool.stats()["kv_bytes"]
         total = held["base"] + held["ranks"][0]
         assert 0.95 * total > 2**20 >= held["ranks"][0] > 0.7 * 2**20, held
+
+
+def test_a_known_length_needs_the_room_of_that_length(folder: Path) -> None:
+    """In blocks of 256 positions 15 sequences of 140 would need 1.4 MiB; they have 0.77."""
+    settings = ON_THE_POOL | {"memory_limit_mib": 1, "base_share": 0.0, "kv_block": 256}
+    with Pair.of(folder, pool_ranks=1, **settings) as pair:
+        mask = torch.ones(15, 136, dtype=torch.long)
+        actual, expected = pair.generate(random_ids(15, 136), prefill=1, decode=3, **greedily(4, mask), **logits_too())
+        for one, other in zip(actual.logits, expected.logits, strict=True):
+            assert_close(one, other)
+        assert pair.model.fa_pool.stats()["ranks"][0]["calls"] == 8
+
+
+@pytest.mark.parametrize("limit", ["left_for_job", "left_for_process"])
+def test_a_base_with_little_memory_refuses_or_gives_the_ranks_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """Beside the activations of two waves, and beside what local ranks will take of a machine's memory."""
+    settings = ON_THE_POOL | {"memory_limit_mib": 1, "base_share": 0.9, "wave_mib": 1}
+    beside = (2 + (limit == "left_for_job")) * 2**20
+    with pooled(folder, pool_ranks=1, **settings) as model, torch.no_grad():
+        ids = random_ids(8, 250)
+        monkeypatch.setattr(admission, limit, lambda: beside + 2**18)
+        output = model(ids, use_cache=True)
+        assert_close(output.logits, eager(folder)(ids).logits)
+        held = model.fa_pool.stats()["kv_bytes"]
+        assert 0 < held["base"] <= 2**18 < held["ranks"][0], held
+        del output
+        monkeypatch.setattr(admission, limit, lambda: beside - 1)
+        with pytest.raises(PoolMemoryError, match=r"16 sequences .* 1 MiB free \(memory_limit_mib 1\) and the base 0"):
+            model(random_ids(16, 250), use_cache=True)
+
+
+def test_a_base_whose_memory_ends_refuses_and_goes_on(folder: Path) -> None:
+    settings = ON_THE_POOL | {"base_share": 0.5, "kv_block": 16}
+    with Pair.of(folder, pool_ranks=1, **settings) as pair, torch.no_grad():
+        steps = Steps(pair, *padded_batch(LENGTHS))
+        own, length, mask = steps.cache.state.owned.own, steps.cache.get_seq_length(), steps.mask
+        limit, own.limit_bytes = own.limit_bytes, own.nbytes
+        with pytest.raises(PoolMemoryError, match=r"the base has no memory for more keys.*as it was"):
+            steps(40, "too much")
+        assert steps.cache.get_seq_length() == length
+        assert pair.model.fa_pool.stats()["replays"] == 0
+        own.limit_bytes, steps.mask = limit, mask
+        steps.expected.crop(length - steps.expected.get_seq_length() or 0)
+        steps(40, "what fits now")
 
 
 def test_growth_that_does_not_fit_leaves_the_cache_as_it_was(folder: Path) -> None:
