@@ -153,8 +153,8 @@ class Line:
     def pieces(self, speeds: Sequence[float]) -> list[list[Piece | Runs]]:
         """One stretch of the line for each speed: the rest of a lane that was begun, whole lanes, and the beginning of
         one. Where lanes are many a cut falls between them."""
-        ends = list(accumulate(map(float, speeds)))
-        cuts = [self._cut(end / ends[-1] * self.work, self.work / len(ends)) for end in (0.0, *ends)]
+        ends, work = list(accumulate(map(float, speeds))), self.work
+        cuts = [self._cut(end / ends[-1] * work, work / len(ends)) for end in (0.0, *ends)]
         return [self._between(begin, end) for begin, end in pairwise(cuts)]
 
     def _cut(self, at: float, mean: float) -> _Cut:
@@ -186,9 +186,8 @@ class Line:
         return pieces
 
 
-def _one_lane(run: int, lane: int, kv_heads: int, start: float, stop: float) -> Piece:
-    row, head = divmod(lane, kv_heads)
-    return Piece(run, row, row + 1, head, head + 1, start, stop)
+def _one_lane(run: int, lane: int, heads: int, start: float, stop: float) -> Piece:
+    return Piece(run, lane // heads, lane // heads + 1, lane % heads, lane % heads + 1, start, stop)
 
 
 def _whole_lanes(run: int, lane: int, stop: int, kv_heads: int) -> list[Piece]:
@@ -360,12 +359,14 @@ def positions(row: Row, parts: Sequence[float], axis: Axis, block: int) -> list[
 def joined(tiles: Iterable[tuple[Any, Tile]]) -> list[Tile]:
     """The same tiles, in the line's order, neighbours together that are one rectangle. Each comes with what its rows
     must have in common to be in one."""
-    found: list[tuple[Any, Tile]] = []
+    kinds, found = list[Any](), list[Tile]()
     for kind, tile in tiles:
-        found.append((kind, tile))
-        while len(found) > 1 and found[-2][0] == kind and (both := _both(found[-2][1], found[-1][1])):
-            found[-2:] = [(kind, both)]
-    return [tile for _, tile in found]
+        while found and kinds[-1] == kind and (both := _both(found[-1], tile)):
+            tile = both
+            del found[-1], kinds[-1]
+        found.append(tile)
+        kinds.append(kind)
+    return found
 
 
 def _both(one: Tile, other: Tile) -> Tile | None:
