@@ -17,7 +17,7 @@ import torch
 from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLost, Message, Op, Payload, Status
+from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLost, Message, Op, Payload, Status, rooms
 
 _STEPS = 4
 """A rank that takes so many times as long for a step as it should does not get on."""
@@ -39,6 +39,15 @@ class Expected(NamedTuple):
     """Elements of q, k, v and lse; of a merged answer at most so many."""
     parts: int = 0
     """Ranks whose parts it may have; 0: it is not merged."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Of its body, with padding; of a merged one, whose lanes are not known beforehand, 1."""
+        if self.parts:
+            return 1
+        q, k, v, lse = self.sizes
+        sizes = {"q_elements": q, "k_elements": k, "v_elements": v, "lse_elements": lse}
+        return rooms(Header(op=self.op, status=Status.OK, dtype=self.dtype, **sizes))[1]
 
 
 def expected(header: Header, tiles: Iterable[Tile], ranks: int = 0) -> Expected:
@@ -146,7 +155,8 @@ class PoolRank:
         self._call += 1
         if expected is not None:
             self._outstanding.expect(self.token, self._call, expected)
-        self.link.send(header._replace(token=self.token, call=self._call), tensors)
+        due = expected.most_bytes if expected is not None else 0
+        self.link.send(header._replace(token=self.token, call=self._call), tensors, answer_bytes=due)
         return self._call
 
     def answer(self, call: int) -> Message:
@@ -191,10 +201,12 @@ class PoolRank:
     def _greet(self) -> Header:
         asked = time.perf_counter_ns()
         self._outstanding.hellos += 1
-        self.link.send(Header(op=Op.HELLO, token=self.token))
+        self.link.send(Header(op=Op.HELLO, token=self.token), attached=self.link.offer())
         # A link outlives leases: replies to calls that an earlier lease gave up may come first.
-        while (reply := self.link.receive(self.stall_s).header).op != Op.HELLO:
+        while (message := self.link.receive(self.stall_s)).header.op != Op.HELLO:
             pass
+        reply = message.header
+        self.link.agree(message.attached)
         # Cristian (1989): the rank read its clock about midway between question and answer.
         self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
         return reply

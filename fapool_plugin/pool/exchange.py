@@ -108,8 +108,8 @@ class Inbox:
             known = self._exchanges[link] = Exchange(
                 header.number, header.token, self.loop, self.patience_s, self._key, self.step
             )
-        if message.socket is not None:
-            known.meet(header.peer, message.socket)
+        if message.attached is not None:
+            known.meet(header.peer, message.attached.socket())
         elif header.address:
             address = bytes(message.tensors[0].tolist()).decode(errors="replace")
             # The other end may be slow to answer: the worker goes on meanwhile.

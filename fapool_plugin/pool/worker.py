@@ -26,7 +26,7 @@ from fapool_plugin.pool.request import TileRequest, check_header, fetched, store
 from fapool_plugin.pool.store import CallStore, KeptTile
 from fapool_plugin.store.prefixes import PrefixStore
 from fapool_plugin.wire.key_file import read_key
-from fapool_plugin.wire.link import Link, first_line, watch_process
+from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
     PROTOCOL_VERSION,
@@ -40,6 +40,7 @@ from fapool_plugin.wire.messages import (
     elements,
 )
 from fapool_plugin.wire.sockets import Listener
+from fapool_plugin.wire.watch import watch_process
 
 NAME = "fapool rank"
 """What the system's lists of processes say."""
@@ -99,7 +100,8 @@ class Worker:
     def _handle(self, link: Link, message: Message) -> None:
         header = message.header
         if header.op == Op.HELLO:
-            link.send(self._hello(link, header))
+            answer = self._hello(link, header)
+            link.send(answer, attached=link.agree(message.attached) if answer.status == Status.OK else None)
         elif self.lease is None or header.token != self.lease:
             if header.op in (Op.ATTEND, Op.BACKWARD, Op.FETCH):
                 link.send(header._replace(status=Status.STALE))

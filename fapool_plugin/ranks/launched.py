@@ -17,10 +17,11 @@ from typing import Any
 from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.ranks.launch import Launch, link_key
-from fapool_plugin.wire.link import Link, first_line, watch_process
+from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
 from fapool_plugin.wire.sockets import connect
+from fapool_plugin.wire.watch import watch_process
 
 _OPERATION_S = 10.0
 """For single operations of the store; every wait of ours is a loop of them."""

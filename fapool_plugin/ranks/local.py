@@ -20,10 +20,11 @@ from fapool_plugin.base.lease import Outstanding
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.pool.process import Process, arguments, end, environment, start
 from fapool_plugin.ranks.forked import ForkServer
-from fapool_plugin.wire.link import Link, watch_process
+from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
 from fapool_plugin.wire.sockets import pair
+from fapool_plugin.wire.watch import watch_process
 
 
 class LocalPool:

@@ -10,19 +10,18 @@ What messages mean is not known here. Tensors on other devices are copied to hos
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from typing import Any
 
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
-
+from fapool_plugin.wire.carrier import Carrier
+from fapool_plugin.wire.descriptor import Descriptor
+from fapool_plugin.wire.inline import Inline
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
     HEADER_BYTES,
@@ -34,15 +33,18 @@ from fapool_plugin.wire.messages import (
     Payload,
     Status,
     body_memory,
+    header_bytes,
     header_of,
-    packed,
     rooms,
     tensors_of,
 )
+from fapool_plugin.wire.modes import real_tensors
+from fapool_plugin.wire.outgoing import Attached, Outgoing
+from fapool_plugin.wire.ring import Ring
+from fapool_plugin.wire.shm import Shm
 
 _QUEUED = 4096
 """Messages that may be received ahead."""
-_AS_THEY_ARE = nullcontext()
 _DESCRIPTOR_ROOM = socket.CMSG_SPACE(4)
 
 
@@ -59,6 +61,7 @@ class Link:
         steps: what this end has done so far, for its answers to heartbeats.
         address: where other ranks reach the other end; empty: nowhere.
         check: called with every header before its body is received; raises LinkLost.
+        ring_bytes: of the memory for bodies that it offers to an end on this machine; 0: none is offered.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Link:
         steps: Callable[[], int] = int,
         address: str = "",
         check: Callable[[Header], object] = lambda header: None,
+        ring_bytes: int = 0,
     ) -> None:
         self.name, self.loop, self.timeout_s, self.address = name, loop, timeout_s, address
         self._socket, self._asks, self._steps = sock, asks, steps
@@ -83,6 +87,9 @@ class Link:
         self._received: deque[tuple[Link, Message | LinkLost]] = deque()
         self.into = into if into is not None else self._received.append
         self.check = check
+        self.carrier: Carrier = Inline()
+        self._ring_bytes = ring_bytes
+        self._ring: Ring | None = None
         self.lost: str | None = None
         self.heard = False
         """Whether the other end has said anything yet."""
@@ -92,57 +99,37 @@ class Link:
         self._beat_at = 0.0
         self._answered_steps = -1
         self._sending, self._losing = threading.RLock(), threading.RLock()
-        self._posting = False
-        self._behind: deque[tuple[Packed, socket.socket | None]] = deque()
-        self._outgoing: deque[tuple[memoryview, socket.socket | None]] = deque()
-        """What the socket did not take yet, and a socket that goes with it."""
-        self._messages_waiting: deque[int] = deque()
-        """Of each message that is not out yet, the number of buffers left."""
+        self._outgoing = Outgoing(
+            sock, lambda wanted: loop.writing(self, wanted), lambda wanted: loop.expecting(self, wanted)
+        )
         self._header_bytes = bytearray(HEADER_BYTES)
+        self._partial: tuple[Header, memoryview, int, Descriptor | None] | None = None
+        """A message whose body comes in pieces: its header, the body, how much of it is there, what was attached."""
         self._begin_message()
         loop.add(self)
         if not asks:
-            with suppress(LinkLost):
-                self.send(Header(op=Op.BEAT, status=Status.OK, clock=steps()))  # it is ready
+            self._say(Header(op=Op.BEAT, status=Status.OK, clock=steps()))  # it is ready
 
     def fileno(self) -> int:
         """Its descriptor."""
         return self._socket.fileno()
 
-    def send(self, header: Header, tensors: Payload = (), attached: socket.socket | None = None) -> None:
-        """Sends without waiting: what the socket does not take at once is copied and goes later.
+    def send(self, header: Header, tensors: Payload = (), attached: Attached = None, *, answer_bytes: int = 0) -> None:
+        """Sends without waiting: what cannot go at once is copied and goes later.
 
         Args:
             header: announces the payload.
             tensors: the payload, in the header's order.
-            attached: a socket that goes with it, and is closed here; only to ranks on this machine.
+            attached: what goes with it, and is closed here; only to ranks on this machine.
+            answer_bytes: of the body of its answer, at most; 0: none is due.
 
         Raises:
             LinkLost: the other end is known to be gone.
             ValueError: the payload is not what the header announces.
         """
-        with _real_tensors():
-            message = packed(header, tensors)
-        with self._sending:
-            if self.lost:
-                raise LinkLost(self.lost)
-            if self._posting:
-                # A garbage collector's finalizer, in the middle of another message of this thread.
-                self._behind.append((message, attached))
-                return
-            self._posting = True
-            try:
-                self._post(message, attached)
-                while self._behind:
-                    self._post(*self._behind.popleft())
-            except OSError as error:
-                raise LinkLost(self.fail(f"send failed: {first_line(error)}")) from error
-            except BaseException as error:
-                # Half a message may be out: nothing after it could be understood.
-                self.fail(f"send failed: {first_line(error)}")
-                raise
-            finally:
-                self._posting = False
+        with self._sending, real_tensors():
+            self._add(self.carrier.outgoing(header, tensors, answer_bytes, self._outgoing.is_queued), attached)
+            self.bytes_sent += HEADER_BYTES + rooms(header)[1]
 
     def receive(self, stall_s: float | None = None) -> Message:
         """The next message. Raises LinkLost once the other end is gone, or, with ``stall_s``, if for so many seconds
@@ -168,10 +155,35 @@ class Link:
         if self.lost:
             raise LinkLost(self.lost)
 
+    def offer(self) -> Descriptor | None:
+        """A ring for what the other end sends, to go with HELLO; None: it has one, or none is to be had."""
+        if self._ring_bytes and self.is_local and isinstance(self.carrier, Inline):
+            with suppress(OSError):
+                self._ring, made = Ring.made(self._ring_bytes)
+                return made
+        return None
+
+    def agree(self, theirs: Descriptor | None) -> Descriptor | None:
+        """Bodies go through memory from now on, if the other end has sent a ring, with HELLO or with its answer.
+        Returns this end's, to go with the answer. Raises LinkLost if that is not what it was to send."""
+        if theirs is None:
+            return None
+        with closing(theirs):
+            ring, made = Ring(theirs.fileno()), None
+        if not isinstance(self.carrier, Inline) or self._asks > (self._ring is not None):
+            raise LinkLost("offers memory that was not asked for")
+        if self._ring is None:
+            try:
+                self._ring, made = Ring.made(ring.size)
+            except OSError:
+                return None
+        self.carrier = Shm(self._ring, ring, self._asks)
+        return made
+
     def drain(self, messages: int) -> None:
         """Waits until no more than so many messages are still to be sent."""
-        if len(self._messages_waiting) > messages:
-            self.loop.wait(lambda: len(self._messages_waiting) <= messages or self.lost)
+        if len(self._outgoing) > messages:
+            self.loop.wait(lambda: len(self._outgoing) <= messages or self.lost)
 
     def fail(self, reason: str) -> str:
         """Marks the link as lost, once, and wakes whoever waits for it. Returns the first reason given."""
@@ -189,12 +201,13 @@ class Link:
         """Ends the link; what can still be sent at once is."""
         if not self.lost:
             with self._sending, suppress(OSError):
-                self._flush()
+                self._outgoing.flush()
         self.fail("closed")
         with self.loop.alone(), self._sending:
             self.loop.remove(self)
             self._socket.close()
             self._outgoing.clear()
+            self.carrier, self._ring, self._partial = Inline(), None, None
 
     def handle(self, events: int) -> None:
         """Sends and receives what can be now."""
@@ -204,7 +217,8 @@ class Link:
                 return
             if events & select.EPOLLOUT:
                 with self._sending:
-                    self._flush()
+                    if self._outgoing.flush():
+                        self.moved = self._alive = time.monotonic()
             if events & ~select.EPOLLOUT:
                 self._read()
         except OSError as error:
@@ -225,10 +239,9 @@ class Link:
         silent_s = now - self._alive
         if silent_s > self.timeout_s and (self.heard or not self._asks):
             self.fail(f"no heartbeat within {self.timeout_s:g} s")
-        elif self._asks and self.heard and now >= self._beat_at and not self._outgoing:
+        elif self._asks and self.heard and now >= self._beat_at and not self._outgoing.is_behind:
             self._beat_at = now + self.timeout_s / 5
-            with suppress(LinkLost):
-                self.send(Header(op=Op.BEAT))
+            self._say(Header(op=Op.BEAT))
         return self.timeout_s / 10
 
     def abandon(self) -> None:
@@ -236,51 +249,30 @@ class Link:
         self.lost = self.lost or "it is not served any more"
         self._socket.close()
 
-    def _post(self, message: Packed, attached: socket.socket | None) -> None:
-        self.bytes_sent += message.nbytes
-        sent = 0
-        if not self._outgoing:
-            with suppress(BlockingIOError):
-                sent = self._socket.sendmsg(message.buffers, _rights(attached))
-            if sent and attached is not None:
-                attached.close()
-                attached = None
-        if sent == message.nbytes:
-            return
-        left = 0
-        for buffer, borrowed in zip(message.buffers, message.borrowed, strict=True):
-            skipped, sent = min(sent, len(buffer)), max(0, sent - len(buffer))
-            if skipped < len(buffer):
-                rest = memoryview(buffer)[skipped:]
-                # The caller may write to its own tensors as soon as this returns.
-                self._outgoing.append((memoryview(bytes(rest)) if borrowed else rest, attached))
-                attached, left = None, left + 1
-        self._messages_waiting.append(left)
-        self.loop.writing(self, True)
+    def _say(self, header: Header) -> None:
+        """Past all that waits for room: it gives room back, or says that this end lives."""
+        with self._sending:
+            if self._outgoing.is_behind and len(self._outgoing) > _QUEUED:
+                self.fail("does not read what it asks for")
+            with suppress(LinkLost):
+                self._add(iter((Packed([header_bytes(header)], [False], HEADER_BYTES),)), first=True)
 
-    def _flush(self) -> None:
-        while self._outgoing:
-            buffer, attached = self._outgoing[0]
-            try:
-                sent = self._socket.sendmsg([buffer], _rights(attached))
-            except BlockingIOError:
-                return
-            if attached is not None:
-                attached.close()
-            self.moved = self._alive = time.monotonic()
-            if sent < len(buffer):
-                self._outgoing[0] = buffer[sent:], None
-                continue
-            self._outgoing.popleft()
-            self._messages_waiting[0] -= 1
-            if not self._messages_waiting[0]:
-                self._messages_waiting.popleft()
-        self.loop.writing(self, False)
+    def _add(self, steps: Iterator[Packed | None], attached: Attached = None, *, first: bool = False) -> None:
+        if self.lost:
+            raise LinkLost(self.lost)
+        try:
+            self._outgoing.add(steps, attached, first=first)
+        except OSError as error:
+            raise LinkLost(self.fail(f"send failed: {first_line(error)}")) from error
+        except BaseException as error:
+            # Half a message may be out: nothing after it could be understood.
+            self.fail(f"send failed: {first_line(error)}")
+            raise
 
     def _begin_message(self) -> None:
         self._header: Header | None = None
         self._body: memoryview | None = None
-        self._attached: socket.socket | None = None
+        self._attached: Descriptor | None = None
         self._room = memoryview(self._header_bytes)
 
     def _read(self) -> None:
@@ -301,33 +293,65 @@ class Link:
             header = self._header
             if header is None:
                 header = self._header = header_of(self._header_bytes)
-                if header.op == Op.BEAT:
+                if header.op in (Op.BEAT, Op.CREDIT):
                     self._begin_message()
-                    self._beaten(header)
+                    (self._beaten if header.op == Op.BEAT else self._credited)(header)
+                    return
+                if self._partial is not None or header.op == Op.PIECE:
+                    self._continue(header)
                     return
                 self.check(header)
+                self.carrier.announced(header)
                 nbytes = rooms(header)[1]
+                if header.piece:
+                    self._partial = header, body_memory(nbytes), 0, self._attached
+                    self._continue(header._replace(op=Op.PIECE))
+                    return
                 if nbytes:
                     self._room = self._body = body_memory(nbytes)
                     continue
-            self._deliver(header)
+            self._deliver(header, self._body, self._attached)
             return
 
+    def _continue(self, piece: Header) -> None:
+        """More of a body is there."""
+        if self._partial is None or (piece.op, piece.call) != (Op.PIECE, self._partial[0].call):
+            raise LinkLost(f"sent op {piece.op} in the middle of a body, or a piece of none")
+        header, body, done, attached = self._partial
+        done += self.carrier.copy_out(piece, body[done:])
+        self.moved = self._alive
+        self._begin_message()
+        self._partial = (header, body, done, attached) if done < len(body) else None
+        if self._partial is None:
+            self._deliver(header, body, attached)
+
+    def _credited(self, header: Header) -> None:
+        self.moved = self._alive
+        if header.status == Status.REQUEST:
+            self._say(header._replace(status=Status.OK))
+            return
+        with self._sending:
+            self.carrier.credited(header)
+            self._outgoing.advance()
+
     def _take(self) -> int:
-        if self._header is None and self.is_local and not self._asks:
-            count, rights, _, _ = self._socket.recvmsg_into([self._room], _DESCRIPTOR_ROOM)
+        if self._header is None and self.is_local and (not self._asks or self._ring is not None):
+            count, rights, _, _ = self._socket.recvmsg_into([self._room], _DESCRIPTOR_ROOM, socket.MSG_CMSG_CLOEXEC)
             for level, kind, data in rights:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= 4:
-                    if self._attached is not None:
-                        self._attached.close()
-                    self._attached = socket.socket(fileno=int.from_bytes(data[:4], "little"))
+                    self._attached = Descriptor(int.from_bytes(data[:4], "little"))
             return count
         return self._socket.recv_into(self._room)
 
-    def _deliver(self, header: Header) -> None:
-        with _real_tensors():
-            message = Message(header, tensors_of(header, self._body), self._attached)
-        self.bytes_received += HEADER_BYTES + (len(self._body) if self._body is not None else 0)
+    def _deliver(self, header: Header, body: memoryview | None, attached: Descriptor | None) -> None:
+        if not isinstance(self.carrier, Inline):
+            with self._sending:
+                self.carrier.arrived(header)
+                self._outgoing.advance()
+            header = header._replace(slot=0, piece=0, answer_slot=0, answer_bytes=0)
+        with real_tensors():
+            message = Message(header, tensors_of(header, body), attached)
+        self.bytes_received += HEADER_BYTES + (len(body) if body is not None else 0)
         self.moved = self._alive
         self._begin_message()
         if len(self._received) >= _QUEUED:
@@ -339,60 +363,9 @@ class Link:
             if header.clock != self._answered_steps:
                 self._answered_steps, self.moved = header.clock, self._alive
         elif header.status == Status.REQUEST:
-            with suppress(LinkLost):
-                self.send(Header(op=Op.BEAT, status=Status.OK, clock=self._steps()))
-
-
-def _rights(attached: socket.socket | None) -> list[tuple[int, int, bytes]]:
-    if attached is None:
-        return []
-    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, attached.fileno().to_bytes(4, "little"))]
-
-
-def _real_tensors() -> AbstractContextManager[Any]:
-    """Messages have memory in the middle of anything: a sequence may end while a mode makes all other tensors fake,
-    and what arrives while some caller is in inference mode may be another's."""
-    faked, in_inference = torch._C._len_torch_dispatch_stack(), torch.is_inference_mode_enabled()
-    if not faked and not in_inference:
-        return _AS_THEY_ARE
-    modes = ExitStack()
-    if in_inference:
-        modes.enter_context(torch.inference_mode(False))
-    if faked:
-        modes.enter_context(_disable_current_modes())
-    return modes
+            self._say(Header(op=Op.BEAT, status=Status.OK, clock=self._steps()))
 
 
 def first_line(error: BaseException) -> str:
     """The beginning of an error's message, where it says what happened."""
     return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-
-
-def watch_process(loop: Loop, pid: int, ended: Callable[[], object]) -> None:
-    """Calls ``ended`` once the process ``pid`` has ended, though descriptors of its links may live on in children."""
-    loop.add(_Watch(loop, os.pidfd_open(pid), ended))
-
-
-class _Watch:
-    """A process's descriptor; readable when it has ended."""
-
-    def __init__(self, loop: Loop, descriptor: int, ended: Callable[[], object]) -> None:
-        self._loop, self._descriptor, self._ended = loop, descriptor, ended
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def handle(self, events: int) -> None:
-        ended = select.poll()
-        ended.register(self._descriptor, select.POLLIN)
-        if not ended.poll(0):
-            return  # the event was another descriptor's, of the same number
-        self._loop.remove(self)
-        os.close(self._descriptor)
-        self._ended()
-
-    def tick(self, now: float, away_s: float) -> float:
-        return 1.0
-
-    def abandon(self) -> None:
-        os.close(self._descriptor)

@@ -73,6 +73,7 @@ class Loop:
         self._epoll.register(self._wake, select.EPOLLIN)
         self._handlers: dict[int, Handler] = {}
         self._writers = set[int]()
+        self._expecting = set[int]()
         self._turn, self._adding = threading.RLock(), threading.RLock()
         self._polled = self._ticked = time.monotonic()
         self._due = 0.0
@@ -99,6 +100,7 @@ class Loop:
         """Serves it no more; before its descriptor is closed."""
         with self._adding, suppress(OSError, ValueError):
             self._writers.discard(handler.fileno())
+            self._expecting.discard(handler.fileno())
             if self._handlers.pop(handler.fileno(), None) is not None:
                 self._epoll.unregister(handler.fileno())
 
@@ -108,6 +110,13 @@ class Loop:
             if handler.fileno() in self._handlers:
                 (self._writers.add if wanted else self._writers.discard)(handler.fileno())
                 self._epoll.modify(handler.fileno(), select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
+        if wanted:
+            self.wake()
+
+    def expecting(self, handler: Handler, wanted: bool) -> None:
+        """Whether there is something to send that waits for what ``handler`` will receive."""
+        with self._adding:
+            (self._expecting.add if wanted else self._expecting.discard)(handler.fileno())
         if wanted:
             self.wake()
 
@@ -145,7 +154,7 @@ class Loop:
             finally:
                 self._polled = time.monotonic()
                 self._turn.release()
-                if self._writers:
+                if self._writers or self._expecting:
                     self._needed.set()
         return True
 
@@ -179,7 +188,7 @@ class Loop:
         while not self._closed:
             left_s = self._polled + _GRACE_S - time.monotonic()
             # Nothing is read in a caller's place while callers do it themselves, unless something waits to be sent.
-            if not self._needed.is_up and left_s > 0:
+            if not self._needed.is_up and not self._expecting and left_s > 0:
                 self._needed.wait(left_s)
                 continue
             self._needed.clear()

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-PROTOCOL_VERSION = 9
+from fapool_plugin.wire.descriptor import Descriptor
+
+PROTOCOL_VERSION = 10
 TILE_FIELDS, PART_FIELDS = 11, 4
 HEADER_BYTES = 256
 """Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""
@@ -46,6 +47,8 @@ class Op(IntEnum):
     FETCH = 8
     SELECT = 9
     STORE = 10
+    PIECE = 11
+    CREDIT = 12
 
 
 class Status(IntEnum):
@@ -110,6 +113,14 @@ class Header(NamedTuple):
     """Merged answers: how many ranks' parts they report on."""
     address: int = 0
     """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message."""
+    slot: int = 0
+    """Where in the receiver's ring the next bytes of the body are."""
+    piece: int = 0
+    """How many bytes are there; 0: the body follows the header."""
+    answer_slot: int = 0
+    """Requests: where in the sender's ring there is room for the answer's body."""
+    answer_bytes: int = 0
+    """How much; 0: none, the body follows the answer's header."""
 
 
 _WITH_BODY = frozenset((Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT, Op.STORE))
@@ -206,13 +217,17 @@ def _rooms(
     return tuple(found), at
 
 
+Laid = Sequence[tuple[Room, Sequence[torch.Tensor]]]
+"""What is in each room of a body."""
+
+
 class Message(NamedTuple):
     """A header and the tensors it announces, empty ones included."""
 
     header: Header
     tensors: list[torch.Tensor]
-    socket: socket.socket | None = None
-    """One that came with it."""
+    attached: Descriptor | None = None
+    """What came with it."""
 
 
 def tensors_of(header: Header, body: memoryview | None) -> list[torch.Tensor]:
@@ -260,36 +275,82 @@ class Packed(NamedTuple):
     nbytes: int
 
 
+def laid_out(header: Header, tensors: Payload) -> Laid:
+    """What is in each room of a body; rooms without elements are left out.
+
+    Raises:
+        ValueError: the payload is not what the header announces.
+    """
+    announced = rooms(header)[0]
+    if len(tensors) != len(announced):
+        raise _refused(header, tensors)
+    laid = []
+    for part, room in zip(tensors, announced, strict=True):
+        parts = [part] if isinstance(part, torch.Tensor) else part
+        if elements(parts) != room.elements or any(x.dtype != room.dtype for x in parts if x.numel()):
+            raise _refused(header, tensors)
+        if room.elements:
+            laid.append((room, parts))
+    return laid
+
+
 def packed(header: Header, tensors: Payload) -> Packed:
     """A message's bytes. Tensors in one piece in host memory are not copied; others are, end to end.
 
     Raises:
         ValueError: the payload is not what the header announces.
     """
-    announced, nbytes = rooms(header)
-    if len(tensors) != len(announced):
-        raise _refused(header, tensors)
+    nbytes, at = rooms(header)[1], 0
     buffers: list[bytes | memoryview] = [header_bytes(header)]
-    borrowed, at = [False], 0
-    for part, (start, stop, _, dtype, size) in zip(tensors, announced, strict=True):
-        whole = part if isinstance(part, torch.Tensor) else part[0] if len(part) == 1 else None
-        if whole is None and elements(part) == size and all(x.dtype == dtype for x in part if x.numel()):
-            whole = _gathered(part, dtype, size) if size else None
-        elif whole is None or whole.numel() != size or (size and whole.dtype != dtype):
-            raise _refused(header, tensors)
-        if whole is None or not size:
-            continue
-        is_borrowed = whole.is_cpu and whole.is_contiguous()
-        if start > at:
-            buffers.append(bytes(start - at))
+    borrowed = [False]
+    for room, parts in laid_out(header, tensors):
+        whole = parts[0] if len(parts) == 1 else None
+        is_borrowed = whole is not None and whole.is_cpu and whole.is_contiguous()
+        if whole is None or not is_borrowed:
+            whole = _gathered(parts, room.dtype, room.elements)
+        if room.start > at:
+            buffers.append(bytes(room.start - at))
             borrowed.append(False)
-        buffers.append(memory_of(whole if is_borrowed else _gathered([whole], dtype, size)))
+        buffers.append(memory_of(whole))
         borrowed.append(is_borrowed)
-        at = stop
+        at = room.stop
     if nbytes > at:
         buffers.append(bytes(nbytes - at))
         borrowed.append(False)
     return Packed(buffers, borrowed, HEADER_BYTES + nbytes)
+
+
+def fill(memory: memoryview, laid: Laid, nbytes: int, every: int) -> Iterator[int]:
+    """Writes a body of ``nbytes`` into ``memory``, strided tensors and those of other devices without a copy between.
+
+    Yields how many bytes are there: about every ``every`` bytes, and at the end all.
+    """
+    told = 0
+    for room, parts in laid:
+        at = room.start
+        for part in parts:
+            for piece in _cut(part.detach(), every):
+                target = torch.frombuffer(memory, dtype=room.dtype, count=piece.numel(), offset=at)
+                target.view(piece.shape).copy_(piece)
+                at += piece.numel() * room.dtype.itemsize
+                if at - told >= every and at < nbytes:
+                    yield at
+                    told = at
+    yield nbytes
+
+
+def _cut(x: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """A tensor's elements in order, in parts of about that many bytes."""
+    size = x.numel() * x.itemsize
+    if not size:
+        return
+    if size <= most or not x.dim():
+        yield x
+    elif len(x) == 1:
+        yield from _cut(x[0], most)
+    else:
+        for part in x.split(max(1, most * len(x) // size)):
+            yield from _cut(part, most)
 
 
 def _refused(header: Header, tensors: Payload) -> ValueError:

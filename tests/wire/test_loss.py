@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fapool_plugin.wire.link import Link, watch_process
+from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
     Header,
@@ -23,6 +23,7 @@ from fapool_plugin.wire.messages import (
     Op,
 )
 from fapool_plugin.wire.sockets import Listener, connect, listen, pair
+from fapool_plugin.wire.watch import watch_process
 from tests.thread_pool import link_pair
 
 _PEER = """

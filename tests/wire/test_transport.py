@@ -316,11 +316,11 @@ def test_a_socket_travels_with_a_message(ends: tuple[Link, Link]) -> None:
     mine, its = pair()
     base.send(Header(op=Op.HELLO))
     base.send(Header(op=Op.PEER, peer=4), attached=its)
-    assert pool.receive().socket is None
+    assert pool.receive().attached is None
     message = pool.receive()
     assert message.header.peer == 4
-    assert message.socket is not None
-    with mine, message.socket as arrived:
+    assert message.attached is not None
+    with mine, message.attached.socket() as arrived:
         mine.send(b"through")
         assert arrived.recv(7) == b"through"
     assert its.fileno() == -1, "the sender's own descriptor is closed"

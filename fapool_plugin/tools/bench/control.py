@@ -177,9 +177,15 @@ class _Link:
         self._asked: deque[Header] = deque()
         self._zeros = torch.zeros(0)
 
-    def send(self, header: Header, tensors: Payload = ()) -> None:
+    def send(self, header: Header, tensors: Payload = (), attached: None = None, *, answer_bytes: int = 0) -> None:
         if answer := _answer(header):
             self._asked.append(answer)
+
+    def offer(self) -> None:
+        """Nothing goes."""
+
+    def agree(self, theirs: None) -> None:
+        """Nothing comes."""
 
     def receive(self, stall_s: float) -> Message:
         answer = self._asked.popleft()

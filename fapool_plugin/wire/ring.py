@@ -1,0 +1,97 @@
+"""Memory that two processes map: one made it and reads, the other one writes.
+
+It has no name and no file (memfd_create), so it ends with the last process that maps it. Its size is sealed: an end
+that made it smaller would kill the other one at the next access. What is in it is not known here.
+
+Made for devices, too: registered with CUDA once, by the end that has one, slots are page-locked host memory, and copies
+between a device and a slot need no buffer between. That call is written, and has never run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from bisect import insort
+
+import numpy as np
+import torch
+
+from fapool_plugin.wire.descriptor import Descriptor
+from fapool_plugin.wire.messages import LinkLost
+
+RING_BYTES = 64 * 1024 * 1024
+"""Of address space; memory is taken where something was written."""
+_LARGEST = 1024 * 1024 * 1024
+_ALIGNED = 64
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Ring:
+    """Such memory, mapped.
+
+    Args:
+        descriptor: of it; stays the caller's.
+
+    Raises:
+        LinkLost: its size is not sealed, or it is none that anybody here makes.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        try:
+            seals, self.size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
+            if seals & _SEALS != _SEALS or not 0 < self.size <= _LARGEST:
+                raise LinkLost(f"offers {self.size} bytes of memory with the seals {seals}: {_SEALS} are needed")
+            self._bytes = np.frombuffer(mmap.mmap(descriptor, self.size), dtype=np.uint8)
+        except (OSError, ValueError) as error:
+            raise LinkLost(f"offers memory that cannot be mapped: {error}") from error
+        self._is_registered = False
+
+    @classmethod
+    def made(cls, size: int) -> tuple[Ring, Descriptor]:
+        """New memory, sealed, and its descriptor for the other process. Raises OSError if there is none to be had."""
+        made = Descriptor(os.memfd_create("fapool ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.ftruncate(made.fileno(), size)
+        fcntl.fcntl(made.fileno(), fcntl.F_ADD_SEALS, _SEALS)
+        return cls(made.fileno()), made
+
+    def part(self, start: int, length: int) -> np.ndarray:
+        """These bytes of it. Raises LinkLost if there are no such."""
+        if not 0 <= start < start + length <= self.size:
+            raise LinkLost(f"speaks of {length} bytes from {start} of a ring of {self.size}")
+        return self._bytes[start : start + length]
+
+    def register(self) -> None:
+        """Page-locked for CUDA from now on; a ring that cannot be is used as it is. Never tried on a device."""
+        if not self._is_registered:
+            self._is_registered = True
+            torch.cuda.cudart().cudaHostRegister(self._bytes.ctypes.data, self.size, 0)
+
+
+class Slots:
+    """Which parts of [start, start + size) are in use.
+
+    The lowest that is free is taken, not the one after the last: what was written a moment ago is still mapped and in
+    the caches, and a link that is never more than a few messages behind keeps to the first few MiB.
+    """
+
+    def __init__(self, start: int, size: int) -> None:
+        self._start, self._stop = start, start + size
+        self._used: list[tuple[int, int]] = []
+
+    def take(self, nbytes: int) -> int | None:
+        """Where so many bytes are free, in use from now on; None: nowhere yet."""
+        at = self._start
+        for start, stop in self._used:
+            if start - at >= nbytes:
+                break
+            at = stop
+        stop = at + -(-nbytes // _ALIGNED) * _ALIGNED
+        if at + nbytes > self._stop:
+            return None
+        insort(self._used, (at, stop))
+        return at
+
+    def give(self, start: int) -> None:
+        """What was taken at ``start`` is free again."""
+        self._used = [used for used in self._used if used[0] != start]
