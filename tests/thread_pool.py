@@ -25,10 +25,11 @@ def link_pair(
     name: str = "test",
     timeout_s: float = 5.0,
     into: Callable[[Arrived], object] | None = None,
+    ring_bytes: int = 0,
 ) -> tuple[Link, Link]:
     """Both ends of one link: (base, pool). Pool ends may receive into one inbox, as a worker's do."""
     one, other = pair()
-    base = Link(one, base_loop, name=name, timeout_s=timeout_s, asks=True)
+    base = Link(one, base_loop, name=name, timeout_s=timeout_s, asks=True, ring_bytes=ring_bytes)
     return base, Link(other, pool_loop, name=name, timeout_s=timeout_s, asks=False, into=into)
 
 
@@ -49,6 +50,8 @@ class ThreadPool:
 
     nodes: Mapping[int, int] = MappingProxyType({})
     bases = 1
+    ring_bytes = 0
+    """Of the memory for bodies; 0: they go over the sockets."""
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self.loop = config, Loop()
@@ -100,7 +103,9 @@ class ThreadPool:
 
     def _pair(self, rank: int, worker: Worker) -> tuple[Link, Link]:
         one, other = pair()
-        base = Link(one, self.loop, name=f"rank {rank}", timeout_s=self.config.timeout_s, asks=True)
+        base = Link(
+            one, self.loop, name=f"rank {rank}", timeout_s=self.config.timeout_s, asks=True, ring_bytes=self.ring_bytes
+        )
         return base, worker.link(other, self.config.timeout_s)
 
 

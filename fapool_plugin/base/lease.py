@@ -148,6 +148,7 @@ class PoolRank:
             )
         if reply.status != Status.OK:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
+        self.counters.carrier = self.link.carrier.name
         self.memory_limit, self.node = reply.extra, reply.number
 
     def ask(self, header: Header, tensors: Payload, expected: Expected | None) -> int:

@@ -39,6 +39,8 @@ class RankCounters:
     """One pool rank, by its number in the pool."""
 
     rank: int
+    carrier: str = "inline"
+    """What moves large bodies to and from it."""
     calls: int = 0
     stale: int = 0
     faults: int = 0

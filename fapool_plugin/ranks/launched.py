@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fapool_plugin.base.lease import Outstanding, RanksStarting
-from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.launch import Launch, link_key
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import connect
 from fapool_plugin.wire.watch import watch_process
 
@@ -57,6 +58,11 @@ class LaunchedPool:
 
     def __post_init__(self) -> None:
         if not self.launch.one_machine:
+            if self.config.carrier == "shm":
+                raise FAPoolConfigError(
+                    "carrier is shm, and the ranks of this launch are on several machines, which share no memory; set "
+                    "it to auto or inline"
+                )
             self._key = link_key(self.config, self.launch.bind)
 
     def new_token(self) -> int:
@@ -129,6 +135,7 @@ class LaunchedPool:
                 asks=True,
                 check=Outstanding(),
                 address=address,
+                ring_bytes=0 if self.config.carrier == "inline" else RING_BYTES,
             )
             if self.launch.one_machine:
                 watch_process(self._loop, pid, functools.partial(link.fail, f"its process {pid} has ended"))

@@ -23,6 +23,7 @@ from fapool_plugin.ranks.forked import ForkServer
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import pair
 from fapool_plugin.wire.watch import watch_process
 
@@ -113,6 +114,7 @@ class LocalPool:
             timeout_s=self.config.timeout_s,
             asks=True,
             check=Outstanding(),
+            ring_bytes=0 if self.config.carrier == "inline" else RING_BYTES,
         )
         ended = f"its process {process.pid} has ended"
         try:

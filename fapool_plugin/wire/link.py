@@ -169,7 +169,7 @@ class Link:
         if theirs is None:
             return None
         with closing(theirs):
-            ring, made = Ring(theirs.fileno()), None
+            ring, made = Ring(theirs), None
         if not isinstance(self.carrier, Inline) or self._asks > (self._ring is not None):
             raise LinkLost("offers memory that was not asked for")
         if self._ring is None:

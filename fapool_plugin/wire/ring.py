@@ -37,12 +37,13 @@ class Ring:
         LinkLost: its size is not sealed, or it is none that anybody here makes.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: Descriptor) -> None:
+        number = descriptor.fileno()
         try:
-            seals, self.size = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS), os.fstat(descriptor).st_size
+            seals, self.size = fcntl.fcntl(number, fcntl.F_GET_SEALS), os.fstat(number).st_size
             if seals & _SEALS != _SEALS or not 0 < self.size <= _LARGEST:
                 raise LinkLost(f"offers {self.size} bytes of memory with the seals {seals}: {_SEALS} are needed")
-            self._bytes = np.frombuffer(mmap.mmap(descriptor, self.size), dtype=np.uint8)
+            self._bytes = np.frombuffer(mmap.mmap(number, self.size), dtype=np.uint8)
         except (OSError, ValueError) as error:
             raise LinkLost(f"offers memory that cannot be mapped: {error}") from error
         self._is_registered = False
@@ -53,7 +54,7 @@ class Ring:
         made = Descriptor(os.memfd_create("fapool ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
         os.ftruncate(made.fileno(), size)
         fcntl.fcntl(made.fileno(), fcntl.F_ADD_SEALS, _SEALS)
-        return cls(made.fileno()), made
+        return cls(made), made
 
     def part(self, start: int, length: int) -> np.ndarray:
         """These bytes of it. Raises LinkLost if there are no such."""

@@ -47,13 +47,10 @@ from fapool_plugin.wire.messages import (
 )
 from fapool_plugin.wire.ring import Ring, Slots
 
-_LEAST = 64 * 1024
-"""Smaller bodies are faster on the socket."""
-_PIECE = 1024 * 1024
-"""So much is written before the other end is told."""
+_PIECES, _CHUNKS = 64, 16
+"""Of a ring: a piece is what is written before the other end is told, and what is smaller goes over the socket, which
+is then as fast; a chunk is how much at a time goes of a body that has to wait for room."""
 _NOTED = 4096
-_CHUNK = 4 * _PIECE
-"""So much of a body that has to wait goes at a time."""
 _Call = tuple[int, int]
 """Lease and number."""
 
@@ -71,6 +68,7 @@ class Shm:
 
     def __init__(self, mine: Ring, theirs: Ring, asks: bool) -> None:
         self._mine, self._theirs, self._asks = mine, theirs, asks
+        self._piece = theirs.size // _PIECES
         self._slots, self._for_answers = Slots(0, theirs.size), Slots(0, mine.size)
         self._reserved: dict[_Call, tuple[int, int]] = {}
         """Room for answers: (start, length), in the base's ring."""
@@ -85,8 +83,8 @@ class Shm:
         """See :class:`Carrier`."""
         nbytes = rooms(header)[1]
         area = None if self._asks else self._reserved.pop(_call(header), None)
-        there = nbytes >= _LEAST and (self._asks or area is not None)
-        if not there and answer_bytes < _LEAST and not later:
+        there = nbytes >= self._piece and (self._asks or area is not None)
+        if not there and answer_bytes < self._piece and not later:
             return iter((packed(header, tensors),))
         if area is not None:
             slots, most = Slots(*area), area[1]
@@ -101,7 +99,7 @@ class Shm:
         if not header.answer_bytes:
             return
         self._theirs.part(header.answer_slot, header.answer_bytes)
-        if self._asks or header.answer_bytes < _LEAST or len(self._reserved) >= _NOTED:
+        if self._asks or header.answer_bytes < self._piece or len(self._reserved) >= _NOTED:
             raise LinkLost(f"names {header.answer_bytes} bytes for an answer, the {len(self._reserved) + 1}th")
         self._reserved[_call(header)] = header.answer_slot, header.answer_bytes
 
@@ -142,7 +140,7 @@ class Shm:
     ) -> Iterator[Packed | None]:
         """``body``: what is laid out, if it has been copied already; ``there``: whether it goes into a slot."""
         nbytes = rooms(header)[1]
-        if answer_bytes >= _LEAST:
+        if answer_bytes >= self._piece:
             whole = answer_bytes <= self._mine.size // 2
             size = answer_bytes if whole else self._mine.size // 4
             while (at := self._for_answers.take(size)) is None:
@@ -158,12 +156,12 @@ class Shm:
         if start is not None:
             self._lend(header, slots, start, answer_bytes)
             done = 0
-            for filled in fill(self._theirs.part(start, nbytes).data, laid, nbytes, _PIECE):
+            for filled in fill(self._theirs.part(start, nbytes).data, laid, nbytes, self._piece):
                 yield _said(header, start + done, filled - done, done)
                 done = filled
             return
         body = body if body is not None else _copied(laid, nbytes)
-        size, done = min(_CHUNK, most // 2), 0
+        size, done = min(self._theirs.size // _CHUNKS, most // 2), 0
         while done < nbytes:
             piece = min(size, nbytes - done)
             while (at := slots.take(piece)) is None:

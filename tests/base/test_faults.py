@@ -131,7 +131,8 @@ def test_a_rank_killed_in_the_middle_of_a_message_changes_no_token(
             return getattr(self.sock, name)
 
     def victim(rank: PoolRank) -> None:
-        monkeypatch.setattr(rank.link, "_socket", Dying(rank.link._socket, pids(model.fa_pool)[rank.number]))
+        dying = Dying(rank.link._socket, pids(model.fa_pool)[rank.number])
+        monkeypatch.setattr(rank.link._outgoing, "_socket", dying)
 
     strike(monkeypatch, "ask", PREFILL_CALL, victim)
     generate_with_one_fault(model, expected, lambda: struck[0])

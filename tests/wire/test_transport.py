@@ -235,7 +235,7 @@ def test_half_a_message_ends_the_link(ends: tuple[Link, Link], monkeypatch: pyte
             return getattr(sock, name)
 
     sock = base._socket
-    monkeypatch.setattr(base, "_socket", Interrupting())
+    monkeypatch.setattr(base._outgoing, "_socket", Interrupting())
     with pytest.raises(KeyboardInterrupt):
         base.send(*request(torch.zeros(4), torch.zeros(4), torch.zeros(4)))
     assert base.lost
@@ -292,7 +292,7 @@ def test_a_message_in_the_middle_of_another_comes_after_it(
             return getattr(sock, name)
 
     told: list[int] = []
-    monkeypatch.setattr(base, "_socket", Collecting())
+    monkeypatch.setattr(base._outgoing, "_socket", Collecting())
     header, tensors = request(large, large, large)
     base.send(header, tensors)
     message = pool.receive(20.0)

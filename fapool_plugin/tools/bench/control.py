@@ -33,6 +33,7 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.observe.timeline import ATTENTION
 from fapool_plugin.plan.shares import Geometry
+from fapool_plugin.wire.inline import Inline
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, Payload, Status
@@ -168,7 +169,7 @@ def _answer(asked: Header) -> Header | None:
 class _Link:
     """A link to nowhere."""
 
-    timeout_s, is_local, address = 5.0, True, ""
+    timeout_s, is_local, address, carrier = 5.0, True, "", Inline()
 
     def __init__(self) -> None:
         self.lost: str | None = None
