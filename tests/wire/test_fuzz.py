@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.request import check_header
 from fapool_plugin.pool.worker import Worker
+from fapool_plugin.wire.descriptor import Descriptor
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import (
     HEADER_BYTES,
@@ -33,11 +35,12 @@ from fapool_plugin.wire.messages import (
     packed,
     rooms,
 )
+from fapool_plugin.wire.ring import Ring
 from fapool_plugin.wire.sockets import pair
 from tests.thread_pool import two_loops
 
 D, KEYS = 4, 12
-LIMIT = 2**24
+LIMIT, RING = 2**24, 2**16
 VALUES = (0, 1, 2, 3, 5, 7, 9, 64, 2**20, 2**31, 2**40, 2**62, -1, -2, -(2**62))
 FULL = pytest.mark.full
 
@@ -126,7 +129,8 @@ def test_a_worker_outlives_every_message(count: int) -> None:
         for number in range(count):
             stranger, other = pair()
             worker.link(other, 30.0)
-            _say(stranger, random_)
+            with suppress(OSError):  # it was cut off
+                _say(stranger, random_)
             stranger.close()
             if number % 50 == 0:
                 _is_served(honest, random_)
@@ -145,6 +149,9 @@ def test_a_worker_outlives_every_message(count: int) -> None:
 
 def _say(stranger: socket.socket, random_: random.Random) -> None:
     header, parts = request(1, random_)
+    if random_.random() < 0.4:
+        _write(stranger, header, parts, random_)
+        return
     right = b"".join(bytes(buffer) for buffer in packed(header, parts).buffers)
     message = bytearray(right)
     how: Callable[[], None] = random_.choice(
@@ -157,13 +164,38 @@ def _say(stranger: socket.socket, random_: random.Random) -> None:
     )
     how()
     stranger.setblocking(False)
-    try:
-        stranger.send(header_bytes(Header(op=Op.HELLO, token=random_.choice((1, 2)))))
+    stranger.send(header_bytes(Header(op=Op.HELLO, token=random_.choice((1, 2)))))
+    stranger.send(message)
+    if random_.random() < 0.3:
         stranger.send(message)
-        if random_.random() < 0.3:
-            stranger.send(message)
-    except OSError:
-        pass  # it was cut off
+
+
+def _write(stranger: socket.socket, header: Header, parts: list[torch.Tensor], random_: random.Random) -> None:
+    """Bodies through memory that was agreed on, and wrong words about where they are."""
+    _, made = Ring.made(RING)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, made.fileno().to_bytes(4, "little"))]
+    stranger.settimeout(10)
+    stranger.sendmsg([header_bytes(Header(op=Op.HELLO, token=1))], rights)
+    came: list[tuple[int, int, bytes]] = []
+    while not came:  # the first word is a heartbeat
+        _, came, _, _ = stranger.recvmsg(HEADER_BYTES, socket.CMSG_SPACE(4))
+    theirs = Ring(Descriptor(int.from_bytes(came[0][2][:4], "little")))
+    body = b"".join(bytes(buffer) for buffer in packed(header, parts).buffers[1:])
+    at = 64 * random_.randrange((RING - len(body)) // 64)
+    theirs.part(at, len(body))[:] = list(body)
+    first = random_.choice((len(body), random_.randrange(1, len(body))))
+    room = {"answer_slot": 64 * random_.randrange(8), "answer_bytes": random_.choice((0, RING // 64, RING // 4))}
+    said = [header._replace(slot=at, piece=first, **room)]
+    said.append(Header(op=Op.PIECE, token=1, call=header.call, slot=at + first, piece=len(body) - first))
+    said.append(Header(op=Op.CREDIT, extra=random_.randrange(9), status=random_.choice(list(Status)[:2])))
+    wrong = random_.randrange(len(said) + 1)  # or none
+    for index, one in enumerate(said):
+        if index == wrong or (one.op == Op.CREDIT and random_.random() < 0.5):
+            told = list(mutated(one, random_))
+            place = random_.randrange(-4, 0)
+            told[place] = random_.choice((*VALUES, RING, RING - 1, -64))
+            one = Header(*told)
+        stranger.send(header_bytes(one))
 
 
 def _table(message: bytearray, random_: random.Random) -> bytes:

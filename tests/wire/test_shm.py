@@ -406,7 +406,8 @@ while True:
     message = link.receive()
     if sys.argv[2] == "writing":
         shm.np = Dying()  # an answer larger than its room is written by chunks
-    link.send(message.header._replace(status=Status.OK, k_elements=0, v_elements=0), [message.tensors[1], message.tensors[1][:0]])
+    x = message.tensors[1]
+    link.send(message.header._replace(status=Status.OK, k_elements=0, v_elements=0), [x, x[:0]])
 """
 
 
