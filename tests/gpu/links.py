@@ -8,6 +8,7 @@ import secrets
 import signal
 import threading
 import time
+from typing import Literal
 
 import torch
 
@@ -17,30 +18,52 @@ from fapool_plugin.measure.calibrate import measure_link
 from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.ring import RING_BYTES, Ring
 from tests.gpu.report import Report
 
-CARRIERS = ("shm", "ipc", "nixl")
+CARRIERS: tuple[Literal["inline", "shm"], ...] = ("inline", "shm")
+LATER = ("ipc", "nixl")
 
 
 def run(report: Report) -> None:
-    for carrier in CARRIERS:
-        if importlib.util.find_spec(f"fapool_plugin.wire.{carrier}") is None:
-            report.skipped(f"carrier {carrier}", "the package has none")
+    for name in LATER:
+        if importlib.util.find_spec(f"fapool_plugin.wire.{name}") is None:
+            report.skipped(f"carrier {name}", "the package has none")
     with report.part("copies"):
         _copies(report)
-    pool = LocalPool(FAPoolConfig(pool_ranks=1, timeout_s=10.0, start_timeout_s=60.0))
-    try:
-        with report.part("carrier inline"):
-            rank, seconds = _leased(pool)
-            report.figure("first pool rank ready", seconds, "s")
-            cost = measure_link(rank, quick=True)
-            for way, fit in (("to the rank", cost.to_rank), ("to the base", cost.to_base)):
-                report.figure(f"inline, {way}: an empty message", fit.a * 1e6, "us")
-                report.figure(f"inline, {way}", 1e-9 / fit.b if fit.b else float("nan"), "GB/s")
-        with report.part("a rank killed under load"):
-            _killed(report, pool, rank)
-    finally:
-        pool.close()
+    with report.part("a ring, registered"):
+        _registered(report)
+    for carrier in CARRIERS:
+        pool = LocalPool(FAPoolConfig(pool_ranks=1, timeout_s=10.0, start_timeout_s=60.0, carrier=carrier))
+        try:
+            with report.part(f"carrier {carrier}"):
+                rank, seconds = _leased(pool)
+                report.passed(f"carrier {carrier} is agreed on", rank.counters.carrier == carrier)
+                report.figure("first pool rank ready", seconds, "s")
+                cost = measure_link(rank)
+                for way, fit in (("to the rank", cost.to_rank), ("to the base", cost.to_base)):
+                    report.figure(f"{carrier}, {way}: an empty message", fit.a * 1e6, "us")
+                    report.figure(f"{carrier}, {way}", 1e-9 / fit.b if fit.b else float("nan"), "GB/s")
+            with report.part(f"a rank killed under load, {carrier}"):
+                _killed(report, pool, rank)
+        finally:
+            pool.close()
+
+
+def _registered(report: Report) -> None:
+    """Copies between the device and a ring, as bodies will go: page-locked where CUDA takes memory of this kind."""
+    if report.device.type != "cuda":
+        report.skipped("a ring, registered", "no CUDA device")
+        return
+    ring, _ = Ring.made(RING_BYTES)
+    there = torch.empty(RING_BYTES, dtype=torch.uint8, device=report.device)
+    here = torch.frombuffer(ring.part(0, RING_BYTES).data, dtype=torch.uint8)
+    for kind in ("as it is", "registered"):
+        report.figure(
+            f"from the device to a ring, {kind}", RING_BYTES / report.timed(lambda: here.copy_(there)) / 1e9, "GB/s"
+        )
+        ring.register()
+    report.passed("CUDA takes a ring as page-locked", here.is_pinned())
 
 
 def _copies(report: Report) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -344,6 +346,35 @@ def test_a_rank_that_answers_elsewhere_loses_its_link(loops: tuple[Loop, Loop], 
         with pytest.raises(LinkLost, match="broke the protocol"):
             liar.link.receive(5.0)
     liar.link.close()
+
+
+def test_a_base_outlives_whatever_a_rank_says(loops: tuple[Loop, Loop], used: list[int]) -> None:
+    """Each answer is given by a rank of its own, in a slot, with changed fields of where it is."""
+    random_ = random.Random(14)
+    taken = lost = 0
+    for _ in range(150):
+        liar = Liar(loops[0], asks=True)
+        with liar.sock:
+            liar.link.send(*request(1, 300), answer_bytes=answer_bytes(2**14))
+            asked = liar.header()
+            told, _ = answer(asked._replace(answer_slot=0, answer_bytes=0), 2**14)
+            first = random_.choice((asked.answer_bytes, 64 * random_.randrange(1, 250)))
+            said = [told._replace(slot=asked.answer_slot, piece=first)]
+            said.append(Header(op=Op.PIECE, call=1, slot=first, piece=asked.answer_bytes - first))
+            wrong = random_.randrange(3)
+            for index, header in enumerate(said):
+                place = random_.choice(("slot", "piece", "answer_slot", "answer_bytes", "op", "call", "extra"))
+                value = random_.choice((0, 1, -1, -64, 63, RING, RING - 64, 2**31, 2**62, -(2**62)))
+                with suppress(OSError):  # it was cut off
+                    liar.say(header._replace(**{place: value}) if index == wrong else header)
+            try:
+                message = liar.link.receive(0.2)
+                assert message.header.op != Op.ATTEND or len(message.tensors) in (0, 2)
+                taken += 1
+            except LinkLost:
+                lost += 1
+        liar.link.close()
+    assert min(taken, lost) > 30, f"{taken} taken, {lost} lost: one of the two was not tried"
 
 
 def test_what_changes_after_it_was_copied_out_changes_nothing(loops: tuple[Loop, Loop]) -> None:
