@@ -3,8 +3,8 @@
 It has no name and no file (memfd_create), so it ends with the last process that maps it. Its size is sealed: an end
 that made it smaller would kill the other one at the next access. What is in it is not known here.
 
-Made for devices, too: registered with CUDA once, by the end that writes from one, slots are page-locked host memory, and
-copies from the device into a slot need no buffer between. That call is written, and has never run.
+Made for devices, too: registered with CUDA once, by the end that writes from one, slots are page-locked host memory,
+and copies from the device into a slot need no buffer between. That call is written, and has never run.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ only in an answer that is larger than any slot. Neither end waits for the other 
 do. So with any number of requests outstanding none waits for another in a circle. Small bodies go over the socket.
 
 The sender writes and then says so; the receiver acts on the header only, and copies what the other end could change
-before anything in it is believed. Tensors of a CUDA device are copied straight into the slot, which is page-locked then;
-that has never run. Does not know what messages mean.
+before anything in it is believed. Tensors of a CUDA device are copied straight into the slot, which is page-locked
+then; that has never run. Does not know what messages mean.
 """
 
 from __future__ import annotations
