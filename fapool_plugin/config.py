@@ -52,13 +52,22 @@ class FAPoolConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     enabled: bool = Field(True, description="false: every forward stays local, as without the plugin.")
-    pool: Literal["local", "launch"] = Field(
+    pool: Literal["local", "launch", "ray"] = Field(
         "local",
         description="Where pool ranks come from; local: started by the base process on this machine; launch: ranks of "
-        "the deepspeed, torchrun, accelerate or MPI launch itself.",
+        "the deepspeed, torchrun, accelerate or MPI launch itself; ray: a standing pool that jobs share.",
     )
     pool_ranks: int = Field(
-        1, ge=0, description="How many pool ranks there are in all; with local, how many each base process starts."
+        1,
+        ge=0,
+        description="How many pool ranks there are in all; with local, how many each base process starts; with ray, "
+        "how many it borrows at most.",
+    )
+    pool_name: str = Field(
+        "fapool", min_length=1, description="With ray: the pool's name, as `fapool pool up --name` gave it."
+    )
+    ray_address: str | None = Field(
+        None, description="With ray: the cluster's address; null: the one that this process or this machine is in."
     )
     pool_placement: Literal["last", "per_node"] = Field(
         "last",

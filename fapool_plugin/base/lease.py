@@ -137,19 +137,21 @@ class PoolRank:
         """Seconds without any progress after which it is given up."""
         return max(self.link.timeout_s, _STEPS * STEP_S)
 
-    def open(self) -> None:
-        """Takes the lease. Raises LinkLost if the rank is lost, busy or speaks another protocol."""
-        deadline = time.monotonic() + self.link.timeout_s
+    def open(self, *, shared: bool = False) -> bool:
+        """Takes the lease. A ``shared`` rank may have another job's: then it is left alone, and this returns False.
+        Raises LinkLost if the rank is lost, speaks another protocol, or is busy and not shared."""
+        deadline = time.monotonic() + (0.0 if shared else self.link.timeout_s)
         while (reply := self._greet()).status == Status.BUSY and time.monotonic() < deadline:
             time.sleep(_BUSY_S)  # a lease that ends may not have ended there yet
         if reply.version != PROTOCOL_VERSION:
             raise LinkLost(
                 f"speaks protocol {reply.version}, the base speaks {PROTOCOL_VERSION}: install one version on both"
             )
-        if reply.status != Status.OK:
+        if reply.status != Status.OK and not shared:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
         self.counters.carrier = self.link.carrier.name
         self.memory_limit, self.node = reply.extra, reply.number
+        return reply.status == Status.OK
 
     def ask(self, header: Header, tensors: Payload, expected: Expected | None) -> int:
         """Sends a request; returns its call number. ``expected``: its answer; None: that goes to another rank."""
@@ -235,11 +237,16 @@ class Guard:
 class Pool(Protocol):
     """Where pool ranks come from."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether other jobs may have the lease of its ranks."""
+
     def new_token(self) -> int:
         """Names the next lease; ranks serve all who give the same one."""
 
     def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that is ready, by rank number. Raises RuntimeError if there is none."""
+        """Links to every rank that is ready, by rank number, those to be preferred first. Raises RuntimeError if there
+        is none."""
 
     def discard(self, rank: int, reason: str) -> str:
         """Gives up a lost rank and everything of it; returns its description."""

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol
@@ -26,31 +26,34 @@ _SILENCE_FACTOR = 6
 
 def start(
     use: Literal["link", "listen"],
-    sock: socket.socket,
+    socks: Sequence[socket.socket],
     config: FAPoolConfig,
     *,
     device: str,
     node: int = 0,
     key_file: str | None = None,
+    report: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """Starts a pool rank that ends with this process.
 
     Args:
-        use: whether it serves one base rank at the other end of ``sock`` and ends with it, or all that come to
-            the listener ``sock``. This process keeps its own descriptor.
+        use: whether it serves one base rank at the other end of the socket and ends with it, or all that come to
+            these listeners. This process keeps its own descriptors.
         config: threads, memory, patience.
         device: torch device to compute on.
         node: number of the node it is on.
         key_file: with the key of its links to other machines.
+        report: a file that it tells of itself in.
     """
-    command = [sys.executable, "-m", "fapool_plugin.pool.worker", f"--{use}", str(sock.fileno())]
+    command = [sys.executable, "-m", "fapool_plugin.pool.worker", f"--{use}", *(str(sock.fileno()) for sock in socks)]
     command += [*arguments(config, device, node), *(["--link-key", key_file] if key_file is not None else [])]
+    command += ["--report", report] if report is not None else []
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         env=environment(config),
-        pass_fds=(sock.fileno(),),
+        pass_fds=[sock.fileno() for sock in socks],
         start_new_session=True,
     )
 

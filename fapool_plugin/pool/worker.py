@@ -22,6 +22,7 @@ from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.process import run_to_end
+from fapool_plugin.pool.report import Report, Told
 from fapool_plugin.pool.request import TileRequest, check_header, fetched, stored
 from fapool_plugin.pool.store import CallStore, KeptTile
 from fapool_plugin.store.prefixes import PrefixStore
@@ -61,9 +62,14 @@ class Worker:
         device: where it computes.
         block: positions by which its storage grows.
         node: number of the node it is on.
+        report: where it tells of itself.
     """
 
-    def __init__(self, inbox: Inbox, memory_limit: int, device: torch.device, block: int = 256, node: int = 0) -> None:
+    def __init__(
+        self, inbox: Inbox, memory_limit: int, device: torch.device, block: int = 256, node: int = 0,
+        report: Report | None = None,
+    ) -> None:  # fmt: skip
+        self._report, self._told = report, Told()
         self.inbox, self.device, self.node = inbox, device, node
         self.prefixes = PrefixStore(memory_limit, block)
         self.calls = CallStore(self.prefixes)
@@ -89,13 +95,26 @@ class Worker:
                 alive.discard(link)
                 self._leave(link)
             elif link.lost is None:
+                began = time.perf_counter_ns()
                 try:
                     self._handle(link, item)
                 except Exception as error:
                     # Whatever it was about, the base learns that this was not computed, and others are served on.
                     link.fail(first_line(error))
                 self.inbox.steps += 1
+                self._count(item.header.op, time.perf_counter_ns() - began)
+            self._tell()
             del item  # a body that waits for the next message would be kept
+
+    def _count(self, op: int, took_ns: int) -> None:
+        if op in (Op.ATTEND, Op.BACKWARD):
+            self._told = self._told._replace(requests=self._told.requests + 1, busy_ns=self._told.busy_ns + took_ns)
+
+    def _tell(self) -> None:
+        if self._report is not None:
+            leased = (self._told.leased_ns or time.time_ns()) if self.lease is not None else 0
+            self._told = self._told._replace(leased_ns=leased, held_bytes=self.prefixes.nbytes)
+            self._report.tell(self._told)
 
     def _handle(self, link: Link, message: Message) -> None:
         header = message.header
@@ -307,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fapool_plugin.pool.worker", description=__doc__)
     served = parser.add_mutually_exclusive_group(required=True)
     served.add_argument("--link", type=int, help="descriptor of a socket to a base rank: serve it, and end with it")
-    served.add_argument("--listen", type=int, help="descriptor of a listening socket: serve all who come, and stay")
+    served.add_argument("--listen", type=int, nargs="+", help="listening descriptors: serve all who come, and stay")
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
     parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
     parser.add_argument("--block", type=int, default=256, help="positions by which storage grows")
@@ -318,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--node", type=int, default=0, help="number of the node this rank is on")
     parser.add_argument("--device", default="cpu", help="torch device to compute on")
     parser.add_argument("--link-key", metavar="FILE", help="with the key of all links; default: they have none")
+    parser.add_argument("--report", metavar="FILE", help="where it tells of itself")
     parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
     options = parser.parse_args(arguments)
     Path("/proc/self/comm").write_text(NAME)
@@ -329,13 +349,14 @@ def main(arguments: list[str] | None = None) -> None:
         end_with_parent(loop, options.parent)
     key = read_key(options.link_key) if options.link_key is not None else None
     inbox = Inbox(loop, options.patience, key)
-    worker = Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node)
+    report = Report(options.report) if options.report is not None else None
+    worker = Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node, report)
 
     def accepted(sock: socket.socket) -> Link:
         return worker.link(sock, options.silence)
 
-    if options.listen is not None:
-        Listener(socket.socket(fileno=options.listen), loop, accepted, key, options.patience)
+    for descriptor in options.listen or ():
+        Listener(socket.socket(fileno=descriptor), loop, accepted, key, options.patience)
     worker.serve(
         [accepted(socket.socket(fileno=options.link))] if options.link is not None else [], stay=options.link is None
     )

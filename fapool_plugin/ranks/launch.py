@@ -18,7 +18,6 @@ from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from fapool_plugin.config import MIB, RANK_MIB, FAPoolConfig, FAPoolConfigError
 from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.ranks.placement import Placement, place
 from fapool_plugin.wire.key_file import lease_token, read_key
+from fapool_plugin.wire.sockets import address_towards, machine
 
 _RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
@@ -115,7 +115,7 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
     run = f"fapool/{environment.get('TORCHELASTIC_RUN_ID', 'run')}/{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     local_rank = _number(environment, _LOCAL_RANK) or 0
     seat = {
-        "machine": _machine(),
+        "machine": machine(),
         "node": _number(environment, _NODE),
         "local": local_rank,
         "host": socket.gethostname(),
@@ -135,7 +135,7 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
         ) from None
     placement = place(_nodes(seats), config.pool_ranks, config.pool_placement)
     _check_memory(placement, seats, config)
-    one_machine, bind = len({seat["machine"] for seat in seats}) == 1, _address_towards(host, port)
+    one_machine, bind = len({seat["machine"] for seat in seats}) == 1, address_towards(host, port)
     key = None if one_machine else link_key(config, bind, warns=rank == 0)
     is_pool, node = rank in placement.pool, placement.nodes[rank]
     launch = Launch(
@@ -183,11 +183,6 @@ def link_key(config: FAPoolConfig, bind: str, *, warns: bool = False) -> bytes |
             stacklevel=2,
         )
     return None
-
-
-def _machine() -> str:
-    """Alike for processes that see the same kernel and the same files."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/mnt').st_ino}"
 
 
 def _number(environment: MutableMapping[str, str], names: tuple[str, ...]) -> int | None:
@@ -254,16 +249,6 @@ def _check_memory(placement: Placement, seats: list[dict[str, int]], config: FAP
                 f"{RANK_MIB} MiB for each process, need {needed} MiB, and {free} MiB are available there; set it to "
                 f"{max(0, free // len(ranks) - RANK_MIB)} or less, or use fewer ranks"
             )
-
-
-def _address_towards(host: str, port: int) -> str:
-    """This machine's address on the way to the store. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))
-        except OSError:
-            return "127.0.0.1"
-        return str(probe.getsockname()[0])
 
 
 def _world_of_base_ranks(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
@@ -48,6 +48,7 @@ class LaunchedPool:
 
     launch: Launch
     config: FAPoolConfig
+    shared: ClassVar[bool] = False
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
     """Ranks that have been here once: one that is not ready again yet is not waited for."""

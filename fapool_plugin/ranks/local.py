@@ -35,6 +35,8 @@ class LocalPool:
         config: how many, and with which threads, memory and patience.
     """
 
+    shared = False
+
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self._owner, self._loop = config, os.getpid(), Loop()
         self._processes: dict[int, Process] = {}
@@ -129,7 +131,7 @@ class LocalPool:
                 return process
             self._server.close()
             self._server = None  # ranks start the long way
-        return start("link", sock, self.config, device=device)
+        return start("link", [sock], self.config, device=device)
 
     def _why(self, reason: str) -> str:
         return f"{reason}; a pool rank has start_timeout_s = {self.config.start_timeout_s:g} s to start"

@@ -1,6 +1,6 @@
 """Where pool ranks come from, by the configuration, and the manager that borrows them: opened alike for every host.
 
-Knows both sources, what each needs, and what a configuration wants written or served; not what ranks are for.
+Knows all sources, what each needs, and what a configuration wants written or served; not what ranks are for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fapool_plugin.observe.trace import Trace
 from fapool_plugin.ranks.launch import JOINED
 from fapool_plugin.ranks.launched import LaunchedPool
 from fapool_plugin.ranks.local import LocalPool
+from fapool_plugin.ranks.ray import RayPool, library
 
 
 def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: int = 1) -> ResourceManager:
@@ -35,12 +36,17 @@ def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: i
         FAPoolConfigError: as :func:`pool_maker` does.
         OSError: the trace cannot be written, or the port not be had.
     """
+    if config.enabled and config.pool == "ray" and base_ranks > 1:
+        raise FAPoolConfigError(
+            f'"pool": "ray" lends ranks to a model on one base rank, and {base_ranks} share this one: set "pool": '
+            '"launch" or "local"'
+        )
     manager = ResourceManager(config, pool_maker(config), agree, base_ranks)
     if not config.enabled:
         return manager
     weakref.finalize(manager, _close, manager.closing, os.getpid())
     try:
-        if config.pool == "local" and config.warm_start:
+        if config.pool == "ray" or (config.pool == "local" and config.warm_start):
             manager.make_pool()
         if config.trace is not None:
             manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
@@ -70,11 +76,15 @@ def pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:
     """Makes the pool that a configuration asks for, when it is first needed; it can be pickled.
 
     Raises:
-        FAPoolConfigError: more local ranks than memory can hold, or ranks of a launch that was not joined.
+        FAPoolConfigError: more local ranks than memory can hold, ranks of a launch that was not joined, or a pool on
+            Ray without Ray.
     """
     if config.pool == "local" or not config.enabled:
         check_machine(config, left_for_job())
         return LocalPool
+    if config.pool == "ray":
+        library()
+        return RayPool
     launch = JOINED.get()
     if launch is None:
         raise FAPoolConfigError(

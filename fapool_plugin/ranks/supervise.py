@@ -73,7 +73,7 @@ def _start(launch: Launch, config: FAPoolConfig, path: str) -> tuple[subprocess.
     listener, address = listen(f"unix:{path}" if launch.one_machine else f"tcp:{launch.bind}:0")
     key_file = None if launch.one_machine else config.link_key_file
     with listener:
-        process = start("listen", listener, config, device=launch.device, node=launch.node, key_file=key_file)
+        process = start("listen", [listener], config, device=launch.device, node=launch.node, key_file=key_file)
         return process, address
 
 

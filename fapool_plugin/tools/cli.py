@@ -1,4 +1,4 @@
-"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``bench``, ``doctor``.
+"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``bench``, ``pool``, ``doctor``.
 
 Checks what was typed before anything is loaded, and turns every error of the user's into one line and exit
 code 2. What the commands do is not known here.
@@ -20,7 +20,7 @@ from fapool_plugin.plan.forecast import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import demo as screens
 from fapool_plugin.tools import doctor as examination
-from fapool_plugin.tools import fitting, planning
+from fapool_plugin.tools import fitting, planning, standing
 from fapool_plugin.tools.bench import command as bench
 from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, one_line_errors
 
@@ -33,6 +33,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench.app, name="bench")
+app.add_typer(standing.app, name="pool")
 
 
 class Dtype(StrEnum):

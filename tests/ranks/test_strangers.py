@@ -46,7 +46,7 @@ def test_another_user_of_the_machine_gets_no_link_and_no_byte() -> None:
     folder = tempfile.mkdtemp(prefix="fapool-")
     listener, address = listen(f"unix:{folder}/1")
     with listener:
-        worker = start("listen", listener, FAPoolConfig(memory_limit_mib=16), device="cpu")
+        worker = start("listen", [listener], FAPoolConfig(memory_limit_mib=16), device="cpu")
     loop = Loop()
     try:
         mine = Link(connect(address, 30.0), loop, name="mine", timeout_s=5, asks=True)

@@ -1,0 +1,223 @@
+"""``fapool pool``: a standing pool on Ray, made, looked at, made larger or smaller, and ended.
+
+Says what was done and what stands. How ranks are placed and what they do is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from fapool_plugin.config import MIB, FAPoolConfig, FAPoolConfigError
+from fapool_plugin.ranks import ray as standing
+from fapool_plugin.tools.options import check_counts, one_line_errors
+
+_LOOK_S = 0.2
+_WATCH_S = 1.0
+app = typer.Typer(help="A standing pool on Ray, whose ranks jobs share.", no_args_is_help=True)
+
+
+class Strategy(StrEnum):
+    """How Ray spreads ranks over nodes."""
+
+    spread = "SPREAD"
+    pack = "DEFAULT"
+
+
+Name = Annotated[str, typer.Argument(help="The pool's name.")]
+Address = Annotated[
+    str | None, typer.Option("--ray-address", help="The Ray cluster's address; default: the one on this machine.")
+]
+
+
+@app.command()
+def up(
+    name: Annotated[str, typer.Option(help="The pool's name: `pool_name` in the settings of jobs.")] = "fapool",
+    ranks: Annotated[int, typer.Option(help="How many ranks.")] = 1,
+    ray_address: Address = None,
+    threads_per_rank: Annotated[int, typer.Option(help="CPU threads that each computes with.")] = 1,
+    memory_limit_mib: Annotated[int, typer.Option(help="MiB of keys and values that each may hold.")] = 2048,
+    gpus: Annotated[float, typer.Option(help="GPUs of each, fractions too; 0: it computes on the CPU.")] = 0.0,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE that a rank's node must have; repeatable.")] = None,
+    strategy: Annotated[Strategy, typer.Option(help="Over many nodes, or as Ray packs them.")] = Strategy.spread,
+    link_key_file: Annotated[
+        Path | None, typer.Option(help="On every node, with the key by which jobs on other machines come.")
+    ] = None,
+    start_timeout_s: Annotated[float, typer.Option(help="Seconds to wait for ranks to stand.")] = 120.0,
+) -> None:
+    """Make a standing pool on a Ray cluster.
+
+    Where none runs, one of this machine alone is started, and this command stays until it is interrupted, or until
+    `fapool pool down`. Exit codes: 0 done, 2 an error.
+    """
+    with one_line_errors():
+        check_counts({"--ranks": ranks, "--threads-per-rank": threads_per_rank, "--memory-limit-mib": memory_limit_mib})
+        labels = dict(_label(text) for text in label or ())
+        key_file = str(link_key_file.resolve()) if link_key_file is not None else None
+        settings = FAPoolConfig(
+            pool="ray", pool_ranks=ranks, pool_name=name, threads_per_rank=threads_per_rank,
+            memory_limit_mib=memory_limit_mib, link_key_file=key_file,
+        )  # fmt: skip
+        ray, is_ours = _cluster(ray_address, ranks * threads_per_rank)
+        if there := standing.standing(ray, name):
+            raise FAPoolConfigError(f"pool {name} stands already, with {len(there)} ranks: fapool pool scale {name} N")
+        wanted = standing.Request(threads_per_rank, gpus, memory_limit_mib * MIB, labels, strategy.value)
+        standing.add(ray, name, range(ranks), settings, wanted)
+        _wait(ray, name, ranks, start_timeout_s)
+        if is_ours:
+            typer.echo(f"a Ray cluster of this machine runs as long as this command: fapool pool down {name} ends both")
+            with suppress(KeyboardInterrupt):
+                while standing.standing(ray, name):
+                    time.sleep(_WATCH_S)
+            _end(ray, name, standing.standing(ray, name), 0.0)
+            ray.shutdown()
+
+
+@app.command()
+def status(
+    name: Name = "fapool",
+    ray_address: Address = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until it is interrupted.")] = False,
+) -> None:
+    """Say what each rank of a pool does. Exit codes: 0 done, 2 an error, as where there is no such pool."""
+    with one_line_errors():
+        ray = standing.join(ray_address)
+        with suppress(KeyboardInterrupt), Live(_table(ray, name), console=Console(), refresh_per_second=2) as live:
+            while watch:
+                time.sleep(_WATCH_S)
+                live.update(_table(ray, name))
+
+
+@app.command()
+def scale(
+    name: Name,
+    ranks: Annotated[int, typer.Argument(help="How many ranks there are to be.")],
+    ray_address: Address = None,
+    patience_s: Annotated[float, typer.Option(help="Seconds that a rank which leaves may finish its lease.")] = 60.0,
+    start_timeout_s: Annotated[float, typer.Option(help="Seconds to wait for ranks to stand.")] = 120.0,
+) -> None:
+    """Make a pool larger, or smaller: those that leave finish their lease first. Exit codes: 0 done, 2 an error."""
+    with one_line_errors():
+        check_counts({"RANKS": ranks})
+        ray = standing.join(ray_address)
+        there = _there(ray, name)
+        if ranks < len(there):
+            _end(ray, name, dict(list(there.items())[ranks:]), patience_s)
+        elif ranks > len(there):
+            made_as = next(iter(standing.told(ray, there).values()), None)
+            if made_as is None:
+                raise FAPoolConfigError(f"no rank of pool {name} answers: fapool pool down {name}, and up again")
+            settings, wanted = FAPoolConfig.load(made_as["settings"]), standing.Request(**made_as["wanted"])
+            free = (number for number in range(ranks) if number not in there)
+            standing.add(ray, name, free, settings, wanted)
+        _wait(ray, name, ranks, start_timeout_s)
+
+
+@app.command()
+def down(
+    name: Name = "fapool",
+    ray_address: Address = None,
+    patience_s: Annotated[float, typer.Option(help="Seconds that ranks may finish their leases.")] = 0.0,
+) -> None:
+    """End a pool. Exit codes: 0 done, 2 an error."""
+    with one_line_errors():
+        ray = standing.join(ray_address)
+        _end(ray, name, _there(ray, name), patience_s)
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        raise ValueError(f"--label {text} is no KEY=VALUE")
+    return key, value
+
+
+def _cluster(address: str | None, cpus: int) -> tuple[Any, bool]:
+    """(Ray, whether the cluster was started here and ends with this process). Such a one has room for ``cpus``."""
+    try:
+        return standing.join(address), False
+    except FAPoolConfigError:
+        ray = standing.library()
+        if address is not None:
+            raise
+    typer.echo("no Ray cluster runs on this machine; starting one ...", err=True)
+    cores = max(len(os.sched_getaffinity(0)), cpus)
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    return ray, True
+
+
+def _there(ray: Any, name: str) -> dict[int, Any]:
+    there = standing.standing(ray, name)
+    if not there:
+        known = ", ".join(standing.pools(ray)) or "none"
+        raise FAPoolConfigError(f"no pool {name} stands (pools here: {known}): fapool pool up --name {name}")
+    return there
+
+
+def _wait(ray: Any, name: str, ranks: int, within_s: float) -> None:
+    """Until so many ranks stand. Raises FAPoolConfigError for those that have no place within a time."""
+
+    def up() -> int:
+        found = standing.told(ray, standing.standing(ray, name), _LOOK_S)
+        return sum(one["state"] in ("free", "leased") for one in found.values())
+
+    if not _until(lambda: up() >= ranks, within_s, lambda: f"pool {name}: {up()} of {ranks} ranks stand"):
+        have = ray.cluster_resources()
+        raise FAPoolConfigError(
+            f"{up()} of {ranks} ranks of pool {name} stand after {within_s:g} s; the others wait until the cluster has "
+            f"room for them (it has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs in all): add nodes, "
+            f"or fapool pool scale {name} {max(1, up())}"
+        )
+
+
+def _end(ray: Any, name: str, actors: dict[int, Any], patience_s: float) -> None:
+    placed = standing.told(ray, actors)  # others never answer
+    leaving = [actors[number].leave.remote(patience_s) for number in placed]
+    _until(
+        lambda: not leaving or not ray.wait(leaving, num_returns=len(leaving), timeout=_LOOK_S)[1],
+        patience_s + 5.0,
+        lambda: f"pool {name}: {len(actors)} rank(s) leave, at the latest after {patience_s:g} s",
+    )
+    for actor in actors.values():
+        ray.kill(actor, no_restart=True)
+    _until(lambda: not set(actors) & set(standing.standing(ray, name)), 10.0, lambda: f"pool {name}: ending")
+    typer.echo(f"pool {name}: {len(actors)} rank(s) have left")
+
+
+def _until(done: Callable[[], bool], within_s: float, text: Callable[[], str]) -> bool:
+    """Waits, with progress. Whether it is done."""
+    deadline = time.monotonic() + within_s
+    with Console(stderr=True).status(text()) as shown:
+        while not done():
+            if time.monotonic() > deadline:
+                return False
+            shown.update(text())
+            time.sleep(_LOOK_S)
+    return True
+
+
+def _table(ray: Any, name: str) -> Table:
+    actors = _there(ray, name)
+    found = standing.told(ray, actors)
+    table = Table("rank", "node", "state", "lease, s", "requests", "busy, s", "keys, MiB", "pid", box=box.SIMPLE_HEAD)
+    for number in actors:
+        one = found.get(number)
+        if one is None:
+            table.add_row(str(number), "", "waits for a place", "", "", "", "", "")
+            continue
+        lease = f"{one['leased_s']:.1f}" if one["leased_s"] else ""
+        held = f"{one['held_bytes'] / MIB:.0f} of {one['memory_bytes'] / MIB:.0f}"
+        cells = one["state"], lease, str(one["requests"]), f"{one['busy_s']:.1f}", held, str(one["pid"])
+        table.add_row(str(number), one["host"], *cells)
+    return table

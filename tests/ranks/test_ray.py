@@ -1,0 +1,202 @@
+"""A standing pool on Ray: jobs borrow its ranks and give them back, ranks come and go, and no token changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from fapool_plugin import FAPoolConfig, FAPoolConfigError, FAPoolForCausalLM
+from fapool_plugin.ranks import ray as standing
+from fapool_plugin.tools.cli import app
+from tests.launches import SCRIPTS
+from tests.models import assert_same_tokens, eager, greedily, random_ids, save_model
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+
+SETTINGS = FAPoolConfig(pool="ray", memory_limit_mib=64, timeout_s=2.0)
+CPUS = 0.1
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of this machine, with no pool on it."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield ray
+    ray.shutdown()
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive, f"{[child.cmdline() for child in alive]} outlived the cluster"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return random_ids(2, 120)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, ids: Tensor) -> Tensor:
+    return eager(folder).generate(ids, **greedily(NEW))
+
+
+def until(done: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+def said(name: str) -> dict[int, dict[str, Any]]:
+    return standing.told(ray, standing.standing(ray, name))
+
+
+def states(name: str) -> list[str]:
+    return [one["state"] for one in said(name).values()]
+
+
+def grow(name: str, numbers: range) -> None:
+    standing.add(ray, name, numbers, SETTINGS, standing.Request(cpus=CPUS))
+    until(lambda: set(numbers) <= {n for n, one in said(name).items() if one["state"] == "free"}, "ranks stand")
+
+
+@pytest.fixture
+def pool(cluster: Any, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A pool's name, two ranks of which stand."""
+    name = request.node.name
+    grow(name, range(2))
+    yield name
+    for actor in standing.standing(cluster, name).values():
+        cluster.get(actor.leave.remote(0.0))
+        cluster.kill(actor, no_restart=True)
+
+
+@contextmanager
+def job(folder: Path, pool: str, **more: Any) -> Iterator[Any]:
+    settings: dict[str, Any] = {"pool": "ray", "pool_name": pool, "pool_ranks": 8, "threshold": 16}
+    settings |= {"activation": "length", "blocks": 1, "kv_block": 4, "timeout_s": 2.0}
+    model = FAPoolForCausalLM.from_pretrained(folder, fa_pool=settings | more).eval()
+    with model.fa_pool:
+        yield model
+
+
+def leased(model: Any) -> int:
+    return len(model.fa_pool.stats()["leased_ranks"])
+
+
+def test_a_job_borrows_ranks_and_gives_them_back(folder: Path, pool: str, ids: Tensor, plain: Tensor) -> None:
+    with job(folder, pool) as model:
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        stats = model.fa_pool.stats()
+        assert stats["prefill"]["pooled_calls"], stats["events"]
+        assert stats["faults"] == 0, stats["events"]
+        assert all(one["requests"] for one in said(pool).values()), said(pool)
+        until(lambda: states(pool) == ["free", "free"], "the lease is given back")
+    assert states(pool) == ["free", "free"], "ranks outlive a job"
+
+
+def test_jobs_share_and_none_takes_what_another_has(folder: Path, pool: str, ids: Tensor, plain: Tensor) -> None:
+    with job(folder, pool, pool_ranks=1) as first, job(folder, pool) as second, torch.no_grad():
+        kept = first(ids, use_cache=True).past_key_values
+        assert leased(first) == 1
+        assert_same_tokens(second.generate(ids, **greedily(NEW)), plain)
+        stats = second.fa_pool.stats()
+        assert any(event["kind"] == "busy" for event in stats["events"]), stats["events"]
+        assert stats["faults"] == first.fa_pool.stats()["faults"] == 0, stats["events"]
+        with job(folder, pool) as third:
+            kept_too = second(ids, use_cache=True).past_key_values
+            assert_same_tokens(third.generate(ids, **greedily(NEW)), plain)  # no rank is left: locally
+            assert third.fa_pool.stats()["prefill"]["pooled_calls"] == 0
+            del kept, kept_too
+            first.fa_pool.reap()
+            second.fa_pool.reap()
+            until(lambda: states(pool) == ["free", "free"], "both leases are given back")
+            assert_same_tokens(third.generate(ids, **greedily(NEW)), plain)
+            assert third.fa_pool.stats()["prefill"]["pooled_calls"], "the next sequence borrows"
+
+
+def test_ranks_join_and_leave_a_running_job(folder: Path, pool: str, ids: Tensor, plain: Tensor) -> None:
+    with job(folder, pool) as model, torch.no_grad():
+        kept = model(ids, use_cache=True).past_key_values
+        assert leased(model) == 2
+        grow(pool, range(2, 3))
+        del kept
+        kept = model(ids, use_cache=True).past_key_values
+        assert leased(model) == 3, "a rank that came is used by the next sequence"
+        actor = standing.standing(ray, pool)[0]
+        ended = actor.leave.remote(30.0)
+        until(lambda: states(pool)[0] == "leaving", "the rank is told")
+        del kept
+        model.fa_pool.reap()
+        ray.get(ended, timeout=20)
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        stats = model.fa_pool.stats()
+        assert stats["faults"] == 0, f"its lease had ended before it left: {stats['events']}"
+
+
+@pytest.mark.parametrize("whom", ["worker", "actor"])
+def test_a_killed_rank_costs_no_token_and_comes_again(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor, whom: str
+) -> None:
+    with job(folder, pool) as model, pytest.warns(RuntimeWarning, match="pool rank 0"):
+        out = model(ids[:, :100], use_cache=True)
+        before = said(pool)[0]["pid"]
+        victim = before if whom == "worker" else psutil.Process(before).ppid()
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: not psutil.pid_exists(before), "the worker ends, with its actor too")
+        generated = model.generate(ids, past_key_values=out.past_key_values, **greedily(NEW))
+        assert_same_tokens(generated, plain)
+        until(lambda: said(pool).get(0, {}).get("state") in ("free", "leased"), "another takes its place")
+        assert said(pool)[0]["pid"] != before
+        del out
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        assert model.fa_pool.stats()["faults"] == 1
+
+
+def test_a_killed_job_frees_its_ranks(folder: Path, pool: str) -> None:
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    command = [sys.executable, str(SCRIPTS / "ray_job.py"), str(folder), pool]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "leased [0, 1]\n"
+            assert states(pool) == ["leased", "leased"]
+        finally:
+            process.kill()
+        until(lambda: states(pool) == ["free", "free"], "its leases end with it", seconds=2 * SETTINGS.timeout_s)
+
+
+def test_what_cannot_be_had_is_told_in_one_sentence(cluster: Any, folder: Path, ids: Tensor, plain: Tensor) -> None:
+    with job(folder, "nowhere") as model:
+        with pytest.warns(
+            RuntimeWarning, match=r"no rank of pool 'nowhere' can be had .* `fapool pool up --name nowhere`"
+        ):
+            assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+    ran = CliRunner().invoke(app, ["pool", "status", "nowhere"])
+    assert (ran.exit_code, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert "no pool nowhere stands" in ran.stderr
+
+
+def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(FAPoolConfigError, match=r"no Ray cluster was found at ray_address '127.0.0.1:9'"):
+        standing.join("127.0.0.1:9")
