@@ -17,6 +17,8 @@ DEFAULTS = {
     "pool_ranks": 1,
     "pool_placement": "last",
     "store_port": None,
+    "pool_name": "fapool",
+    "ray_address": None,
     "link_key_file": None,
     "insecure": False,
     "base": {"tensor_parallel": None, "tensor_parallel_size": None},
@@ -49,7 +51,9 @@ DEFAULTS = {
 # Per setting: values just inside its rule, and values just outside of it or of another type.
 CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "enabled": ([True, False], [1, 0, "true", None]),
-    "pool": (["local", "launch"], ["attach", "", None, 1]),
+    "pool": (["local", "launch", "ray"], ["attach", "", None, 1]),
+    "pool_name": (["shared"], ["", None, 1]),
+    "ray_address": (["auto", "10.0.0.1:6379", None], [1, True]),
     "pool_ranks": ([1, 7], [0, -1, 1.0, "1", True, None]),
     "pool_placement": (["last", "per_node"], ["first", None, 1]),
     "store_port": ([1, 29501, 65535, None], [0, 65536, "29501", True]),

@@ -52,6 +52,7 @@ class ThreadPool:
     bases = 1
     ring_bytes = 0
     """Of the memory for bodies; 0: they go over the sockets."""
+    shared = False
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self.loop = config, Loop()
@@ -83,7 +84,7 @@ class ThreadPool:
                     links[rank] = base
                 self.ends += [pool for _, pool in pairs]
                 self._threads.append(thread)
-        return dict(self.links)
+        return dict(sorted(self.links.items()))
 
     def discard(self, rank: int, reason: str) -> str:
         self.discarded.append(rank)

@@ -10,11 +10,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
 
-from fapool_plugin.observe.metrics import RankCounters
+from fapool_plugin.observe.metrics import Counters, RankCounters
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLost, Message, Op, Payload, Status, rooms
@@ -253,3 +254,30 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """Ends every rank of this pool."""
+
+
+def lease(
+    pool: Pool,
+    announce: Callable[[str], object],
+    most: int,
+    ranks: list[PoolRank],
+    counters: Counters,
+    guard: Callable[[PoolRank], AbstractContextManager[None]],
+) -> int:
+    """Takes the lease of ``most`` ranks of a pool, or of as many as no other job has. ``ranks`` gets each before it is
+    asked, so that whoever is interrupted knows of it.
+
+    Returns:
+        how many other jobs have.
+    """
+    busy, links, token = 0, pool.acquire(announce), pool.new_token()
+    for number, link in links.items():
+        if len(ranks) == most:
+            break
+        rank = PoolRank(number, link, token, counters.rank(number))
+        ranks.append(rank)
+        with guard(rank):
+            if not rank.open(shared=pool.shared):
+                ranks.remove(rank)
+                busy += 1
+    return busy

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from itertools import product
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.forward import Forward, own_share, stay_local
-from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting
+from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting, lease
 from fapool_plugin.base.owned import Batches, names
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
@@ -30,7 +30,7 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.link import Link, first_line
+from fapool_plugin.wire.link import first_line
 from fapool_plugin.wire.messages import LinkLost, Op
 
 _log = logging.getLogger("fapool_plugin")
@@ -102,7 +102,7 @@ class ResourceManager:
 
     @property
     def in_pooled_forward(self) -> bool:
-        """Whether a pooled forward has begun and not ended."""
+        """Whether a pooled forward is under way."""
         return self._busy.locked() and not self._measuring
 
     def agree(self, decision: tuple[int, int]) -> tuple[int, int]:
@@ -363,7 +363,8 @@ class ResourceManager:
         began = time.perf_counter()
         try:
             pool, self._acquired = self.make_pool(), True
-            self._open(pool.acquire(_log.info), pool.new_token(), pool.shared)
+            if busy := lease(pool, _log.info, self.config.pool_ranks, self.ranks, self.counters, self.guard):
+                self.counters.log("busy", f"{busy} pool rank(s) are leased by other jobs")
         except (RuntimeError, OSError) as error:
             self.counters.log("fault", f"no pool rank could be had: {error}")
             if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
@@ -383,20 +384,6 @@ class ResourceManager:
         self.state = "active"
         took_ms = (time.perf_counter() - began) * 1e3
         self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took_ms:.0f} ms")
-
-    def _open(self, links: Mapping[int, Link], token: int, shared: bool) -> None:
-        """Takes the lease of ``pool_ranks`` ranks, or of as many as no other job has."""
-        busy = 0
-        for number, link in links.items():
-            if len(self.ranks) < self.config.pool_ranks:
-                rank = PoolRank(number, link, token, self.counters.rank(number))
-                self.ranks.append(rank)
-                with self.guard(rank):
-                    if not rank.open(shared=shared):
-                        self.ranks.remove(rank)
-                        busy += 1
-        if busy:
-            self.counters.log("busy", f"{busy} pool rank(s) are leased by other jobs")
 
     def _release(self, reason: str) -> None:
         self.state = "draining"

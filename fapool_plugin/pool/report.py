@@ -11,12 +11,14 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-_NUMBERS = struct.Struct("<4q")
+_NUMBERS = struct.Struct("<5q")
 
 
 class Told(NamedTuple):
     """What was written last; all 0 before the first word."""
 
+    serves: int = 0
+    """1 once it answers."""
     leased_ns: int = 0
     """When the lease began, as ``time.time_ns``; 0: there is none."""
     requests: int = 0

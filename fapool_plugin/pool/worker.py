@@ -89,6 +89,7 @@ class Worker:
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
         alive = set(links)
+        self._tell()
         while alive or stay:
             link, item = self.inbox.get()
             if isinstance(item, LinkLost):
@@ -113,7 +114,7 @@ class Worker:
     def _tell(self) -> None:
         if self._report is not None:
             leased = (self._told.leased_ns or time.time_ns()) if self.lease is not None else 0
-            self._told = self._told._replace(leased_ns=leased, held_bytes=self.prefixes.nbytes)
+            self._told = self._told._replace(serves=1, leased_ns=leased, held_bytes=self.prefixes.nbytes)
             self._report.tell(self._told)
 
     def _handle(self, link: Link, message: Message) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-from fapool_plugin.base.lease import Outstanding
+from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.launch import link_key
 from fapool_plugin.ranks.standing import StandingRank
@@ -181,6 +181,8 @@ class RayPool:
                 except (OSError, LinkLost, FAPoolConfigError) as error:
                     problems.append(f"pool rank {number} opened no link: {first_line(error)}")
         if not self._ranks:
+            if any(one["state"] == "starting" for one in said.values()):
+                raise RanksStarting(f"the ranks of pool {self.config.pool_name!r} are being started")
             known = ", ".join(pools(self._ray)) or "none"
             raise RuntimeError(
                 f"no rank of pool {self.config.pool_name!r} can be had"

@@ -106,6 +106,8 @@ class StandingRank:
             return "failed"
         if self._leaves_by is not None:
             return "leaving"
+        if not told.serves:
+            return "starting"
         return "leased" if told.leased_ns else "free"
 
     def _start(self) -> None:

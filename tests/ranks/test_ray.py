@@ -154,17 +154,16 @@ def test_ranks_join_and_leave_a_running_job(folder: Path, pool: str, ids: Tensor
 
 
 @pytest.mark.parametrize("whom", ["worker", "actor"])
+@pytest.mark.filterwarnings("ignore:fa_pool. pool rank 0")
 def test_a_killed_rank_costs_no_token_and_comes_again(
     folder: Path, pool: str, ids: Tensor, plain: Tensor, whom: str
 ) -> None:
-    with job(folder, pool) as model, pytest.warns(RuntimeWarning, match="pool rank 0"):
+    with job(folder, pool) as model:
         out = model(ids[:, :100], use_cache=True)
         before = said(pool)[0]["pid"]
-        victim = before if whom == "worker" else psutil.Process(before).ppid()
-        os.kill(victim, signal.SIGKILL)
+        os.kill(before if whom == "worker" else psutil.Process(before).ppid(), signal.SIGKILL)
         until(lambda: not psutil.pid_exists(before), "the worker ends, with its actor too")
-        generated = model.generate(ids, past_key_values=out.past_key_values, **greedily(NEW))
-        assert_same_tokens(generated, plain)
+        assert_same_tokens(model.generate(ids, past_key_values=out.past_key_values, **greedily(NEW)), plain)
         until(lambda: said(pool).get(0, {}).get("state") in ("free", "leased"), "another takes its place")
         assert said(pool)[0]["pid"] != before
         del out
@@ -186,11 +185,9 @@ def test_a_killed_job_frees_its_ranks(folder: Path, pool: str) -> None:
 
 
 def test_what_cannot_be_had_is_told_in_one_sentence(cluster: Any, folder: Path, ids: Tensor, plain: Tensor) -> None:
-    with job(folder, "nowhere") as model:
-        with pytest.warns(
-            RuntimeWarning, match=r"no rank of pool 'nowhere' can be had .* `fapool pool up --name nowhere`"
-        ):
-            assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+    sentence = r"no rank of pool 'nowhere' can be had .* `fapool pool up --name nowhere`"
+    with job(folder, "nowhere") as model, pytest.warns(RuntimeWarning, match=sentence):
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
     ran = CliRunner().invoke(app, ["pool", "status", "nowhere"])
     assert (ran.exit_code, ran.stderr.count("\n")) == (2, 1), ran.stderr
     assert "no pool nowhere stands" in ran.stderr
