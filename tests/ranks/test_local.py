@@ -121,10 +121,11 @@ def test_none_that_start_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyP
 def test_a_lease_that_is_interrupted_leaves_no_rank_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     real = PoolRank.open
 
-    def interrupted(rank: PoolRank) -> None:
-        real(rank)
+    def interrupted(rank: PoolRank, **how: bool) -> bool:
+        opened = real(rank, **how)
         if rank.number == 1:
             raise KeyboardInterrupt
+        return opened
 
     with ResourceManager(config(), LocalPool) as manager:
         with monkeypatch.context() as patched:
