@@ -22,10 +22,12 @@ from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.launch import link_key
 from fapool_plugin.ranks.standing import StandingRank
-from fapool_plugin.wire.link import Link, first_line, watch_process
+from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import connect, machine
+from fapool_plugin.wire.watch import watch_process
 
 NAMESPACE = "fapool"
 _ANSWER_S = 10.0
@@ -235,6 +237,7 @@ class RayPool:
             asks=True,
             check=Outstanding(),
             address=address,
+            ring_bytes=RING_BYTES if near and self.config.carrier != "inline" else 0,
         )
         try:
             if near:
