@@ -104,8 +104,8 @@ def broken_links(document: Path) -> list[str]:
     return broken
 
 
-def test_the_readmes_configuration_is_the_codes() -> None:
-    rows = table(read("README.md"), "key")
+def test_the_documented_configuration_is_the_codes() -> None:
+    rows = table(read("docs/configuration.md"), "key")
     expected = [
         [f"`{name}`", f"`{json.dumps(FAPoolConfig().to_dict()[name])}`", field.description or ""]
         for name, field in FAPoolConfig.model_fields.items()
