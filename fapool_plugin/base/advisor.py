@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ import torch
 
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.lease import PoolRank
-from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.config import MIB, FAPoolConfig
+from fapool_plugin.devices.gpu import CPU, identity
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.plan.clocks import Cores, Way
 from fapool_plugin.plan.forecast import Choice, auto_threshold, choose_decode, choose_prefill
@@ -71,14 +73,32 @@ class Advisor:
     config: FAPoolConfig
     counters: Counters
     profile: Profile | None = None
+    device: torch.device = CPU
+    """Where the base computes, as the last forward showed."""
     _records: dict[tuple[Phase, bool], _Record] = field(default_factory=dict)
     _turns: dict[tuple[object, ...], int] = field(default_factory=dict)
     _steps: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
     @property
     def lends_cores(self) -> bool:
-        """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher."""
-        return self.config.pool == "local" and not torch.cuda.is_available()
+        """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher, and
+        beside a base on a GPU local ones compute on GPUs, too."""
+        return self.config.pool == "local" and self.device.type == "cpu"
+
+    def look_at(self, rank: PoolRank) -> None:
+        """Says, once, if a leased rank computes on the base's GPU, or has less memory for keys than it was to have."""
+        said = []
+        if rank.gpu and self.device.type == "cuda" and rank.gpu == identity(self.device):
+            said.append(f"pool rank {rank.number} computes on {self.device}, which the base uses: both have less of it")
+        if 0 < rank.memory_limit < (self.config.memory_limit_mib or 0) * MIB:
+            said.append(
+                f"pool rank {rank.number} has {rank.memory_limit // MIB} MiB for keys, not memory_limit_mib = "
+                f"{self.config.memory_limit_mib}: its GPU has no more free"
+            )
+        for text in said:
+            if self.counters.is_new(text):
+                self.counters.log("device", text)
+                warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
 
     def cores(self, threads: int) -> Cores:
         """How threads move, if the base has ``threads`` of them without a lease."""
@@ -102,6 +122,13 @@ class Advisor:
     def needs_profile(self) -> bool:
         """Whether plans wait for a profile that is not here yet."""
         return self.profile is None and (self.config.activation == "cost" or self.config.profile is not None)
+
+    def measure(self, profiler: Profiler, rank: PoolRank, start_s: float) -> None:
+        """Has a quick profile measured with a leased rank, which took so long to start. Raises LinkLost."""
+        began = time.perf_counter()
+        rank.open()
+        self.profile = profiler.measure(rank, start_s, time.perf_counter() - began)
+        self.counters.log("profile", f"a quick profile was measured in {time.perf_counter() - began:.1f} s")
 
     def choose(self, forward: Forward, ranks: Sequence[PoolRank], overlap: bool) -> Choice | None:
         """The best pooled way for a forward beside the base alone; None without a profile. ``ranks`` are leased."""

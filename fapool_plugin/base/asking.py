@@ -191,9 +191,9 @@ class AttentionRequests:
                 why = "does not hold what it owned" if part.status == Status.STALE else "did not answer"
                 self.owned.give_up(f"{who} {why}", at_once=alone)
             return False
-        if part.status == Status.STALE:
-            request.rank.counters.stale += 1
-            if not request.kept and request.notes.starts_anew:
+        if part.status in (Status.STALE, Status.FULL):
+            request.rank.counters.stale += part.status == Status.STALE
+            if part.status == Status.FULL or (not request.kept and request.notes.starts_anew):
                 self.sequence.full.add(request.rank.key)
             self.sequence.residency.forget(request.rank.key)
         return self.keeping is not None and self.keeping.lost(request) and part.status == Status.STALE

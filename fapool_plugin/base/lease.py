@@ -109,6 +109,8 @@ class PoolRank:
         """Nanoseconds that this process's ``time.perf_counter_ns`` is ahead of the rank's."""
         self.node = 0
         """The node it is on."""
+        self.gpu = 0
+        """Names the GPU that it computes on; 0: it computes on a CPU."""
         self.merge = 0
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
@@ -139,7 +141,7 @@ class PoolRank:
             )
         if reply.status != Status.OK:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
-        self.memory_limit, self.node = reply.extra, reply.number
+        self.memory_limit, self.node, self.gpu = reply.extra, reply.number, reply.peer
 
     def ask(self, header: Header, tensors: Payload, expected: Expected | None) -> int:
         """Sends a request; returns its call number. ``expected``: its answer; None: that goes to another rank."""
@@ -225,8 +227,13 @@ class Pool(Protocol):
     def new_token(self) -> int:
         """Names the next lease; ranks serve all who give the same one."""
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that is ready, by rank number. Raises RuntimeError if there is none."""
+    def acquire(self, announce: Callable[[str], object], base: torch.device) -> dict[int, Link]:
+        """Links to every rank that is ready, by rank number. Raises RuntimeError or FAPoolConfigError if there is none.
+
+        Args:
+            announce: told what takes a while.
+            base: where the base computes.
+        """
 
     def discard(self, rank: int, reason: str) -> str:
         """Gives up a lost rank and everything of it; returns its description."""

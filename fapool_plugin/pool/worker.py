@@ -1,5 +1,8 @@
 """A pool rank: holds no weights, receives tiles with their queries and new keys, answers with (out, lse).
 
+    receive ── launch ── copies of the answer started ── its bands awaited, one step each ── sent     on a device
+    receive ── compute, band by band, one step each ──────────────────────────────────────── sent     on a CPU
+
 It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
 kernels, but no model, no plan and no weights; how it works together with other pool ranks is in exchange. When its
 links or its parent are gone it ends.
@@ -11,12 +14,16 @@ import argparse
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fapool_plugin.devices.clock import Clock, Moment
+from fapool_plugin.devices.copies import Copies, onto
+from fapool_plugin.devices.gpu import identity, keys_limit, warm_up
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
@@ -45,7 +52,7 @@ NAME = "fapool rank"
 """What the system's lists of processes say."""
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
-_SLOW_FLOPS_S = 2e9
+_SLOW_FLOPS_S = {"cpu": 2e9, "cuda": 1e12}
 """What a rank is taken to compute in a second until it has computed something."""
 _MEASURED_S = 0.01
 """What is over sooner says how fast a rank is at least, and not how slow."""
@@ -68,7 +75,12 @@ class Worker:
         self.calls = CallStore(self.prefixes)
         self.lease: int | None = None
         self._holders: set[Link] = set()
-        self._flops_s = _SLOW_FLOPS_S
+        self._flops_s = _SLOW_FLOPS_S[device.type]
+        self.clock, self.copies = Clock(device), None if device.type == "cpu" else Copies()
+        self._span: tuple[Moment, Moment] | None = None
+        """When the last answer's computation began and ended."""
+        self._bands_launched: deque[tuple[Moment, Moment, int]] = deque()
+        """Beginning, end and work of those that are not counted as done."""
         self._kept_for: dict[Link, set[int]] = {}
         """Sequences of which calls are kept, by who asked for it."""
 
@@ -109,11 +121,15 @@ class Worker:
             self._answer(link, message)
             link.drain(_UNSENT)
         elif header.op == Op.FETCH:
-            link.send(*self.fetch(message))
+            asked, keys = self.fetch(message)
+            link.send(asked, keys if self.copies is None else self.copies.start(keys).wait())
         elif header.op == Op.STORE:
             self.store(message)
         elif header.op == Op.SELECT:
-            self.prefixes.select(header.sequence, header.layer, message.tensors[0].tolist())
+            try:
+                self.prefixes.select(header.sequence, header.layer, message.tensors[0].tolist())
+            except torch.OutOfMemoryError:  # some rows may have moved
+                self.prefixes.free(header.sequence)
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
             self.calls.free(header.sequence)
@@ -124,16 +140,35 @@ class Worker:
     def _answer(self, link: Link, message: Message) -> None:
         """Answers the base, or the pool rank that merges this answer with its own."""
         header = message.header
-        compute = self.backward if header.op == Op.BACKWARD else self.attend
+        try:
+            answer = self._computed(message)
+        except torch.OutOfMemoryError:
+            # What is held stays, and the base computes this itself.
+            self._bands_launched.clear()
+            answer = header._replace(status=Status.FULL, extra=0), ()
         if not header.merge:
-            link.send(*compute(message))
+            link.send(*answer)
             return
         exchange = self.inbox.exchange(link)
-        merged = exchange.merged(message, *compute(message))
+        merged = exchange.merged(message, *answer)
         if header.peer:
             exchange.send(header.peer - 1, *merged)
         else:
             link.send(*merged)
+
+    def _computed(self, message: Message) -> tuple[Header, Payload]:
+        """The answer to a request, in host memory."""
+        header, payload = (self.backward if message.header.op == Op.BACKWARD else self.attend)(message)
+        if self.copies is None or not payload or self._span is None:
+            return header, payload
+        if message.header.merge:  # tile by tile, as it is merged with others' parts
+            staged = self.copies.start([x for part in payload for x in part])
+        else:
+            staged = self.copies.start(payload)
+        self._count_bands(wait=True)
+        began, ended = self._span
+        header, there = header._replace(extra=round(ended.waited_since(began) * 1e9)), staged.wait()
+        return header, (there[: len(there) // 2], there[len(there) // 2 :]) if message.header.merge else there
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:
@@ -144,7 +179,7 @@ class Worker:
         self._holders.add(link)
         limit, clock = self.prefixes.limit_bytes, time.perf_counter_ns()
         answer = Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=limit, clock=clock)
-        return answer._replace(number=self.node)
+        return answer._replace(number=self.node, peer=identity(self.device))
 
     def _leave(self, link: Link) -> None:
         """One base rank gives the lease back; with the last one everything it left here goes."""
@@ -159,11 +194,11 @@ class Worker:
 
     def attend(self, message: Message) -> tuple[Header, Payload]:
         """Computes a request's tiles. STALE, with no tensors, if a prefix or a kept call it assumes is not here."""
-        began, asked = time.perf_counter_ns(), message.header
+        began, asked = self.clock.now(), message.header
         if asked.keep == 2 and asked.extra:
             if not asked.tiles:  # the same call once more
                 known = self.calls.get(asked.sequence, asked.extra)
-                return _attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
+                return self._attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
         request, computed = TileRequest(message, self.device), []
         for tile, key_start, key_stop, capacity in request.entries:
@@ -185,7 +220,7 @@ class Worker:
             computed.append(KeptTile(q, k, v, *self._attend(request, tile, q, k, v)))
         if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
             asked = asked._replace(keep=0)
-        return _attended(asked, computed, began)
+        return self._attended(asked, computed, began)
 
     def fetch(self, message: Message) -> tuple[Header, Payload]:
         """The keys and values that a request names, tile behind tile. STALE, with no tensors, if any is not here."""
@@ -202,16 +237,18 @@ class Worker:
     def store(self, message: Message) -> None:
         """Keeps a copy of what another rank owns; nothing of it any more, where memory does not suffice for all."""
         asked = message.header
-        for (tile, start, _, capacity), k, v in stored(message):
-            k, v = k.to(self.device), v.to(self.device)
-            if not self.prefixes.put(asked.sequence, asked.layer, tile, k, v, start, capacity, owned=True):
-                self.prefixes.free(asked.sequence)
-                return
+        try:
+            for (tile, start, _, capacity), k, v in stored(message):
+                k, v = onto(k, self.device), onto(v, self.device)
+                if not self.prefixes.put(asked.sequence, asked.layer, tile, k, v, start, capacity, owned=True):
+                    raise torch.OutOfMemoryError
+        except torch.OutOfMemoryError:
+            self.prefixes.free(asked.sequence)
 
     def backward(self, message: Message) -> tuple[Header, Payload]:
         """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with
         no tensors, if a kept call it assumes is not here."""
-        began, asked, request = time.perf_counter_ns(), message.header, TileRequest(message, self.device)
+        began, asked, request = self.clock.now(), message.header, TileRequest(message, self.device)
         kept = self.calls.pop(asked.sequence, asked.extra) if asked.keep else []
         if kept is None or (asked.keep and len(kept) != len(request.entries)):
             return asked._replace(status=Status.STALE), ()
@@ -236,10 +273,19 @@ class Worker:
             q_elements=elements(dqs),
             k_elements=elements(dks),
             v_elements=elements(dvs),
-            extra=time.perf_counter_ns() - began,
-            clock=began,
         )
-        return header, (dqs, dks, dvs)
+        return self._timed(header, began), (dqs, dks, dvs)
+
+    def _attended(self, asked: Header, tiles: list[KeptTile], began: Moment) -> tuple[Header, Payload]:
+        """The reply to ATTEND with the results of these tiles."""
+        outs, lses = [tile.out for tile in tiles], [tile.lse for tile in tiles]
+        header = asked._replace(status=Status.OK, q_elements=elements(outs), lse_elements=elements(lses))
+        return self._timed(header, began), (outs, lses)
+
+    def _timed(self, header: Header, began: Moment) -> Header:
+        """A reply with what it took; a device says so when it is there."""
+        self._span = began, (ended := self.clock.now())
+        return header._replace(extra=round((ended.since(began) or 0.0) * 1e9), clock=began.ns)
 
     def _attend(self, request: TileRequest, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of a tile, in bands of queries."""
@@ -275,13 +321,26 @@ class Worker:
         start = 0
         while start < queries:
             stop = min(queries, start + max(1, int(self._flops_s * STEP_S / flops)))
-            began = time.perf_counter()
+            began = self.clock.now()
             yield slice(start, stop)
-            speed = (stop - start) * flops / (took_s := max(1e-6, time.perf_counter() - began))
+            self._bands_launched.append((began, self.clock.now(), (stop - start) * flops))
+            self._count_bands()
+            start = stop
+
+    def _count_bands(self, *, wait: bool = False) -> None:
+        """Takes bands that are done for progress, and learns from them how fast this rank is."""
+        while self._bands_launched:
+            began, ended, flops = self._bands_launched[0]
+            if wait:
+                ended.wait()
+            seconds = ended.since(began)
+            if seconds is None:
+                return
+            self._bands_launched.popleft()
+            speed = flops / (took_s := max(1e-6, seconds))
             if took_s > _MEASURED_S or speed > self._flops_s:
                 self._flops_s = min(speed, 4 * self._flops_s)
             self.inbox.steps += 1
-            start = stop
 
 
 def end_with_parent(loop: Loop, parent: int) -> None:
@@ -292,14 +351,6 @@ def end_with_parent(loop: Loop, parent: int) -> None:
         os._exit(0)
 
 
-def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header, Payload]:
-    """The reply to ATTEND with the results of these tiles."""
-    outs, lses = [tile.out for tile in tiles], [tile.lse for tile in tiles]
-    took = time.perf_counter_ns() - began
-    header = asked._replace(status=Status.OK, q_elements=elements(outs), lse_elements=elements(lses))
-    return header._replace(extra=took, clock=began), (outs, lses)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry of a pool rank's process."""
     parser = argparse.ArgumentParser(prog="python -m fapool_plugin.pool.worker", description=__doc__)
@@ -307,7 +358,10 @@ def main(arguments: list[str] | None = None) -> None:
     served.add_argument("--link", type=int, help="descriptor of a socket to a base rank: serve it, and end with it")
     served.add_argument("--listen", type=int, help="descriptor of a listening socket: serve all who come, and stay")
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
-    parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
+    parser.add_argument(
+        "--memory-limit", type=int, default=0, help="bytes of keys and values to hold at most; 0: by the device"
+    )
+    parser.add_argument("--together", type=int, default=1, help="processes that compute on the device")
     parser.add_argument("--block", type=int, default=256, help="positions by which storage grows")
     parser.add_argument(
         "--silence", type=float, default=30.0, help="seconds without a word of a base rank after which its lease ends"
@@ -321,13 +375,15 @@ def main(arguments: list[str] | None = None) -> None:
     Path("/proc/self/comm").write_text(NAME)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    torch.zeros(1, device=options.device)  # what a device needs at first is no standstill in a call
+    device = torch.device(options.device)
+    warm_up(device)  # what a device needs at first is no standstill in a call
+    limit = keys_limit(device, options.memory_limit, options.together)
     loop = Loop()
     if options.parent:
         end_with_parent(loop, options.parent)
     key = read_key(options.link_key) if options.link_key is not None else None
     inbox = Inbox(loop, options.patience, key)
-    worker = Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node)
+    worker = Worker(inbox, limit, device, options.block, options.node)
 
     def accepted(sock: socket.socket) -> Link:
         return worker.link(sock, options.silence)

@@ -14,8 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.launch import Launch, link_key
 from fapool_plugin.wire.link import Link, first_line, watch_process
 from fapool_plugin.wire.loop import Loop
@@ -62,8 +65,9 @@ class LaunchedPool:
         """The lease that all base ranks of the job share."""
         return self.launch.token
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that is ready. Raises RuntimeError if there is none."""
+    def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
+        """Links to every rank that is ready; the launch has said where they compute. Raises RuntimeError if there is
+        none."""
         problems: list[RuntimeError] = []
         for number in range(self.launch.pool_ranks):
             known = self._ranks.get(number)
