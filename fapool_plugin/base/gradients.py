@@ -18,6 +18,7 @@ from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.requests import Part, Payload, Request, Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.devices.copies import onto
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.observe.timeline import ATTENTION, LINEAR, SEND
 from fapool_plugin.plan.line import Tile
@@ -86,6 +87,10 @@ class Gradients:
                 requests.append(Request(leased[number], tiles, kept=self.shares.take_kept(leased[number])))
             else:
                 mine += tiles
+        if self.requests.stage(self, requests):
+            self._compute(mine)
+            mine = []
+            manager.timeline.switch(SEND)
         self._compute(mine + self.requests.post(self, requests))
         manager.timeline.end()
 
@@ -153,7 +158,7 @@ class Gradients:
 
     def merge(self, answer: Message, request: Request) -> None:
         """Adds the gradients of its tiles."""
-        dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors)
+        dq, dk, dv = (onto(x, self.dq_BHSD.device) for x in answer.tensors)
         head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
         for tile, dq_at, dk_at, dv_at in gradient_layout(request.tiles, self.group, head_dim, v_head_dim):
             rows, heads, lanes, queries, keys = self._parts(tile)

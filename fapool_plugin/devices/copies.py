@@ -104,6 +104,11 @@ class Staged:
         return self._event is None or bool(self._event.query())
 
 
+def on_host(copies: Copies | None, payload: Payload) -> Payload:
+    """A payload in host memory, waited for; as it is where nothing has to be copied."""
+    return payload if copies is None else copies.start(payload).wait()
+
+
 def onto(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of host memory, on a device.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.devices.clock import Clock, Moment
-from fapool_plugin.devices.copies import Copies, onto
+from fapool_plugin.devices.copies import Copies, on_host, onto
 from fapool_plugin.devices.gpu import identity, keys_limit, warm_up
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
@@ -122,7 +122,7 @@ class Worker:
             link.drain(_UNSENT)
         elif header.op == Op.FETCH:
             asked, keys = self.fetch(message)
-            link.send(asked, keys if self.copies is None else self.copies.start(keys).wait())
+            link.send(asked, on_host(self.copies, keys))
         elif header.op == Op.STORE:
             self.store(message)
         elif header.op == Op.SELECT:
