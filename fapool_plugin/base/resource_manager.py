@@ -306,6 +306,7 @@ class ResourceManager:
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, as a copy; :mod:`fapool_plugin.observe.metrics` says what each number counts."""
+        self.timeline.read()
         held = [rank.number for rank in self.ranks]
         known = {"state": self.state, "threshold": self.threshold, "leased_ranks": held}
         return known | {"kv_bytes": self.batches.held()} | self.counters.as_dict()
