@@ -33,6 +33,8 @@ PARTS = 2
 """Of a training batch in flight: each costs its own small matrices, and two are enough to overlap."""
 TRAINING_BLOCKS = 4
 """Of one training row in flight, at most: every block sends the keys of all blocks before it, twice."""
+_SHORTEST_ON_GPU = 2048
+"""Columns of a block there: shorter ones do not fill it."""
 _TURNS_GAIN = 0.95
 """Of a whole step's time: parts in turns must be predicted to take less."""
 _STEPS = 16
@@ -140,7 +142,8 @@ class Advisor:
             return None  # all that is new is padding
         cores = self.cores(torch.get_num_threads())
         if forward.phase != "decode":
-            return self.prefill(forward.geometry, cores, overlap=overlap, most=self._most_blocks(forward))
+            most = max(1, min(self._most_blocks(forward), self._fitting(forward.geometry)))
+            return self.prefill(forward.geometry, cores, overlap=overlap, most=most)
         held = [forward.sequence.residency.total(rank.key) for rank in ranks]
         return self.decode(forward.geometry, cores, held or [0] * self.config.pool_ranks)
 
@@ -157,7 +160,12 @@ class Advisor:
         if forward.phase == "training" and len(forward.geometry.starts) > 1:
             return PARTS
         wanted = choice.blocks if choice is not None and not self.config.blocks else most
-        return max(1, min(wanted, (forward.geometry.columns - forward.geometry.q_column) // SHORTEST_BLOCK))
+        return max(1, min(wanted, self._fitting(forward.geometry)))
+
+    def _fitting(self, geometry: Geometry) -> int:
+        """Blocks that are long enough. What is asked for is not held against a GPU's needs."""
+        shortest = _SHORTEST_ON_GPU if self.device.type == "cuda" and not self.config.blocks else SHORTEST_BLOCK
+        return (geometry.columns - geometry.q_column) // shortest
 
     def _most_blocks(self, forward: Forward) -> int:
         if forward.phase != "training":

@@ -2,7 +2,8 @@
 
 The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
 (out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). What pool ranks did not keep since forward is sent
-again, and whatever they do not answer is computed here. Knows no autograd and no model.
+again, and whatever they do not answer is computed here. Autograd has a thread for each device: of a model on several,
+calls ask and wait one at a time. Knows no autograd and no model.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ class Gradients:
 
     def post(self) -> None:
         """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
+        with self.shares.manager.backwards:
+            self._post()
+
+    def _post(self) -> None:
         manager, mine, requests = self.shares.manager, list(self.shares.base), []
         held = manager.borrow(self.shares.geometry.longest, self.shares.sequence.id) if self.shares.ranks else []
         leased = {rank.number: rank for rank in held}
@@ -97,11 +102,12 @@ class Gradients:
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in the dtypes of q, k and v."""
         manager = self.shares.manager
-        manager.timeline.begin(manager.counters.backward)
-        pooled = self.requests.wait(self, self._compute)
-        manager.timeline.end()
-        manager.counters.backward.pooled_calls += pooled
-        manager.counters.backward.local_calls += not pooled
+        with manager.backwards:
+            manager.timeline.begin(manager.counters.backward)
+            pooled = self.requests.wait(self, self._compute)
+            manager.timeline.end()
+            manager.counters.backward.pooled_calls += pooled
+            manager.counters.backward.local_calls += not pooled
         saved = self.saved
         return (
             self.dq_BHSD.to(saved.q_BHSD.dtype),

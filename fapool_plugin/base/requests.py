@@ -26,6 +26,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.devices.copies import Staged, on_host
 from fapool_plugin.observe.timeline import MERGE, SEND, WAIT
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.wire import messages as wire
 from fapool_plugin.wire.messages import Header, Message, Status
 
 Payload = list[Tensor | list[Tensor]]
@@ -58,7 +59,7 @@ class Request:
         """This one and all whose parts come with its answer."""
         return [self, *(one for child in self.below for one in child.all())]
 
-    def joined(self, header: Header, tensors: Payload) -> tuple[Header, Payload]:
+    def joined(self, header: Header, tensors: wire.Payload) -> tuple[Header, wire.Payload]:
         """The request as one to a rank that may work with others; the one above it was asked before."""
         if not self.merge:
             return header, tensors
@@ -157,13 +158,13 @@ class Requests:
         request.call = None
         if request.staged is not None:
             (header, staged), request.staged = request.staged, None
-            tensors = staged.wait()
+            payload: wire.Payload = staged.wait()
         else:
             header, tensors = call.message(request)
-            tensors = list(on_host(self._manager.copies, tensors))
-        header, tensors = request.joined(header, tensors)
+            payload = on_host(self._manager.copies, tensors)
+        header, payload = request.joined(header, payload)
         with self._manager.guard(request.rank):
-            request.call = request.rank.ask(header, tensors, request.expected(header))
+            request.call = request.rank.ask(header, payload, request.expected(header))
             call.sent(request)
 
     def _gather(self, call: Call, request: Request, resolve: Resolve) -> bool:

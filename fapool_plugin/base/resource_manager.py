@@ -75,7 +75,7 @@ class ResourceManager:
         self.ranks: list[PoolRank] = []
         self._pool: Pool | None = None
         self._acquired = False
-        self._busy = threading.Lock()
+        self._busy, self.backwards = threading.Lock(), threading.RLock()
         self._ended: list[int] = []
         self._live: set[int] = set()
         self._owner = os.getpid()  # whose pool it is: a forked child has its links, too, and must not touch them

@@ -142,7 +142,7 @@ def test_gradients_are_exact(residency: bool) -> None:
         pooled(manager, geometry)(q, k, v).backward(dout)
         got = [x.grad for x in (q, k, v)]
         wanted: list[Tensor] = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        dense(*wanted, geometry, q.shape[3] ** -0.5, 0.0, None).backward(dout)
+        dense(wanted[0], wanted[1], wanted[2], geometry, q.shape[3] ** -0.5, 0.0, None).backward(dout)
         for name, ours, theirs in zip("qkv", got, wanted, strict=True):
             assert ours is not None
             assert theirs.grad is not None

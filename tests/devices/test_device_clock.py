@@ -44,10 +44,10 @@ def test_a_clock_moves_with_the_model() -> None:
     ticks = Ticks()
     clock = Clock(CPU, ticks)
     clock.now()
-    assert not ticks.launched
+    assert ticks.launched == 0
     clock.move_to(GPU)
     clock.now()
-    assert ticks.launched == 1
+    assert ticks.launched > 0
 
 
 def test_activities_are_counted_when_the_device_has_done_them() -> None:

@@ -63,7 +63,7 @@ def test_gradients_are_computed_by_the_base(monkeypatch: pytest.MonkeyPatch, res
         geometry = Geometry((0,), (25,), 0, 25)
         pooled(manager, geometry)(q, k, v).sum().backward()
         wanted = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        dense(*wanted, geometry, q.shape[3] ** -0.5, 0.0, None).sum().backward()
+        dense(wanted[0], wanted[1], wanted[2], geometry, q.shape[3] ** -0.5, 0.0, None).sum().backward()
         for ours, theirs in zip((q, k, v), wanted, strict=True):
             assert ours.grad is not None
             assert theirs.grad is not None
@@ -82,5 +82,5 @@ def test_copies_for_others_are_dropped_whole(monkeypatch: pytest.MonkeyPatch) ->
         full_at(monkeypatch, "onto", lambda: True)
         key = torch.zeros(1, 1, 1, 8)
         monkeypatch.setattr(pool_worker, "stored", lambda message: [((None, 0, 1, 0), key, key)])
-        worker.store(SimpleNamespace(header=SimpleNamespace(sequence=stream.state.id)))  # type: ignore[arg-type]
+        worker.store(SimpleNamespace(header=SimpleNamespace(sequence=stream.state.id)))
         assert stream.state.id not in worker.prefixes

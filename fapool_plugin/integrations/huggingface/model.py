@@ -219,6 +219,7 @@ def _profiler(config: FAPoolConfig, module: Any) -> Any:
 def _measure_threshold(model: Any, manager: ResourceManager) -> None:
     """Finds the threshold "auto"."""
     profiler = _profiler(manager.config, model)
+    manager.compute_on(model.device)
     manager.advisor.profile = profiler.known() or profiler.measure_alone()
     text = model.config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or _LONGEST
