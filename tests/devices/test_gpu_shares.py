@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,16 @@ import pytest
 import torch
 
 from fapool_plugin.base.advisor import Advisor
+from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB, FAPoolConfig
 from fapool_plugin.devices import gpu
 from fapool_plugin.devices.gpu import CPU, identity, keys_limit, rank_device, sharers, warm_up
 from fapool_plugin.observe.metrics import Counters, RankCounters
+from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.ranks.local import LocalPool
+from fapool_plugin.tools import doctor
 from tests.thread_pool import ThreadPool
 
 GPU = [torch.device("cuda", number) for number in range(4)]
@@ -152,3 +156,24 @@ def test_threads_are_lent_to_ranks_on_cpus_only() -> None:
     assert manager.advisor.threads_left(4, 2) == 4
     manager.compute_on(CPU)
     assert manager.advisor.lends_cores
+
+
+def test_blocks_fill_a_gpu_unless_their_number_is_set() -> None:
+    prompt = Geometry((0,), (8192,), 0, 8192)
+    for config, device, wanted in (
+        (FAPoolConfig(), CPU, 8),
+        (FAPoolConfig(), GPU[0], 4),
+        (FAPoolConfig(blocks=8), GPU[0], 8),
+    ):
+        advisor = Advisor(config, Counters(), device=device)
+        found = advisor.blocks(Forward(config, advisor.counters, "prefill", geometry=prompt), None, None)
+        assert found == wanted, f"{found} blocks on {device}"
+
+
+def test_the_doctor_says_where_ranks_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert not doctor._gpus().usable
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H100")
+    for count, told in ((1, "1 x H100; .* share it with the base"), (4, "4 x H100; .* the next ones")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert re.search(told, doctor._gpus().why)
