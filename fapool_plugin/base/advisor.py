@@ -85,7 +85,7 @@ class Advisor:
     def lends_cores(self) -> bool:
         """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher, and
         beside a base on a GPU local ones compute on GPUs, too."""
-        return self.config.pool == "local" and self.device.type == "cpu"
+        return self.config.pool == "local" and self.device.type != "cuda"
 
     def look_at(self, rank: PoolRank) -> None:
         """Says, once, if a leased rank computes on the base's GPU, or has less memory for keys than it was to have."""

@@ -116,7 +116,7 @@ class ResourceManager:
         if device != self.advisor.device:
             self.advisor.device = device
             self.clock.move_to(device)
-            self.copies = None if device.type == "cpu" else Copies()
+            self.copies = Copies() if device.type == "cuda" else None
 
     def begin(
         self,

@@ -3,7 +3,7 @@
     host      now ── launches ── now ............. since: None, not there yet ..... since: seconds
     device      └─ event ── computes ── event ┘
 
-On a CPU a moment is the host's time, and is there at once. Knows no work. Has run with stand-ins for events only, never
+Elsewhere a moment is the host's time, there at once. Knows no work. Has run with stand-ins for events only, never
 on a GPU.
 """
 
@@ -63,7 +63,7 @@ class Clock:
 
     Args:
         device: whose.
-        events: makes events on a device that is no CPU; tests have another.
+        events: makes events on a CUDA device; tests have others. Elsewhere the host's time is all there is.
     """
 
     def __init__(self, device: torch.device, events: Events = recorded) -> None:
@@ -76,4 +76,4 @@ class Clock:
 
     def now(self) -> Moment:
         """What is launched after this has not begun then."""
-        return Moment(self._events(self.device) if self.device.type != "cpu" else None)
+        return Moment(self._events(self.device) if self.device.type == "cuda" else None)

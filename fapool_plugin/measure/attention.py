@@ -58,7 +58,7 @@ def measure_attention(
     """
     check_effort(threads, budget_s)
     device, costs = torch.device(device), []
-    threads = threads if device.type == "cpu" else threads[:1]
+    threads = threads[:1] if device.type == "cuda" else threads
     cases = list(itertools.product(_kernels(shape, device, softcap, quick), threads))
     with threads_restored(), torch.no_grad():
         for done, ((kernel, dtype), count) in enumerate(cases):
@@ -103,7 +103,7 @@ def _lengths(device: torch.device, kernel: str, quick: bool) -> tuple[Sequence[i
     """Lengths of prompts, and numbers of keys in decode, to measure at."""
     keys: Sequence[int] = _KEYS[::2] if quick else _KEYS
     lengths: Sequence[int] = _QUICK_LENGTHS if quick else _LENGTHS
-    if device.type != "cpu":
+    if device.type == "cuda":
         keys = _QUICK_DEVICE_LENGTHS if quick else _DEVICE_LENGTHS
         lengths = lengths if kernel == "dense" else keys
     return [n for n in lengths if kernel != "dense" or n <= _DENSE_LONGEST], keys
@@ -158,6 +158,6 @@ class _Attention:
             softcap=self.softcap,
             kernel=self.kernel,
         )
-        if self.device.type != "cpu":
+        if self.device.type == "cuda":
             return self._clock.now().waited_since(launched)
         return time.perf_counter() - began

@@ -23,7 +23,7 @@ from fapool_plugin.devices.clock import Clock
 from fapool_plugin.devices.copies import Copies, on_host, onto
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.profile import Fit, LinkCost, Machine, least_squares
+from fapool_plugin.plan.profile import Fit, LinkCost, Machine, Profile, least_squares
 from fapool_plugin.wire.messages import Header, Op, Status, dtype_code, float_bits
 
 Progress = Callable[[str, int, int | None], object]
@@ -38,6 +38,8 @@ _QUICK_LINK_BYTES = (2**12, 2**20)
 _DEVICE_LINK_BYTES = (*_LINK_BYTES, 2**26)
 _QUICK_DEVICE_LINK_BYTES = (2**12, 2**26)
 """A block of 2,048 tokens of Llama-3-8B has 16 MiB of queries in a layer."""
+_AND = " + "
+"""Before a GPU's name."""
 _NARROW, _WIDE = 8, 127
 """Head dims of queries and values with which an answer, 512 bytes a query with its LSE, outweighs its request."""
 
@@ -62,12 +64,18 @@ def machine(device: torch.device = CPU) -> Machine:
     return Machine(processor=_processor(device), cores=cores or 1, torch=torch.__version__, fapool=version)
 
 
+def machine_of(profile: Profile | None) -> Machine:
+    """This machine, with a GPU if the profile was taken on one here."""
+    on_gpu = profile is not None and _AND in profile.machine.processor and torch.cuda.is_available()
+    return machine(torch.device("cuda" if on_gpu else "cpu"))
+
+
 def _processor(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     name = named or platform.processor() or platform.machine()
-    return f"{name} + {torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
+    return f"{name}{_AND}{torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
 
 
 @contextmanager
@@ -175,7 +183,7 @@ def measure_link(
         RuntimeError: the rank refuses, because its lease is over.
     """
     sizes = _QUICK_LINK_BYTES if quick else _LINK_BYTES
-    if device.type != "cpu":
+    if device.type == "cuda":
         sizes = _QUICK_DEVICE_LINK_BYTES if quick else _DEVICE_LINK_BYTES
 
     def asking_bytes(nbytes: int) -> int:
@@ -234,7 +242,7 @@ def _request(rank: PoolRank, nbytes: int, queries: int, device: torch.device) ->
     tile = Tile(0, 1, 0, 1, 0, queries or 1, 0, 1)
     q = torch.zeros(nbytes // 4 if queries else _NARROW, device=device)
     k, v = torch.zeros(keys * _NARROW, device=device), torch.zeros(keys * _WIDE, device=device)
-    copies, clock = None if device.type == "cpu" else Copies(), Clock(device)
+    copies, clock = Copies() if device.type == "cuda" else None, Clock(device)
     tiles = torch.tensor([[*tile, 0, keys, 0]])
     header = Header(
         op=Op.ATTEND,

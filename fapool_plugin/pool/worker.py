@@ -52,7 +52,7 @@ NAME = "fapool rank"
 """What the system's lists of processes say."""
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
-_SLOW_FLOPS_S = {"cpu": 2e9, "cuda": 1e12}
+_SLOW_FLOPS_S, _SLOW_GPU_FLOPS_S = 2e9, 1e12
 """What a rank is taken to compute in a second until it has computed something."""
 _MEASURED_S = 0.01
 """What is over sooner says how fast a rank is at least, and not how slow."""
@@ -75,8 +75,8 @@ class Worker:
         self.calls = CallStore(self.prefixes)
         self.lease: int | None = None
         self._holders: set[Link] = set()
-        self._flops_s = _SLOW_FLOPS_S[device.type]
-        self.clock, self.copies = Clock(device), None if device.type == "cpu" else Copies()
+        self._flops_s = _SLOW_GPU_FLOPS_S if device.type == "cuda" else _SLOW_FLOPS_S
+        self.clock, self.copies = Clock(device), Copies() if device.type == "cuda" else None
         self._span: tuple[Moment, Moment] | None = None
         """When the last answer's computation began and ended."""
         self._bands_launched: deque[tuple[Moment, Moment, int]] = deque()

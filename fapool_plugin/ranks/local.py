@@ -54,7 +54,7 @@ class LocalPool:
         """Links to all ranks, starting those that are missing; a warning says how many did not start. Raises
         RuntimeError if none did."""
         self._base, gpus = base, self._gpus()
-        if base.type == "cpu" and gpus:
+        if base.type != "cuda" and gpus:
             check_machine(self.config, left_for_job())
         for rank, link in list(self._links.items()):
             if link.lost or not link.heard:

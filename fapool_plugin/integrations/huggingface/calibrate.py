@@ -85,7 +85,7 @@ def make_profile(
         LinkLost: the rank is gone.
     """
     check_effort(threads, budget_s)
-    threads = threads if model.device.type == "cpu" else threads[:1]  # a GPU's host has nothing to compute
+    threads = threads[:1] if model.device.type == "cuda" else threads  # a GPU's host has nothing to compute
     began = time.perf_counter()
     # A quick profile ends in time, whatever the model: then single runs have to do.
     linear_end, attention_end, end = (began + part * MOST_S if quick else math.inf for part in (0.4, 0.6, 0.75))
