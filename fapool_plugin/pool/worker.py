@@ -1,7 +1,7 @@
 """A pool rank: holds no weights, receives tiles with their queries and new keys, answers with (out, lse).
 
-    receive ── launch ── copies of the answer started ── its bands awaited, one step each ── sent     on a device
-    receive ── compute, band by band, one step each ──────────────────────────────────────── sent     on a CPU
+    receive ── compute, band by band ── sent                                      on a CPU
+    receive ── launch ── copy begun ── the next one launched ── copy awaited ── sent     on a device
 
 It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
 kernels, but no model, no plan and no weights; how it works together with other pool ranks is in exchange. When its
@@ -14,19 +14,20 @@ import argparse
 import os
 import socket
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fapool_plugin.devices.clock import Clock, Moment
-from fapool_plugin.devices.copies import Copies, on_host, onto
+from fapool_plugin.devices.copies import Copies, Staged, on_host, onto
 from fapool_plugin.devices.gpu import identity, keys_limit, warm_up
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.pool.bands import Bands
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.process import run_to_end
 from fapool_plugin.pool.request import TileRequest, check_header, fetched, stored
@@ -37,7 +38,6 @@ from fapool_plugin.wire.link import Link, first_line, watch_process
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
     PROTOCOL_VERSION,
-    STEP_S,
     Header,
     LinkLost,
     Message,
@@ -52,10 +52,18 @@ NAME = "fapool rank"
 """What the system's lists of processes say."""
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
-_SLOW_FLOPS_S, _SLOW_GPU_FLOPS_S = 2e9, 1e12
-"""What a rank is taken to compute in a second until it has computed something."""
-_MEASURED_S = 0.01
-"""What is over sooner says how fast a rank is at least, and not how slow."""
+
+
+class _Leaving(NamedTuple):
+    """An answer on its way from a device."""
+
+    link: Link
+    header: Header
+    payload: Staged
+    began: Moment
+    ended: Moment
+    bands: int
+    """Launched until it was."""
 
 
 class Worker:
@@ -75,12 +83,10 @@ class Worker:
         self.calls = CallStore(self.prefixes)
         self.lease: int | None = None
         self._holders: set[Link] = set()
-        self._flops_s = _SLOW_GPU_FLOPS_S if device.type == "cuda" else _SLOW_FLOPS_S
         self.clock, self.copies = Clock(device), Copies() if device.type == "cuda" else None
         self._span: tuple[Moment, Moment] | None = None
         """When the last answer's computation began and ended."""
-        self._bands_launched: deque[tuple[Moment, Moment, int]] = deque()
-        """Beginning, end and work of those that are not counted as done."""
+        self._bands, self._leaving = Bands(self.clock, inbox.step), list[_Leaving]()
         self._kept_for: dict[Link, set[int]] = {}
         """Sequences of which calls are kept, by who asked for it."""
 
@@ -95,6 +101,8 @@ class Worker:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
         alive = set(links)
         while alive or stay:
+            if not self.inbox.has_work:
+                self._let_leave()
             link, item = self.inbox.get()
             if isinstance(item, LinkLost):
                 alive.discard(link)
@@ -110,6 +118,8 @@ class Worker:
 
     def _handle(self, link: Link, message: Message) -> None:
         header = message.header
+        if header.merge or header.op not in (Op.ATTEND, Op.BACKWARD):
+            self._let_leave()
         if header.op == Op.HELLO:
             link.send(self._hello(link, header))
         elif self.lease is None or header.token != self.lease:
@@ -126,10 +136,7 @@ class Worker:
         elif header.op == Op.STORE:
             self.store(message)
         elif header.op == Op.SELECT:
-            try:
-                self.prefixes.select(header.sequence, header.layer, message.tensors[0].tolist())
-            except torch.OutOfMemoryError:  # some rows may have moved
-                self.prefixes.free(header.sequence)
+            self.prefixes.select(header.sequence, header.layer, message.tensors[0].tolist())
         elif header.op == Op.FREE:
             self.prefixes.free(header.sequence)
             self.calls.free(header.sequence)
@@ -139,36 +146,56 @@ class Worker:
 
     def _answer(self, link: Link, message: Message) -> None:
         """Answers the base, or the pool rank that merges this answer with its own."""
-        header = message.header
+        asked = message.header
         try:
-            answer = self._computed(message)
+            header, payload = (self.backward if asked.op == Op.BACKWARD else self.attend)(message)
         except torch.OutOfMemoryError:
             # What is held stays, and the base computes this itself.
-            self._bands_launched.clear()
-            answer = header._replace(status=Status.FULL, extra=0), ()
-        if not header.merge:
-            link.send(*answer)
+            header, payload = asked._replace(status=Status.FULL, extra=0), ()
+        if asked.merge:
+            self._answer_merged(link, message, header, payload)
             return
-        exchange = self.inbox.exchange(link)
-        merged = exchange.merged(message, *answer)
-        if header.peer:
-            exchange.send(header.peer - 1, *merged)
+        leaving = self._copied(link, header, payload) if payload and self.copies is not None else None
+        self._let_leave()
+        if leaving is not None:
+            self._leaving.append(leaving)
+        else:
+            link.send(header, payload)
+
+    def _answer_merged(self, link: Link, message: Message, header: Header, payload: Payload) -> None:
+        asked, exchange = message.header, self.inbox.exchange(link)
+        if payload and self.copies is not None:
+            # Tile by tile, as it is merged with others' parts.
+            leaving = self._copied(link, header, [x for part in payload for x in part])
+            header, there = self._arrived(leaving)
+            payload = there[: len(there) // 2], there[len(there) // 2 :]
+        merged = exchange.merged(message, header, payload)
+        if asked.peer:
+            exchange.send(asked.peer - 1, *merged)
         else:
             link.send(*merged)
 
-    def _computed(self, message: Message) -> tuple[Header, Payload]:
-        """The answer to a request, in host memory."""
-        header, payload = (self.backward if message.header.op == Op.BACKWARD else self.attend)(message)
-        if self.copies is None or not payload or self._span is None:
-            return header, payload
-        if message.header.merge:  # tile by tile, as it is merged with others' parts
-            staged = self.copies.start([x for part in payload for x in part])
-        else:
-            staged = self.copies.start(payload)
-        self._count_bands(wait=True)
-        began, ended = self._span
-        header, there = header._replace(extra=round(ended.waited_since(began) * 1e9)), staged.wait()
-        return header, (there[: len(there) // 2], there[len(there) // 2 :]) if message.header.merge else there
+    def _copied(self, link: Link, header: Header, payload: Payload) -> _Leaving:
+        """Begins to copy an answer from the device."""
+        assert self._span is not None
+        assert self.copies is not None
+        return _Leaving(link, header, self.copies.start(payload), *self._span, self._bands.launched)
+
+    def _arrived(self, leaving: _Leaving) -> tuple[Header, list[Tensor]]:
+        """Waits for an answer, band by band; it says then what it took."""
+        self._bands.count(leaving.bands)
+        took_ns = round(leaving.ended.waited_since(leaving.began) * 1e9)
+        return leaving.header._replace(extra=took_ns), leaving.payload.wait()
+
+    def _let_leave(self) -> None:
+        """Sends what is on its way from the device."""
+        while self._leaving:
+            leaving = self._leaving.pop(0)
+            try:
+                leaving.link.send(*self._arrived(leaving))
+                leaving.link.drain(_UNSENT)
+            except Exception as error:
+                leaving.link.fail(first_line(error))
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:
@@ -290,7 +317,7 @@ class Worker:
     def _attend(self, request: TileRequest, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of a tile, in bands of queries."""
         outs, lses = [], []
-        for band in self._bands(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
+        for band in self._bands.cut(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
             out, lse = attend(
                 q[:, band], k, v,
                 softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
@@ -305,7 +332,7 @@ class Worker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of a tile, in bands of queries."""
         dqs, sums = list[Tensor](), list[Tensor]()
-        for band in self._bands(q.shape[1], 10 * q[:, 0].numel() * k.shape[1]):
+        for band in self._bands.cut(q.shape[1], 10 * q[:, 0].numel() * k.shape[1]):
             dq, dk, dv = attend_backward(
                 dout[:, band], q[:, band], k, v, out[:, band], lse[:, :, band],
                 softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
@@ -314,33 +341,6 @@ class Worker:
             dqs.append(dq)
             sums = [dk, dv] if not sums else [sums[0].add_(dk), sums[1].add_(dv)]
         return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1), sums[0], sums[1]
-
-    def _bands(self, queries: int, flops: int) -> Iterator[slice]:
-        """Runs of queries that should take no longer than a step each, by the speed of those before; ``flops`` of
-        each query."""
-        start = 0
-        while start < queries:
-            stop = min(queries, start + max(1, int(self._flops_s * STEP_S / flops)))
-            began = self.clock.now()
-            yield slice(start, stop)
-            self._bands_launched.append((began, self.clock.now(), (stop - start) * flops))
-            self._count_bands()
-            start = stop
-
-    def _count_bands(self, *, wait: bool = False) -> None:
-        """Takes bands that are done for progress, and learns from them how fast this rank is."""
-        while self._bands_launched:
-            began, ended, flops = self._bands_launched[0]
-            if wait:
-                ended.wait()
-            seconds = ended.since(began)
-            if seconds is None:
-                return
-            self._bands_launched.popleft()
-            speed = flops / (took_s := max(1e-6, seconds))
-            if took_s > _MEASURED_S or speed > self._flops_s:
-                self._flops_s = min(speed, 4 * self._flops_s)
-            self.inbox.steps += 1
 
 
 def end_with_parent(loop: Loop, parent: int) -> None:

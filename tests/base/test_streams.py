@@ -6,6 +6,8 @@ No GPU is needed, and nothing is proved about one but the order in which it is a
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,16 +22,19 @@ from fapool_plugin.base import gradients, result
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.devices.clock import Clock
 from fapool_plugin.devices.copies import Copies
 from fapool_plugin.plan.shares import Geometry
+from fapool_plugin.pool.exchange import Inbox
+from fapool_plugin.pool.worker import Worker
 from fapool_plugin.wire.link import Link
+from fapool_plugin.wire.messages import Header, Message, Op, dtype_code, float_bits
+from fapool_plugin.wire.sockets import pair
 from tests.base.test_attention import Stream, check, dense
 from tests.base.test_gradients import inputs, pooled
 from tests.blocks import in_blocks
 from tests.models import assert_close, eager, random_ids, save_model
 from tests.recorded_streams import Recorder, Ticks
-from tests.thread_pool import ThreadPool
+from tests.thread_pool import ThreadPool, two_loops
 
 GPU = torch.device("cuda:0")
 
@@ -41,7 +46,8 @@ class RecordedPool(ThreadPool):
         links = super().acquire(announce, base)
         for worker in self.workers.values():
             if worker.copies is None:
-                worker.copies, worker.clock = Copies(Recorder()), Clock(GPU, Ticks(0.001))
+                worker.copies, worker.clock._events = Copies(Recorder()), Ticks(0.001)
+                worker.clock.move_to(GPU)
         return links
 
 
@@ -167,3 +173,58 @@ def test_a_model_in_blocks(tmp_path: Path, kv_home: str) -> None:
         assert stats["prefill"]["overlapped_forwards"] == 1
         assert (stats["faults"], stats["decode"]["pooled_forwards"]) == (0, 3)
         assert all(rank["compute_s"] > 0 for rank in stats["ranks"])
+
+
+def test_the_next_request_is_launched_before_the_last_answer_is_awaited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests wait in a rank's queue: the second is under way when the first one's answer is waited for."""
+    recorder, sent = Recorder(), list[Message]()
+    with two_loops() as (base_loop, pool_loop):
+        base, end = pair()
+        link = Link(base, base_loop, name="rank", timeout_s=5.0, asks=True)
+        inbox = Inbox(pool_loop, 1.0)
+        worker = Worker(inbox, 2**20, torch.device("cpu"))
+        worker.copies, worker.clock._events, worker.lease = Copies(recorder), Ticks(0.001), 7
+        worker.clock.move_to(GPU)
+        real = worker.attend
+
+        def attend(message: Message) -> Any:
+            recorder.log.append(f"launched {message.header.call}")
+            return real(message)
+
+        monkeypatch.setattr(worker, "attend", attend)
+        own = worker.link(end, 5.0)
+        ask = own.send
+
+        def send(header: Header, *rest: Any) -> None:
+            if header.op == Op.ATTEND:
+                recorder.log.append(f"sent {header.call}")
+            ask(header, *rest)
+
+        monkeypatch.setattr(own, "send", send)
+        for call in (1, 2):
+            link.send(*one_query(call))
+        assert pool_loop.wait(lambda: len(inbox._waiting) == 2, lambda: time.monotonic() + 10)
+        thread = threading.Thread(target=worker.serve, args=([own],))
+        thread.start()
+        sent += [link.receive(10), link.receive(10)]
+        link.close()
+        thread.join(10)
+    kept = [line for line in recorder.log if "launched" in line or "sent" in line or "host" in line]
+    assert kept == [
+        "launched 1", "launched 2", "host waits for event 1", "sent 1", "host waits for event 2", "sent 2",
+    ]  # fmt: skip
+    for message in sent:
+        out, lse = message.tensors
+        assert (out - 3).abs().max() < 1e-6, "of one key the value"
+        assert lse.isfinite().all()
+        assert message.header.extra > 0
+
+
+def one_query(call: int) -> tuple[Header, list[Tensor]]:
+    """One query of one lane against one key, whose value is 3."""
+    header = Header(
+        op=Op.ATTEND, token=7, call=call, tiles=1, group=1, head_dim=4, v_head_dim=4, q_elements=4, k_elements=4,
+        v_elements=4, dtype=dtype_code(torch.float32), scale_bits=float_bits(1.0),
+    )  # fmt: skip
+    table = torch.tensor([[0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]])
+    return header, [table, torch.ones(4), torch.ones(4), torch.full((4,), 3.0)]
