@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 SECTION = "fa_pool"
 MIB = 1024 * 1024
+CPU_LIMIT_MIB = 2048
+"""``memory_limit_mib`` of a rank on a CPU, if none is set."""
 RANK_MIB = 200
 """What a pool rank takes beside its keys, once it computes."""
 
@@ -184,7 +186,12 @@ class FAPoolConfig(BaseModel):
         description="MiB of activations; with kv_home pool a prompt, or batch of them, that needs more is computed in "
         "waves of positions.",
     )
-    memory_limit_mib: int = Field(2048, ge=1, description="MiB of keys and values one pool rank may hold.")
+    memory_limit_mib: int | None = Field(
+        None,
+        ge=1,
+        description="MiB of keys and values one pool rank may hold; null: 2048 on a CPU, on a GPU most of what is free "
+        "when the rank starts.",
+    )
     training_residency: bool = Field(
         False,
         description="true: pool ranks keep what a training call sent them, as far as memory_limit_mib allows, so that "
@@ -269,6 +276,11 @@ class FAPoolConfig(BaseModel):
             )
         return cls(**{str(key): value for key, value in values.items()})
 
+    @property
+    def cpu_limit_mib(self) -> int:
+        """MiB of keys and values that a pool rank on a CPU may hold."""
+        return self.memory_limit_mib or CPU_LIMIT_MIB
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain JSON values; load(config.to_dict()) == config."""
         return self.model_dump()
@@ -289,7 +301,7 @@ def section_of(source: FAPoolConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def check_machine(config: FAPoolConfig, available_bytes: int) -> None:
-    """Refuse more local pool ranks than memory can hold.
+    """Refuse more local pool ranks on a CPU than memory can hold.
 
     Args:
         config: the settings; nothing is asked of the machine when they are not enabled.
@@ -298,7 +310,7 @@ def check_machine(config: FAPoolConfig, available_bytes: int) -> None:
     Raises:
         FAPoolConfigError: pool_ranks * memory_limit_mib is more than that; says what would fit.
     """
-    each_mib = config.memory_limit_mib + RANK_MIB
+    each_mib = config.cpu_limit_mib + RANK_MIB
     needed_mib, available_mib = config.pool_ranks * each_mib, available_bytes // MIB
     if not config.enabled or needed_mib <= available_mib:
         return
@@ -308,7 +320,7 @@ def check_machine(config: FAPoolConfig, available_bytes: int) -> None:
     remedies += [f"memory_limit_mib <= {fitting_mib}"] if fitting_mib else []
     remedies += ['"enabled": false']
     raise FAPoolConfigError(
-        f"pool_ranks ({config.pool_ranks}) * (memory_limit_mib ({config.memory_limit_mib}) + {RANK_MIB} of the process)"
+        f"pool_ranks ({config.pool_ranks}) * (memory_limit_mib ({config.cpu_limit_mib}) + {RANK_MIB} of the process)"
         f" = {needed_mib} MiB,"
         f" but {available_mib} MiB of memory are available, enough for {fitting_ranks} such pool ranks;"
         f" set {' or '.join(remedies)}"

@@ -92,7 +92,7 @@ class Launched:
 
     def workers(self) -> set[int]:
         """Process ids of pool ranks' workers."""
-        return {process.pid for process in self.processes("fapool_plugin.pool.worker")}
+        return {process.pid for process in self.processes("fapool_plugin.pool.rank")}
 
     def all_gone(self, within_s: float = 10.0) -> float:
         """Seconds until no process was left; fails if one is."""

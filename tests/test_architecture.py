@@ -22,7 +22,7 @@ MAX_LINES = 400
 
 # What each room may import, beside itself. A new folder fails the test until it stands here.
 _NUMBERS = {"config"}
-_ENDS = _NUMBERS | {"kernels", "plan", "wire", "observe", "store"}
+_ENDS = _NUMBERS | {"kernels", "plan", "wire", "observe", "store", "devices"}
 _SIDES = _ENDS | {"base", "pool"}
 ROOMS: dict[str, set[str]] = {
     "config": set(),
@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "store": {"plan"},
     "wire": _NUMBERS,
     "observe": _NUMBERS,
+    "devices": _NUMBERS,
     "base": _ENDS,
     "pool": _ENDS,
     "ranks": _SIDES,

@@ -45,7 +45,7 @@ DEFAULTS = {
     "kv_redundancy": "recompute",
     "turns": None,
     "wave_mib": 128,
-    "memory_limit_mib": 2048,
+    "memory_limit_mib": None,
     "training_residency": False,
     "threads_per_rank": 1,
 }
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "kv_redundancy": (["recompute"], ["none", "host", True, None, 1]),
     "turns": ([1, 4, None], [0, -1, 2.0, "2", True]),
     "wave_mib": ([1, 10**6], [0, -1, 2.0, "2", True, None]),
-    "memory_limit_mib": ([1, 10**6], [0, -1, 2048.0, "2048", True, None]),
+    "memory_limit_mib": ([1, 10**6], [0, -1, 2048.0, "2048", True]),
     "training_residency": ([True, False], [1, 0, "true", None]),
     "threads_per_rank": ([1, 64], [0, -1, 1.0, "1", True, None]),
 }

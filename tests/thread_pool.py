@@ -12,6 +12,7 @@ import torch
 
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.pool.exchange import Arrived, Inbox
 from fapool_plugin.pool.worker import Worker
 from fapool_plugin.wire.link import Link
@@ -68,20 +69,20 @@ class ThreadPool:
     def new_token(self) -> int:
         return secrets.randbits(62)
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
+    def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         for rank in range(self.config.pool_ranks):
             if rank not in self.links:
                 loop = Loop()
                 inbox = Inbox(loop, self.config.timeout_s / 2)
-                limit = self.config.memory_limit_mib * 2**20
+                limit = self.config.cpu_limit_mib * 2**20
                 worker = Worker(inbox, limit, torch.device("cpu"), self.config.kv_block, self.nodes.get(rank, 0))
                 pairs = [self._pair(rank, worker) for _ in range(self.bases)]
                 thread = threading.Thread(target=worker.serve, args=([pool for _, pool in pairs],), daemon=True)
                 thread.start()
                 self._loops.append(loop)
                 self.links[rank], self.workers[rank] = pairs[0][0], worker
-                for links, (base, _) in zip(self.more, pairs[1:], strict=True):
-                    links[rank] = base
+                for links, (end, _) in zip(self.more, pairs[1:], strict=True):
+                    links[rank] = end
                 self.ends += [pool for _, pool in pairs]
                 self._threads.append(thread)
         return dict(sorted(self.links.items()))

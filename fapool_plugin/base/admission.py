@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fapool_plugin.base.forward import Forward
+from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.owned import Holder, OwnedKeys, copy_name
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
+from fapool_plugin.devices.gpu import free_bytes, identity
 from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
@@ -50,9 +53,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     taken = manager.batches.taken(ranks)
     # Base ranks that share a model use every pool rank at the same time.
     room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
-    # Local ranks will take theirs of the same memory.
-    shared = left_for_job() - (sum(room) if config.pool == "local" else 0)
-    spare = min(shared, left_for_process()) - _WAVES * config.wave_mib * MIB
+    spare = _base_room(k_BKTD.device, ranks, room, config.pool == "local") - _WAVES * config.wave_mib * MIB
     room.append(max(0, spare) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
@@ -82,6 +83,15 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     return state.owned
 
 
+def _base_room(device: torch.device, ranks: Sequence[PoolRank], room: Sequence[int], local: bool) -> int:
+    """Bytes that the base has for keys: ranks will take theirs of the same memory, where that is one."""
+    if device.type == "cuda":
+        mine = identity(device)
+        return free_bytes(device) - sum(have for rank, have in zip(ranks, room, strict=True) if rank.gpu == mine)
+    beside = sum(have for rank, have in zip(ranks, room, strict=True) if local and not rank.gpu)
+    return min(left_for_job() - beside, left_for_process())
+
+
 def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], short: Sequence[int]) -> list[float]:
     """Parts in which those that are short have what fits, and the others the rest; all 0 if there is no way."""
     total = sum(need)
@@ -96,11 +106,14 @@ def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], shor
     return [part + missing * more / sum(free) for part, more in zip(fits, free, strict=True)]
 
 
-def _refusal(rows: int, columns: int, need: int, room: Sequence[int], ranks: Sequence[object], limit_mib: int) -> str:
+def _refusal(
+    rows: int, columns: int, need: int, room: Sequence[int], ranks: Sequence[object], limit_mib: int | None
+) -> str:
     *pool, base = room
+    limit = limit_mib or "null"
     fitting = rows * sum(room) // max(1, need)
     return (
         f"fa_pool: the keys of {rows} sequence{'s' * (rows > 1)} of up to {columns} tokens need {need / MIB:.0f} MiB; "
-        f"{len(ranks)} pool ranks have {sum(pool) / MIB:.0f} MiB free (memory_limit_mib {limit_mib}) and the base "
+        f"{len(ranks)} pool ranks have {sum(pool) / MIB:.0f} MiB free (memory_limit_mib {limit}) and the base "
         f"{base / MIB:.0f}. Raise pool_ranks or memory_limit_mib, or give about {fitting} sequences of this length"
     )

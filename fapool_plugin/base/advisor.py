@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ import torch
 
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.base.lease import PoolRank
-from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.config import MIB, FAPoolConfig
+from fapool_plugin.devices.gpu import CPU, identity
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.plan.clocks import Cores, Way
 from fapool_plugin.plan.forecast import Choice, auto_threshold, choose_decode, choose_prefill
@@ -31,6 +33,8 @@ PARTS = 2
 """Of a training batch in flight: each costs its own small matrices, and two are enough to overlap."""
 TRAINING_BLOCKS = 4
 """Of one training row in flight, at most: every block sends the keys of all blocks before it, twice."""
+_SHORTEST_ON_GPU = 2048
+"""Columns of a block there: shorter ones do not fill it."""
 _TURNS_GAIN = 0.95
 """Of a whole step's time: parts in turns must be predicted to take less."""
 _STEPS = 16
@@ -71,14 +75,32 @@ class Advisor:
     config: FAPoolConfig
     counters: Counters
     profile: Profile | None = None
+    device: torch.device = CPU
+    """Where the base computes, as the last forward showed."""
     _records: dict[tuple[Phase, bool], _Record] = field(default_factory=dict)
     _turns: dict[tuple[object, ...], int] = field(default_factory=dict)
     _steps: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
     @property
     def lends_cores(self) -> bool:
-        """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher."""
-        return self.config.pool == "local" and not torch.cuda.is_available()
+        """Whether pool ranks compute on the base's cores. Those of a launch have been given theirs by the launcher, and
+        beside a base on a GPU local ones compute on GPUs, too."""
+        return self.config.pool == "local" and self.device.type != "cuda"
+
+    def look_at(self, rank: PoolRank) -> None:
+        """Says, once, if a leased rank computes on the base's GPU, or has less memory for keys than it was to have."""
+        said = []
+        if rank.gpu and self.device.type == "cuda" and rank.gpu == identity(self.device):
+            said.append(f"pool rank {rank.number} computes on {self.device}, which the base uses: both have less of it")
+        if 0 < rank.memory_limit < (self.config.memory_limit_mib or 0) * MIB:
+            said.append(
+                f"pool rank {rank.number} has {rank.memory_limit // MIB} MiB for keys, not memory_limit_mib = "
+                f"{self.config.memory_limit_mib}: its GPU has no more free"
+            )
+        for text in said:
+            if self.counters.is_new(text):
+                self.counters.log("device", text)
+                warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
 
     def cores(self, threads: int) -> Cores:
         """How threads move, if the base has ``threads`` of them without a lease."""
@@ -103,6 +125,13 @@ class Advisor:
         """Whether plans wait for a profile that is not here yet."""
         return self.profile is None and (self.config.activation == "cost" or self.config.profile is not None)
 
+    def measure(self, profiler: Profiler, rank: PoolRank, start_s: float) -> None:
+        """Has a quick profile measured with a leased rank, which took so long to start. Raises LinkLost."""
+        began = time.perf_counter()
+        rank.open()
+        self.profile = profiler.measure(rank, start_s, time.perf_counter() - began)
+        self.counters.log("profile", f"a quick profile was measured in {time.perf_counter() - began:.1f} s")
+
     def choose(self, forward: Forward, ranks: Sequence[PoolRank], overlap: bool) -> Choice | None:
         """The best pooled way for a forward beside the base alone; None without a profile. ``ranks`` are leased."""
         if self.profile is None:
@@ -113,7 +142,8 @@ class Advisor:
             return None  # all that is new is padding
         cores = self.cores(torch.get_num_threads())
         if forward.phase != "decode":
-            return self.prefill(forward.geometry, cores, overlap=overlap, most=self._most_blocks(forward))
+            most = max(1, min(self._most_blocks(forward), self._fitting(forward.geometry)))
+            return self.prefill(forward.geometry, cores, overlap=overlap, most=most)
         held = [forward.sequence.residency.total(rank.key) for rank in ranks]
         return self.decode(forward.geometry, cores, held or [0] * self.config.pool_ranks)
 
@@ -130,7 +160,12 @@ class Advisor:
         if forward.phase == "training" and len(forward.geometry.starts) > 1:
             return PARTS
         wanted = choice.blocks if choice is not None and not self.config.blocks else most
-        return max(1, min(wanted, (forward.geometry.columns - forward.geometry.q_column) // SHORTEST_BLOCK))
+        return max(1, min(wanted, self._fitting(forward.geometry)))
+
+    def _fitting(self, geometry: Geometry) -> int:
+        """Blocks that are long enough. What is asked for is not held against a GPU's needs."""
+        shortest = _SHORTEST_ON_GPU if self.device.type == "cuda" and not self.config.blocks else SHORTEST_BLOCK
+        return (geometry.columns - geometry.q_column) // shortest
 
     def _most_blocks(self, forward: Forward) -> int:
         if forward.phase != "training":

@@ -5,13 +5,22 @@ Knows process groups and two numbers; not what they mean, nor when they are aske
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import distributed
 
-from fapool_plugin.base.resource_manager import Agree
 from fapool_plugin.config import FAPoolConfigError
+
+Agree = Callable[[tuple[int, int]], tuple[int, int]]
+"""Makes all base ranks of a job decide alike, as their collectives need it: called by each once in every forward above
+the threshold with (mode, blocks), returns the least of what they said, number by number."""
+
+
+def unasked(decision: tuple[int, int]) -> tuple[int, int]:
+    """One base rank agrees with itself."""
+    return decision
 
 
 def agree_over(group: distributed.ProcessGroup | None = None) -> Agree:
@@ -51,12 +60,18 @@ class _Least:
 
     def __init__(self, group: distributed.ProcessGroup | None) -> None:
         self.group = group
+        self._hosts: Any = None
 
     def __call__(self, decision: tuple[int, int]) -> tuple[int, int]:
-        # NCCL (untried here) moves nothing that is not on a GPU.
-        device = "cuda" if distributed.get_backend(self.group) == "nccl" else "cpu"
-        agreed_2 = torch.tensor(decision, dtype=torch.int64, device=device)
-        distributed.all_reduce(agreed_2, op=distributed.ReduceOp.MIN, group=self.group)
+        agreed_2 = torch.tensor(decision, dtype=torch.int64, device="cpu")
+        if self._hosts is None and "cpu" not in distributed.get_backend_config(self.group):
+            self._hosts = _hosts_of(self.group or distributed.group.WORLD)
+        if self._hosts is None:
+            distributed.all_reduce(agreed_2, op=distributed.ReduceOp.MIN, group=self.group)
+        else:
+            options: Any = distributed.AllreduceOptions()
+            options.reduceOp = distributed.ReduceOp.MIN
+            self._hosts.allreduce([agreed_2], options).wait()
         mode, blocks = agreed_2.tolist()
         return mode, blocks
 
@@ -70,3 +85,17 @@ class _Least:
                 "group. Pickle the model before it is pooled, or agree over the default group: agree_over()"
             )
         return _Least, (None,)
+
+
+def _hosts_of(group: Any) -> Any:
+    """The same ranks over gloo, for a group that moves nothing but what is on devices: there the host would wait, in
+    every decode step, for all that it has launched. Called by each rank of the group, at its first long forward.
+
+    No group that torch knows: the names of those that only some ranks make depend on how many each has made.
+    """
+    store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank(group)
+    name = f"fapool/agree/{group.group_name}"
+    name += f"/{store.add(f'{name}/{rank}', 1)}"  # of several models: made in the same order by all
+    return distributed.ProcessGroupGloo(
+        distributed.PrefixStore(name, store), rank, group.size(), distributed.default_pg_timeout
+    )

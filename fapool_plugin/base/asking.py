@@ -24,6 +24,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.result import Result
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.trees import arrange, check_merged
+from fapool_plugin.devices.copies import on_host
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.owners import Asked
 from fapool_plugin.plan.profile import share_s
@@ -122,7 +123,8 @@ class AttentionRequests:
             table = work.table[work.table[:, 9] > work.table[:, 8]]  # tiles that new keys come with
             header = self._header._replace(op=Op.STORE, token=peer.rank.token, sequence=peer.sequence, tiles=len(table))
             with self.manager.guard(peer.rank):
-                peer.rank.link.send(header._replace(k_elements=elements(k), v_elements=elements(v)), [table, k, v])
+                header = header._replace(k_elements=elements(k), v_elements=elements(v))
+                peer.rank.link.send(header, on_host(self.manager.copies, [table, k, v]))
                 peer.rank.count_bytes()
 
     def _arrange(self, requests: list[Request]) -> None:
@@ -191,9 +193,9 @@ class AttentionRequests:
                 why = "does not hold what it owned" if part.status == Status.STALE else "did not answer"
                 self.owned.give_up(f"{who} {why}", at_once=alone)
             return False
-        if part.status == Status.STALE:
-            request.rank.counters.stale += 1
-            if not request.kept and request.notes.starts_anew:
+        if part.status in (Status.STALE, Status.FULL):
+            request.rank.counters.stale += part.status == Status.STALE
+            if part.status == Status.FULL or (not request.kept and request.notes.starts_anew):
                 self.sequence.full.add(request.rank.key)
             self.sequence.residency.forget(request.rank.key)
         return self.keeping is not None and self.keeping.lost(request) and part.status == Status.STALE

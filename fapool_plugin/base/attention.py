@@ -125,10 +125,14 @@ class _Call:
         plan = self.decided.plan(self.k.shape[1], position, self.module.layers)
         self.result.disjoint = plan.axis == "queries"
         requests, mine, columns = self.asking.shared_out(plan)
+        if launched := self.requests.stage(self.asking, requests):
+            self.manager.timeline.switch(ATTENTION)
+            self.result.compute_in_columns(columns)
+            self.manager.timeline.switch(SEND)
         given_back = self.requests.post(self.asking, requests)
         self._mine = mine + given_back
         self.manager.timeline.switch(ATTENTION)
-        self.result.compute_in_columns(columns)
+        self.result.compute_in_columns([] if launched else columns)
         self.result.compute(given_back)
         self.manager.timeline.switch(LINEAR)
 
@@ -136,6 +140,11 @@ class _Call:
         """Asks the owners of keys, the base among them."""
         self.result.disjoint = owned.owners.disjoint
         requests, mine = self.asking.of_owners(owned)
+        at_once = self.manager.base_ranks == 1
+        if launched := self.requests.stage(self.asking, requests):
+            self.manager.timeline.switch(ATTENTION)
+            owned.compute(mine, self.module.layer, self.result, at_once=at_once)
+            self.manager.timeline.switch(SEND)
         self.requests.post(self.asking, requests)
         ranks = self.manager.ranks
         for request in requests:
@@ -143,10 +152,10 @@ class _Call:
                 request.rank = other
                 self.requests.again(self.asking, request)
             if request.call is None and request.above is None:
-                owned.give_up("an owner could not be asked", at_once=self.manager.base_ranks == 1)
+                owned.give_up("an owner could not be asked", at_once=at_once)
         self.asking.copy_to_peers(requests, owned)
         self.manager.timeline.switch(ATTENTION)
-        owned.compute(mine, self.module.layer, self.result, at_once=self.manager.base_ranks == 1)
+        owned.compute([] if launched else mine, self.module.layer, self.result, at_once=at_once)
         owned.sent(self.module.layer, self.result.geometry, self.k, self.v)
         self.manager.timeline.switch(LINEAR)
 

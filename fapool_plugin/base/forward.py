@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.devices.clock import Moment
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.plan.forecast import Choice
 from fapool_plugin.plan.profile import AttentionCost
@@ -34,6 +35,22 @@ def stay_local(forward: Forward, reason: str, threshold: int, columns: int, look
             raise refusal(reason, tokens, threshold)
     if forward.counters.stay_local(reason) and forward.phase == "training":
         warnings.warn(f"fa_pool: training is not pooled: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def looked_at(
+    forward: Forward, threshold: int, columns: int, look: Callable[[], Geometry | str], sequence: SequenceState,
+    must_be_local: str | None,
+) -> tuple[int, Geometry | None]:  # fmt: skip
+    """(length without padding, with what of the prompt is to come; where its tokens lie) of a forward of ``columns``.
+    At or under ``threshold`` nothing is looked at; without a geometry it is local. Raises ValueError as
+    :func:`stay_local` does."""
+    if columns <= threshold:
+        return columns, None
+    seen = must_be_local or look()
+    if isinstance(seen, str):
+        stay_local(forward, seen, threshold, columns, look)
+        return columns, None
+    return seen.longest + max(0, sequence.prompt_columns - seen.columns), seen
 
 
 def own_share(choice: Choice | None, asked: float | None, base_ranks: int, ranks: int) -> float | None:
@@ -94,9 +111,9 @@ class Forward:
     """What the forecast said, if it was asked."""
     rank_cost: AttentionCost | None = None
     """What attention costs a pool rank, if there is a profile."""
-    began_s: float = 0.0
-    took_s: float | None = None
-    """Seconds that the planned part of it took, where that is less than from beginning to end."""
+    began: Moment | None = None
+    took: tuple[Moment, Moment] | None = None
+    """When the planned part of it began and ended, where that is less than all of it."""
     apart_s: float = 0.0
     """Seconds in it that are not its own: of a trial."""
     base_share: float | None = None

@@ -2,7 +2,8 @@
 
 The same tiles as in forward: a tile gives dQ of its queries, and dK and dV of its keys, exact with the call's own
 (out, LSE) (FlashAttention-2, Dao 2023, arXiv 2307.08691, section 3). What pool ranks did not keep since forward is sent
-again, and whatever they do not answer is computed here. Knows no autograd and no model.
+again, and whatever they do not answer is computed here. Autograd has a thread for each device: of a model on several,
+calls ask and wait one at a time. Knows no autograd and no model.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.requests import Part, Payload, Request, Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.devices.copies import onto
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.observe.timeline import ATTENTION, LINEAR, SEND
 from fapool_plugin.plan.line import Tile
@@ -74,6 +76,10 @@ class Gradients:
 
     def post(self) -> None:
         """Asks the pool ranks for the gradients of their tiles, and computes those of the base's."""
+        with self.shares.manager.backwards:
+            self._post()
+
+    def _post(self) -> None:
         manager, mine, requests = self.shares.manager, list(self.shares.base), []
         held = manager.borrow(self.shares.geometry.longest, self.shares.sequence.id) if self.shares.ranks else []
         leased = {rank.number: rank for rank in held}
@@ -86,17 +92,22 @@ class Gradients:
                 requests.append(Request(leased[number], tiles, kept=self.shares.take_kept(leased[number])))
             else:
                 mine += tiles
+        if self.requests.stage(self, requests):
+            self._compute(mine)
+            mine = []
+            manager.timeline.switch(SEND)
         self._compute(mine + self.requests.post(self, requests))
         manager.timeline.end()
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) in the dtypes of q, k and v."""
         manager = self.shares.manager
-        manager.timeline.begin(manager.counters.backward)
-        pooled = self.requests.wait(self, self._compute)
-        manager.timeline.end()
-        manager.counters.backward.pooled_calls += pooled
-        manager.counters.backward.local_calls += not pooled
+        with manager.backwards:
+            manager.timeline.begin(manager.counters.backward)
+            pooled = self.requests.wait(self, self._compute)
+            manager.timeline.end()
+            manager.counters.backward.pooled_calls += pooled
+            manager.counters.backward.local_calls += not pooled
         saved = self.saved
         return (
             self.dq_BHSD.to(saved.q_BHSD.dtype),
@@ -153,7 +164,7 @@ class Gradients:
 
     def merge(self, answer: Message, request: Request) -> None:
         """Adds the gradients of its tiles."""
-        dq, dk, dv = (x.to(self.dq_BHSD.device) for x in answer.tensors)
+        dq, dk, dv = (onto(x, self.dq_BHSD.device) for x in answer.tensors)
         head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
         for tile, dq_at, dk_at, dv_at in gradient_layout(request.tiles, self.group, head_dim, v_head_dim):
             rows, heads, lanes, queries, keys = self._parts(tile)

@@ -118,14 +118,15 @@ def fingerprint(*tensors: Tensor) -> bytes:
     """Of the bits of some tensors (B, H, S, D): whatever differs in one head or at one position differs in this.
 
     Words of 64 bits are summed as integers over the positions, and over heads and dims: what random numbers change
-    does not cancel out in both. The same values in other strides may have another fingerprint.
+    does not cancel out in both. The same values in other strides may have another fingerprint. A device is waited for
+    once.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest, sums = hashlib.blake2b(digest_size=16), list[Tensor]()
     for x in tensors:
         digest.update(f"{x.dtype} {tuple(x.shape)}".encode())
         words = _words(x.detach())
-        for sums in (words.sum(dim=2, dtype=torch.int64), words.sum(dim=(1, 3), dtype=torch.int64)):
-            digest.update(sums.cpu().contiguous().numpy().tobytes())
+        sums += [words.sum(dim=2, dtype=torch.int64).flatten(), words.sum(dim=(1, 3), dtype=torch.int64).flatten()]
+    digest.update(torch.cat(sums).cpu().numpy().tobytes())
     return digest.digest()
 
 

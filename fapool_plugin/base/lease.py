@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -119,6 +119,8 @@ class PoolRank:
         """Nanoseconds that this process's ``time.perf_counter_ns`` is ahead of the rank's."""
         self.node = 0
         """The node it is on."""
+        self.gpu = 0
+        """Names the GPU that it computes on; 0: it computes on a CPU."""
         self.merge = 0
         """The last attention call that it worked on together with other ranks."""
         self.apart = False
@@ -151,7 +153,7 @@ class PoolRank:
         if reply.status != Status.OK and not shared:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
         self.counters.carrier = self.link.carrier.name
-        self.memory_limit, self.node = reply.extra, reply.number
+        self.memory_limit, self.node, self.gpu = reply.extra, reply.number, reply.peer
         return reply.status == Status.OK
 
     def ask(self, header: Header, tensors: Payload, expected: Expected | None) -> int:
@@ -245,9 +247,14 @@ class Pool(Protocol):
     def new_token(self) -> int:
         """Names the next lease; ranks serve all who give the same one."""
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that is ready, by rank number, those to be preferred first. Raises RuntimeError if there
-        is none."""
+    def acquire(self, announce: Callable[[str], object], base: torch.device) -> dict[int, Link]:
+        """Links to every rank that is ready, by rank number, those to be preferred first. Raises RuntimeError or
+        FAPoolConfigError if there is none.
+
+        Args:
+            announce: told what takes a while.
+            base: where the base computes.
+        """
 
     def discard(self, rank: int, reason: str) -> str:
         """Gives up a lost rank and everything of it; returns its description."""
@@ -258,19 +265,19 @@ class Pool(Protocol):
 
 def lease(
     pool: Pool,
-    announce: Callable[[str], object],
+    links: Mapping[int, Link],
     most: int,
     ranks: list[PoolRank],
     counters: Counters,
     guard: Callable[[PoolRank], AbstractContextManager[None]],
 ) -> int:
-    """Takes the lease of ``most`` ranks of a pool, or of as many as no other job has. ``ranks`` gets each before it is
-    asked, so that whoever is interrupted knows of it.
+    """Takes the lease of ``most`` ranks that a pool has links to, or of as many as no other job has. ``ranks`` gets
+    each before it is asked, so that an interrupt finds it there.
 
     Returns:
         how many other jobs have.
     """
-    busy, links, token = 0, pool.acquire(announce), pool.new_token()
+    busy, token = 0, pool.new_token()
     for number, link in links.items():
         if len(ranks) == most:
             break

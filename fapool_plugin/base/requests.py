@@ -1,8 +1,9 @@
 """What a call asks of pool ranks, and the one loop around it.
 
       base                                   pool ranks
+    stage     on a device: requests packed, their copies to the host begun, the base's own share launched
     post  ──── a request to each ──────────▶ compute
-          the base's own share                  │
+          the base's own share, on a CPU        │
           (other blocks in flight go on)        │
     wait  ◀──── partial results ────────────────┘
           what is missing: asked for once more, or resolved here
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from fapool_plugin.base.lease import Expected, PoolRank, expected
 from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.devices.copies import Staged, on_host
 from fapool_plugin.observe.timeline import MERGE, SEND, WAIT
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.wire import messages as wire
 from fapool_plugin.wire.messages import Header, Message, Status
 
 Payload = list[Tensor | list[Tensor]]
@@ -49,12 +52,14 @@ class Request:
     above: Request | None = None
     """Whose answer brings this one's; None: it answers by itself."""
     below: list[Request] = field(default_factory=list)
+    staged: tuple[Header, Staged] | None = None
+    """Its message, on the way from a device to the host."""
 
     def all(self) -> list[Request]:
         """This one and all whose parts come with its answer."""
         return [self, *(one for child in self.below for one in child.all())]
 
-    def joined(self, header: Header, tensors: Payload) -> tuple[Header, Payload]:
+    def joined(self, header: Header, tensors: wire.Payload) -> tuple[Header, wire.Payload]:
         """The request as one to a rank that may work with others; the one above it was asked before."""
         if not self.merge:
             return header, tensors
@@ -114,6 +119,17 @@ class Requests:
         self.asked: list[Request] = []
         self._given_back: list[Request] = []
 
+    def stage(self, call: Call, requests: Sequence[Request]) -> bool:
+        """Where a call is on a device: packs all requests and starts to copy them, so that what is launched until
+        :meth:`post` is computed beside that. Whether it is."""
+        copies = self._manager.copies
+        if copies is None:
+            return False
+        for request in requests:
+            header, tensors = call.message(request)
+            request.staged = header, copies.start(tensors)
+        return True
+
     def post(self, call: Call, requests: Sequence[Request]) -> list[Tile]:
         """Sends them, without waiting. Returns the tiles of ranks that could not be asked."""
         self.asked = list(requests)
@@ -140,9 +156,15 @@ class Requests:
     def _ask(self, call: Call, request: Request) -> None:
         """Leaves ``request.call`` at None if the rank is lost."""
         request.call = None
-        header, tensors = request.joined(*call.message(request))
+        if request.staged is not None:
+            (header, staged), request.staged = request.staged, None
+            payload: wire.Payload = staged.wait()
+        else:
+            header, tensors = call.message(request)
+            payload = on_host(self._manager.copies, tensors)
+        header, payload = request.joined(header, payload)
         with self._manager.guard(request.rank):
-            request.call = request.rank.ask(header, tensors, request.expected(header))
+            request.call = request.rank.ask(header, payload, request.expected(header))
             call.sent(request)
 
     def _gather(self, call: Call, request: Request, resolve: Resolve) -> bool:

@@ -19,14 +19,21 @@ from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
+import torch
+
 from fapool_plugin.base.advisor import Advisor, Profiler
-from fapool_plugin.base.forward import Forward, own_share, stay_local
+from fapool_plugin.base.agreement import Agree, unasked
+from fapool_plugin.base.durations import Durations
+from fapool_plugin.base.forward import Forward, looked_at, own_share
 from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting, lease
 from fapool_plugin.base.owned import Batches, names
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
 from fapool_plugin.base.threads import SharedThreads
-from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.devices.clock import Clock
+from fapool_plugin.devices.copies import Copies
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
@@ -38,14 +45,6 @@ State = Literal["idle", "activating", "active", "draining", "closed"]
 
 _LOCAL, _ALONE, _POOLED = range(3)
 """As the model does without the plugin; our attention on the base; pool ranks, too."""
-Agree = Callable[[tuple[int, int]], tuple[int, int]]
-"""Makes all base ranks of a job decide alike, as their collectives need it: called by each once in every forward above
-the threshold with (mode, blocks), returns the least of what they said, number by number."""
-
-
-def _unasked(decision: tuple[int, int]) -> tuple[int, int]:
-    """One base rank agrees with itself."""
-    return decision
 
 
 class ResourceManager:
@@ -59,12 +58,15 @@ class ResourceManager:
         agree: Agree | None = None,
         base_ranks: int = 1,
     ) -> None:
-        self.config, self._make_pool, self._agree = config, make_pool, agree or _unasked
+        self.config, self._make_pool, self._agree = config, make_pool, agree or unasked
         self.base_ranks = base_ranks  # that share one model, and so use every pool rank at the same time
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
         """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
-        self.counters, self.timeline = Counters(), Timeline()
+        self.clock = Clock(CPU)
+        self.copies: Copies | None = None  # on a CPU nothing has to be
+        self.counters, self.timeline = Counters(), Timeline(self.clock.now)
         self.advisor, self.spot_check = Advisor(config, self.counters), SpotCheck(config.spot_check, self.counters)
+        self.durations = Durations(self.advisor.learn)
         self.closing = ExitStack()  # what ends with it: a trace, a server of metrics
         self.batches = Batches()
         self._measuring = False
@@ -73,7 +75,7 @@ class ResourceManager:
         self.ranks: list[PoolRank] = []
         self._pool: Pool | None = None
         self._acquired = False
-        self._busy = threading.Lock()
+        self._busy, self.backwards = threading.Lock(), threading.RLock()
         self._ended: list[int] = []
         self._live: set[int] = set()
         self._owner = os.getpid()  # whose pool it is: a forked child has its links, too, and must not touch them
@@ -109,6 +111,13 @@ class ResourceManager:
         """The same two numbers on all base ranks that share the model: the least of theirs."""
         return self._agree(decision)
 
+    def compute_on(self, device: torch.device) -> None:
+        """Where the base computes from now on."""
+        if device != self.advisor.device:
+            self.advisor.device = device
+            self.clock.move_to(device)
+            self.copies = Copies() if device.type == "cuda" else None
+
     def begin(
         self,
         phase: Phase,
@@ -120,6 +129,7 @@ class ResourceManager:
         lasting: bool = True,
         one_block: str | None = None,
         profiler: Profiler | None = None,
+        device: torch.device = CPU,
     ) -> Forward:
         """Decides pooled or local for one forward; :meth:`end` must follow.
 
@@ -133,20 +143,15 @@ class ResourceManager:
             lasting: whether a cache keeps the sequence beyond this forward.
             one_block: why this forward cannot be cut into blocks in flight; None if it can.
             profiler: knows or measures what the model costs; None: every long forward is pooled.
+            device: where it is computed.
         """
+        self.compute_on(device)
         self.threads.after_a_failed_backward()
-        local = Forward(self.config, self.counters, phase, began_s=time.perf_counter())
+        self.durations.read()
+        local = Forward(self.config, self.counters, phase)
         if not self.config.enabled or self.state == "closed" or self._is_forked or self._measuring:
             return local
-        length, geometry = columns, None
-        if columns > self.threshold:
-            seen = must_be_local or look()
-            if isinstance(seen, str):
-                stay_local(local, seen, self.threshold, columns, look)
-            else:
-                geometry = seen
-                waiting = sequence.prompt_columns - geometry.columns
-                length = geometry.longest + max(0, waiting)
+        length, geometry = looked_at(local, self.threshold, columns, look, sequence, must_be_local)
         wanted = geometry is not None and length > self.threshold
         if not wanted and not self.ranks:
             return local
@@ -169,7 +174,7 @@ class ResourceManager:
             raise
         if not decided.pooled:
             self._busy.release()
-            return replace(decided, began_s=time.perf_counter())
+            return replace(decided, began=self.clock.now())
         sequence.place(decided.geometry.starts if decided.geometry else ())
         if decided.ranks:
             self._live.add(sequence.id)
@@ -177,7 +182,7 @@ class ResourceManager:
         counters = self.counters.phase(phase)
         self.timeline.begin(counters)
         before = (counters.pooled_calls, sum(self.counters.local_reasons.values()))
-        return replace(decided, began_s=time.perf_counter(), before=before)
+        return replace(decided, began=self.clock.now(), before=before)
 
     def _decide(self, forward: Forward, length: int, one_block: str | None, profiler: Profiler | None) -> Forward:
         """Pooled, the base alone, or local: by length, or by what each is predicted to take."""
@@ -192,7 +197,7 @@ class ResourceManager:
             self._activate(length, forward.sequence)
             if not self.ranks:
                 self.counters.stay_local("no pool rank was to be had for this sequence")
-                if self._agree is _unasked:
+                if self._agree is unasked:
                     return forward
         elif choice is not None:
             self.counters.stay_local(f"the plan: {forward.phase} is predicted to be faster without pool ranks")
@@ -220,15 +225,9 @@ class ResourceManager:
                 return
             self._activate(length, sequence)
             start_s = time.perf_counter() - began
-            if not self.ranks:
-                return
-            rank = self.ranks[0]
-            with self.guard(rank):
-                rank.open()
-                activation_s = time.perf_counter() - began - start_s
-                self.advisor.profile = profiler.measure(rank, start_s, activation_s)
-                took = time.perf_counter() - began - start_s
-                self.counters.log("profile", f"a quick profile was measured in {took:.1f} s")
+            if self.ranks:
+                with self.guard(self.ranks[0]):
+                    self.advisor.measure(profiler, self.ranks[0], start_s)
         finally:
             self._measuring = False
 
@@ -241,13 +240,12 @@ class ResourceManager:
         counters.overlapped_forwards += forward.blocks > 1 and not forward.abandoned
         if forward.ranks and completed:
             forward.count_notes()
-        took_s = forward.took_s or time.perf_counter() - forward.began_s - forward.apart_s
         # Warnings may be errors; the next forward must not wait for this one then.
         with ExitStack() as last:
             if forward.pooled:
                 last.callback(self._end_pooled, forward)
             if completed:
-                self.advisor.learn(forward, took_s)
+                self.durations.add(forward, self.clock.now())
 
     def _end_pooled(self, forward: Forward) -> None:
         self.timeline.end()
@@ -308,6 +306,7 @@ class ResourceManager:
 
     def stats(self) -> dict[str, Any]:
         """What happened so far, as a copy; :mod:`fapool_plugin.observe.metrics` says what each number counts."""
+        self.timeline.read()
         held = [rank.number for rank in self.ranks]
         known = {"state": self.state, "threshold": self.threshold, "leased_ranks": held}
         return known | {"kv_bytes": self.batches.held()} | self.counters.as_dict()
@@ -363,9 +362,12 @@ class ResourceManager:
         began = time.perf_counter()
         try:
             pool, self._acquired = self.make_pool(), True
-            if busy := lease(pool, _log.info, self.config.pool_ranks, self.ranks, self.counters, self.guard):
+            links = pool.acquire(_log.info, self.advisor.device)
+            if busy := lease(pool, links, self.config.pool_ranks, self.ranks, self.counters, self.guard):
                 self.counters.log("busy", f"{busy} pool rank(s) are leased by other jobs")
-        except (RuntimeError, OSError) as error:
+            for rank in self.ranks:
+                self.advisor.look_at(rank)
+        except (RuntimeError, OSError, FAPoolConfigError) as error:
             self.counters.log("fault", f"no pool rank could be had: {error}")
             if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
                 warnings.warn(f"fa_pool: no pool rank, computing locally: {cause}", RuntimeWarning, stacklevel=2)

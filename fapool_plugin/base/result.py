@@ -14,6 +14,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from fapool_plugin.devices.copies import onto
 from fapool_plugin.kernels.forward import attend, fold_sinks, merge_
 from fapool_plugin.plan.line import Tile, joined
 from fapool_plugin.plan.shares import Geometry, lane_runs, layout
@@ -119,8 +120,7 @@ class Result:
         if answer.header.parts:
             places = self.places([Tile(*row[:8]) for row in answer.tensors[2].tolist()])
         out, lse = answer.tensors[:2]
-        if out.device != self.q.device:
-            out, lse = out.to(self.q.device), lse.to(self.q.device)
+        out, lse = onto(out, self.q.device), onto(lse, self.q.device)
         if self._side_by_side and len(places) == 1:
             self._parts.append((*places[0][2:4], out, lse))
             return

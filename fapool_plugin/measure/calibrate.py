@@ -1,12 +1,10 @@
-"""Measures what attention and a link cost on this machine, and fits it.
+"""Measures: samples of growing sizes, their fits, and what a link to a leased pool rank costs on this machine.
 
-Knows kernels and one leased pool rank. It does not know a model, only the shape it is given, nor what a plan makes of
-the numbers.
+Knows no model, nor what a plan makes of the numbers; what attention costs is in attention.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import platform
@@ -19,12 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fapool_plugin.base.lease import PoolRank, expected
-from fapool_plugin.kernels.forward import attend, available_kernels, pick_kernel
+from fapool_plugin.devices.clock import Clock
+from fapool_plugin.devices.copies import Copies, on_host, onto
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.plan.line import Tile
-from fapool_plugin.plan.profile import AttentionCost, Fit, LinkCost, Machine, Shape, least_squares
+from fapool_plugin.plan.profile import Fit, LinkCost, Machine, Profile, least_squares
 from fapool_plugin.wire.messages import Header, Op, Status, dtype_code, float_bits
 
 Progress = Callable[[str, int, int | None], object]
@@ -33,15 +32,14 @@ Progress = Callable[[str, int, int | None], object]
 REPEATS = 3
 _REPEAT_S, _MOST_RUNS = 0.01, 100
 """Runs shorter than so many seconds are done several times for one repeat."""
-_LENGTHS = (512, 1024, 2048, 4096, 8192)
-_QUICK_LENGTHS = (512, 1024, 2048)
-_KEYS = (512, 1024, 2048, 4096, 8192)
-_DENSE_LONGEST = 2048
-_KEYS_BYTES = 128 * 2**20
-"""So much memory is read before the same keys come again: in a model, all weights lie between two such calls."""
 _LINK_BYTES = tuple(4096 * 4**power for power in range(7))
 """4 KiB to 16 MiB."""
 _QUICK_LINK_BYTES = (2**12, 2**20)
+_DEVICE_LINK_BYTES = (*_LINK_BYTES, 2**26)
+_QUICK_DEVICE_LINK_BYTES = (2**12, 2**26)
+"""A block of 2,048 tokens of Llama-3-8B has 16 MiB of queries in a layer."""
+_AND = " + "
+"""Before a GPU's name."""
 _NARROW, _WIDE = 8, 127
 """Head dims of queries and values with which an answer, 512 bytes a query with its LSE, outweighs its request."""
 
@@ -58,20 +56,26 @@ def silent(stage: str, done: int, total: int | None) -> None:
     """Progress that nobody sees."""
 
 
-def machine() -> Machine:
-    """This machine, as profiles name it."""
+def machine(device: torch.device = CPU) -> Machine:
+    """This machine, as profiles of a model on ``device`` name it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Asked of the loaded package: installed metadata may be another checkout's, or none.
     version = getattr(sys.modules[__name__.split(".")[0]], "__version__", "unknown")
-    return Machine(processor=_processor(), cores=cores or 1, torch=torch.__version__, fapool=version)
+    return Machine(processor=_processor(device), cores=cores or 1, torch=torch.__version__, fapool=version)
 
 
-def _processor() -> str:
+def machine_of(profile: Profile | None) -> Machine:
+    """This machine, with a GPU if the profile was taken on one here."""
+    on_gpu = profile is not None and _AND in profile.machine.processor and torch.cuda.is_available()
+    return machine(torch.device("cuda" if on_gpu else "cpu"))
+
+
+def _processor(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     name = named or platform.processor() or platform.machine()
-    return f"{name} + {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+    return f"{name}{_AND}{torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
 
 
 @contextmanager
@@ -158,131 +162,9 @@ def fitted(samples: Sequence[Sample], powers: Sequence[int]) -> Fit:
     return fit.model_copy(update={"spread": max(point.spread for point in samples)})
 
 
-def measure_attention(
-    shape: Shape,
-    threads: Sequence[int],
-    budget_s: float,
-    progress: Progress = silent,
-    *,
-    quick: bool = False,
-    softcap: float = 0.0,
-    device: torch.device | str = "cpu",
-    until: float = math.inf,
-) -> tuple[AttentionCost, ...]:
-    """One layer's attention, all lanes of one sequence: causal squares, and one query against many keys.
-
-    Args:
-        shape: the model's heads.
-        threads: numbers of CPU threads to measure with.
-        budget_s: about how long all of it may take, in seconds.
-        progress: told after every kernel, dtype and number of threads.
-        quick: only the best kernel and the model's own dtype, at fewer sizes.
-        softcap: the model's, 0 for none; kernels that cannot do it are left out.
-        device: where the kernels run. CUDA is written and has never run.
-        until: by the performance counter, when to be content with what there is.
-
-    Raises:
-        ValueError: no threads, or no time.
-    """
-    check_effort(threads, budget_s)
-    device, costs = torch.device(device), []
-    cases = list(itertools.product(_kernels(shape, device, softcap, quick), threads))
-    with threads_restored(), torch.no_grad():
-        for done, ((kernel, dtype), count) in enumerate(cases):
-            name = str(dtype).removeprefix("torch.")
-            progress(f"attention: {kernel}, {name}, {count} thread(s)", done, len(cases))
-            torch.set_num_threads(count)
-            bench = _Attention(shape, kernel, dtype, device, softcap)
-            longest = _DENSE_LONGEST if kernel == "dense" else max(_LENGTHS)
-            lengths = [n for n in (_QUICK_LENGTHS if quick else _LENGTHS) if n <= longest]
-            keys = _KEYS[::2] if quick else _KEYS
-            each_s = budget_s / len(cases)
-            prefill = ascend(lengths, bench.prefill, 0.7 * each_s, at_least=3, growth=2, until=until)
-            decode = ascend(keys, bench.decode, 0.3 * each_s, at_least=2, until=until)
-            costs.append(
-                AttentionCost(
-                    kernel=kernel,
-                    dtype=name,
-                    threads=count,
-                    # So few points cannot tell what a call costs by itself.
-                    prefill=fitted(prefill, (1, 2) if len(prefill) <= len(_QUICK_LENGTHS) else (0, 1, 2)),
-                    decode=fitted(decode, (0, 1)),
-                )
-            )
-        progress("attention", len(cases), len(cases))
-    return tuple(costs)
-
-
-def _kernels(shape: Shape, device: torch.device, softcap: float, quick: bool) -> list[tuple[str, torch.dtype]]:
-    """Kernels and dtypes to measure, the best first."""
-    own: torch.dtype = getattr(torch, shape.dtype)
-    head_dim = max(shape.head_dim, shape.v_head_dim)
-    if quick:
-        return [(pick_kernel(device.type, own, head_dim, softcap=softcap > 0), own)]
-    found = []
-    for dtype in dict.fromkeys((own, torch.float32, torch.bfloat16)):
-        best = pick_kernel(device.type, dtype, head_dim, softcap=softcap > 0)
-        names = available_kernels(device.type, dtype, head_dim)
-        # The best able one, and those after it: only the last, dense, is left where softcap rules others out.
-        found += [(name, dtype) for name in names[names.index(best) :]]
-    return found
-
-
-class _Attention:
-    """One kernel on random tensors, laid out as models hand them over."""
-
-    def __init__(self, shape: Shape, kernel: str, dtype: torch.dtype, device: torch.device, softcap: float) -> None:
-        self.shape, self.kernel, self.softcap = shape, kernel, softcap
-        self.dtype, self.device = dtype, device
-        self._stored = torch.empty(0)
-
-    def prefill(self, n: int) -> Callable[[], float]:
-        """A causal square of ``n`` positions."""
-        shape = self.shape
-        q_BSHD = self._random(1, n, shape.heads, shape.head_dim)
-        k_BTKD = self._random(1, shape.kv_heads, n, shape.head_dim).transpose(1, 2)
-        v_BTKE = self._random(1, shape.kv_heads, n, shape.v_head_dim).transpose(1, 2)
-        return lambda: self._seconds(q_BSHD, k_BTKD, v_BTKE)
-
-    def decode(self, keys: int) -> Callable[[], float]:
-        """One query against ``keys`` keys, others at each call, so that none are found in a processor's cache."""
-        shape = self.shape
-        q_BSHD = self._random(1, 1, shape.heads, shape.head_dim)
-        split, width = shape.head_dim * keys * shape.kv_heads, (shape.head_dim + shape.v_head_dim) * shape.kv_heads
-        room = max(_KEYS_BYTES // self.dtype.itemsize, width * keys)
-        if self._stored.numel() < room:
-            self._stored = self._random(4096).repeat(-(-room // 4096))
-        others = room // (width * keys)
-        stored = self._stored[: others * width * keys].view(others, -1)
-        pairs = itertools.cycle(
-            (
-                flat[:split].view(1, shape.kv_heads, keys, -1).transpose(1, 2),
-                flat[split:].view(1, shape.kv_heads, keys, -1).transpose(1, 2),
-            )
-            for flat in stored
-        )
-        return lambda: self._seconds(q_BSHD, *next(pairs))
-
-    def _random(self, *sizes: int) -> Tensor:
-        return torch.randn(sizes, device=self.device).to(self.dtype)
-
-    def _seconds(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor) -> float:
-        began = time.perf_counter()
-        attend(
-            q_BSHD,
-            k_BTKD,
-            v_BTKE,
-            softmax_scale=self.shape.head_dim**-0.5,
-            causal=True,
-            softcap=self.softcap,
-            kernel=self.kernel,
-        )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
-
-
-def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = False) -> LinkCost:
+def measure_link(
+    rank: PoolRank, progress: Progress = silent, *, quick: bool = False, device: torch.device = CPU
+) -> LinkCost:
     """Messages to a leased pool rank and back, timed at the base; what the rank computes is taken off.
 
     The way there is a request without tiles, answered with nothing. The way back is the answer to narrow queries
@@ -293,12 +175,16 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
         rank: leased and opened; its link must be idle.
         progress: told after each of both ways.
         quick: at fewer sizes.
+        device: where the base's tensors are. From a GPU the way begins and ends there, and sizes are larger. CUDA is
+            written and has never run.
 
     Raises:
         LinkLost: the rank is gone.
         RuntimeError: the rank refuses, because its lease is over.
     """
     sizes = _QUICK_LINK_BYTES if quick else _LINK_BYTES
+    if device.type == "cuda":
+        sizes = _QUICK_DEVICE_LINK_BYTES if quick else _DEVICE_LINK_BYTES
 
     def asking_bytes(nbytes: int) -> int:
         return 4 * (_NARROW * (nbytes // (4 * (_WIDE + 1))) + _NARROW + _WIDE)
@@ -307,14 +193,14 @@ def measure_link(rank: PoolRank, progress: Progress = silent, *, quick: bool = F
     with threads_restored():
         torch.set_num_threads(1)
         progress("link: to the pool rank", 0, 2)
-        sent = [(4 * (_NARROW + (_NARROW + _WIDE) * _keys(size)), _request(rank, size)) for size in sizes]
+        sent = [(4 * (_NARROW + (_NARROW + _WIDE) * _keys(size)), _request(rank, size, 0, device)) for size in sizes]
         there = fitted([sample(*one) for one in sent], (0, 1))
         sending = fitted([_processor_sample(*one) for one in sent], (0, 1))
         progress("link: back to the base", 1, 2)
 
         def back(nbytes: int) -> Callable[[], float]:
             queries = nbytes // (4 * (_WIDE + 1))
-            request = _request(rank, 4 * _NARROW * queries, queries)
+            request = _request(rank, 4 * _NARROW * queries, queries, device)
             asking_s = there.b * asking_bytes(nbytes)
 
             def timed() -> float:
@@ -348,14 +234,15 @@ def _keys(nbytes: int) -> int:
     return 1 + nbytes // 4 // (_NARROW + _WIDE)
 
 
-def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], float]:
+def _request(rank: PoolRank, nbytes: int, queries: int, device: torch.device) -> Callable[[], float]:
     """A request with ``nbytes`` bytes, or a few more: of keys that its only tile does not use, or of queries against
     one key. Returns a function that sends it, waits for the answer, and returns the seconds without those that the
     rank computed."""
     keys = 1 if queries else _keys(nbytes)
     tile = Tile(0, 1, 0, 1, 0, queries or 1, 0, 1)
-    q = torch.zeros(nbytes // 4 if queries else _NARROW)
-    k, v = torch.zeros(keys * _NARROW), torch.zeros(keys * _WIDE)
+    q = torch.zeros(nbytes // 4 if queries else _NARROW, device=device)
+    k, v = torch.zeros(keys * _NARROW, device=device), torch.zeros(keys * _WIDE, device=device)
+    copies, clock = Copies() if device.type == "cuda" else None, Clock(device)
     tiles = torch.tensor([[*tile, 0, keys, 0]])
     header = Header(
         op=Op.ATTEND,
@@ -372,7 +259,11 @@ def _request(rank: PoolRank, nbytes: int, queries: int = 0) -> Callable[[], floa
 
     def timed() -> float:
         began = time.perf_counter()
-        answer = rank.answer(rank.ask(header, (tiles, q, k, v), expected(header, [tile])))
+        sent = on_host(copies, (tiles, q, k, v))
+        answer = rank.answer(rank.ask(header, sent, expected(header, [tile])))
+        for x in answer.tensors if copies else ():
+            onto(x, device)
+        clock.now().wait()
         seconds = time.perf_counter() - began
         if answer.header.status != Status.OK:
             status = Status(answer.header.status).name

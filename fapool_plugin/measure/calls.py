@@ -101,6 +101,7 @@ class _Calls:
         rank.counters = RankCounters(rank.number)
         config = FAPoolConfig(pool_ranks=1, partition="line", base_share=0.5)
         self.manager = ResourceManager(config, _no_pool)
+        self.manager.compute_on(device)
         self.layer = FAPoolAttention(self.manager, 0, 1, stands_for="")
         self.sequence = SequenceState(prompt_columns=_KEYS, capacity=_KEYS + 1, id=secrets.randbits(62))
         self.q = torch.randn(1, shape.heads, _KEYS + 1, shape.head_dim, device=device).to(dtype)
@@ -125,6 +126,8 @@ class _Calls:
         self.manager.timeline.begin(counters)
         self._call(self.forward)
         self.manager.timeline.end()
+        self.manager.clock.now().wait()
+        self.manager.timeline.read()
         plan = self.forward.plan(shape.kv_heads, 0, 1)
         cost, spent = self.profile.attention_for(1), counters.base_s
         own, theirs = (share_s(cost, shape.kv_heads, share) for share in (plan.base, plan.shares[0]))

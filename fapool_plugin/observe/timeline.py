@@ -1,12 +1,14 @@
 """What the base does from moment to moment: one activity after the other, each with its name.
 
-Feeds the counters and, if there is one, the trace. Knows names and clocks; not what the activities are.
+Feeds the counters and, if there is one, the trace. On a device an activity takes what the device takes for it, and is
+read when that is over. Knows names and moments; not what the activities are.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from fapool_plugin.observe.metrics import PhaseCounters
 from fapool_plugin.observe.trace import BASE, Trace, pool_row
@@ -14,29 +16,60 @@ from fapool_plugin.observe.trace import BASE, Trace, pool_row
 LINEAR, SEND, ATTENTION, WAIT, MERGE = "linear", "send", "attention", "wait", "merge"
 
 
-class Timeline:
-    """The base's activities during pooled forwards. Forwards follow each other; inside one, only :meth:`switch`."""
+class Moment(Protocol):
+    """A point of time."""
 
-    def __init__(self) -> None:
+    ns: int
+    """By this process's ``time.perf_counter_ns``."""
+
+    def since(self, earlier: Any) -> float | None:
+        """Seconds; None if this one is not over yet."""
+
+
+class Timeline:
+    """The base's activities during pooled forwards. Forwards follow each other; inside one, only :meth:`switch`.
+
+    Args:
+        now: tells moments.
+    """
+
+    def __init__(self, now: Callable[[], Moment]) -> None:
         self.trace: Trace | None = None
+        self._now = now
+        self._spans: deque[tuple[PhaseCounters, str, Moment, Moment]] = deque()
+        """What is over on the host, and not read."""
+        self._traced_ns = 0
         self._counters: PhaseCounters | None = None
         self._activity = LINEAR
-        self._since_ns = 0
+        self._since = now()
 
     def begin(self, counters: PhaseCounters) -> None:
         """A forward begins, with what comes before its first attention call."""
-        self._counters, self._activity, self._since_ns = counters, LINEAR, time.perf_counter_ns()
+        self.read()
+        self._counters, self._activity, self._since = counters, LINEAR, self._now()
 
     def switch(self, activity: str) -> None:
         """One activity ends, another begins."""
-        now = time.perf_counter_ns()
+        now = self._now()
         if self._counters is not None:
-            seconds = self._counters.base_s
-            seconds[self._activity] = seconds.get(self._activity, 0.0) + (now - self._since_ns) / 1e9
+            self._spans.append((self._counters, self._activity, self._since, now))
+        self._activity, self._since = activity, now
+
+    def read(self) -> None:
+        """Counts what is over. Does not wait."""
+        while self._spans:
+            counters, activity, since, until = self._spans[0]
+            took_s = until.since(since)
+            if took_s is None:
+                return
+            self._spans.popleft()
+            counters.base_s[activity] = counters.base_s.get(activity, 0.0) + took_s
             if self.trace is not None:
-                kind = "wait" if self._activity == WAIT else "compute"
-                self.trace.span(BASE, self._activity, self._since_ns, now, kind=kind)  # type: ignore[arg-type]
-        self._activity, self._since_ns = activity, now
+                kind = "wait" if activity == WAIT else "compute"
+                # A device is behind its host.
+                start_ns = max(since.ns, self._traced_ns)
+                self._traced_ns = start_ns + round(took_s * 1e9)
+                self.trace.span(BASE, activity, start_ns, self._traced_ns, kind=kind)  # type: ignore[arg-type]
 
     def rank(self, number: int, start_ns: int, took_ns: int, **details: Any) -> None:
         """A pool rank computed, by this process's clock."""
@@ -47,3 +80,4 @@ class Timeline:
         """The forward has ended."""
         self.switch(LINEAR)
         self._counters = None
+        self.read()

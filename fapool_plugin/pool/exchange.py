@@ -84,6 +84,11 @@ class Inbox:
         self.loop.wait(lambda: self._waiting)
         return self._waiting.popleft()
 
+    @property
+    def has_work(self) -> bool:
+        """Whether something for the worker waits."""
+        return bool(self._waiting)
+
     def step(self) -> None:
         """The worker has got on."""
         self.steps += 1

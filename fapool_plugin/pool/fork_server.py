@@ -16,7 +16,7 @@ import select
 import signal
 import socket
 
-from fapool_plugin.pool import worker
+from fapool_plugin.pool import rank
 from fapool_plugin.pool.process import run_to_end
 
 _LONGEST = 65536
@@ -49,7 +49,7 @@ def _forked(arguments: list[str], descriptors: list[int], control: socket.socket
         control.close()
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        run_to_end(lambda: worker.main([*arguments, "--link", str(descriptors[0])]))
+        run_to_end(lambda: rank.main([*arguments, "--link", str(descriptors[0])]))
     for descriptor in descriptors:
         os.close(descriptor)
     return child

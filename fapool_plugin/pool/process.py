@@ -31,6 +31,7 @@ def start(
     *,
     device: str,
     node: int = 0,
+    together: int = 1,
     key_file: str | None = None,
     report: str | None = None,
 ) -> subprocess.Popen[bytes]:
@@ -42,11 +43,12 @@ def start(
         config: threads, memory, patience.
         device: torch device to compute on.
         node: number of the node it is on.
+        together: processes that compute on that device.
         key_file: with the key of its links to other machines.
         report: a file that it tells of itself in.
     """
-    command = [sys.executable, "-m", "fapool_plugin.pool.worker", f"--{use}", *(str(sock.fileno()) for sock in socks)]
-    command += [*arguments(config, device, node), *(["--link-key", key_file] if key_file is not None else [])]
+    command = [sys.executable, "-m", "fapool_plugin.pool.rank", f"--{use}", *(str(sock.fileno()) for sock in socks)]
+    command += [*arguments(config, device, node, together), *(["--link-key", key_file] if key_file is not None else [])]
     command += ["--report", report] if report is not None else []
     return subprocess.Popen(
         command,
@@ -58,10 +60,11 @@ def start(
     )
 
 
-def arguments(config: FAPoolConfig, device: str, node: int = 0) -> list[str]:
-    """What a pool rank of this process is told, but whom it serves."""
+def arguments(config: FAPoolConfig, device: str, node: int = 0, together: int = 1) -> list[str]:
+    """What a pool rank of this process is told, but whom it serves; ``together``: processes on its device."""
     told = ["--device", device, "--threads", str(config.threads_per_rank), "--parent", str(os.getpid())]
-    told += ["--memory-limit", str(config.memory_limit_mib * MIB), "--block", str(config.kv_block)]
+    told += ["--memory-limit", str((config.memory_limit_mib or 0) * MIB), "--block", str(config.kv_block)]
+    told += ["--together", str(together)]
     told += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s)), "--node", str(node)]
     # The base gives a rank up that stands still for timeout_s: one that waits for another must have given up before.
     return [*told, "--patience", str(config.timeout_s / 2)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +31,25 @@ class Told(NamedTuple):
 
 
 class Report:
-    """The worker's end. Raises OSError if the file is not to be had."""
+    """The worker's end; without a file it says nothing. Raises OSError if the file is not to be had."""
 
-    def __init__(self, path: str) -> None:
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), _NUMBERS.size)
+    def __init__(self, path: str | None = None) -> None:
+        self._told, self._map = Told(), None
+        if path is not None:
+            with open(path, "r+b") as file:
+                self._map = mmap.mmap(file.fileno(), _NUMBERS.size)
 
-    def tell(self, told: Told) -> None:
+    def answered(self, took_ns: int) -> None:
+        """One more request."""
+        told = self._told
+        self._told = told._replace(requests=told.requests + 1, busy_ns=told.busy_ns + took_ns)
+
+    def tell(self, leased: bool, held_bytes: int) -> None:
         """Writes all numbers."""
-        _NUMBERS.pack_into(self._map, 0, *told)
+        if self._map is not None:
+            since = (self._told.leased_ns or time.time_ns()) if leased else 0
+            self._told = self._told._replace(serves=1, leased_ns=since, held_bytes=held_bytes)
+            _NUMBERS.pack_into(self._map, 0, *self._told)
 
 
 def make(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fapool_plugin.devices.copies import onto
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, bits_float, rooms
 
@@ -85,8 +86,8 @@ class TileRequest:
         self.header = message.header
         self.entries = [Entry(Tile(*row[:8]), *row[8:]) for row in message.tensors[0].tolist()]
         self._check()
-        self._q, self._k, self._v = (tensor.to(device) for tensor in message.tensors[1:4])
-        self._results = [tensor.to(device) for tensor in message.tensors[4:7]]
+        self._q, self._k, self._v = (onto(x, device) for x in message.tensors[1:4])
+        self._results = [onto(x, device) for x in message.tensors[4:7]]
         self._q_at = self._k_at = self._v_at = self._row_at = self._dout_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 

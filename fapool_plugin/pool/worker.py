@@ -1,5 +1,8 @@
 """A pool rank: holds no weights, receives tiles with their queries and new keys, answers with (out, lse).
 
+    receive ── compute, band by band ── sent                                      on a CPU
+    receive ── launch ── copy begun ── the next one launched ── copy awaited ── sent     on a device
+
 It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
 kernels, but no model, no plan and no weights; how it works together with other pool ranks is in exchange. When its
 links or its parent are gone it ends.
@@ -7,31 +10,29 @@ links or its parent are gone it ends.
 
 from __future__ import annotations
 
-import argparse
-import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fapool_plugin.devices.clock import Clock, Moment
+from fapool_plugin.devices.copies import Copies, Staged, on_host, onto
+from fapool_plugin.devices.gpu import identity
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.pool.bands import Bands
 from fapool_plugin.pool.exchange import Inbox
-from fapool_plugin.pool.process import run_to_end
-from fapool_plugin.pool.report import Report, Told
+from fapool_plugin.pool.report import Report
 from fapool_plugin.pool.request import TileRequest, check_header, fetched, stored
 from fapool_plugin.pool.store import CallStore, KeptTile
 from fapool_plugin.store.prefixes import PrefixStore
-from fapool_plugin.wire.key_file import read_key
 from fapool_plugin.wire.link import Link, first_line
-from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
     PROTOCOL_VERSION,
-    STEP_S,
     Header,
     LinkLost,
     Message,
@@ -40,17 +41,21 @@ from fapool_plugin.wire.messages import (
     Status,
     elements,
 )
-from fapool_plugin.wire.sockets import Listener
-from fapool_plugin.wire.watch import watch_process
 
-NAME = "fapool rank"
-"""What the system's lists of processes say."""
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
-_SLOW_FLOPS_S = 2e9
-"""What a rank is taken to compute in a second until it has computed something."""
-_MEASURED_S = 0.01
-"""What is over sooner says how fast a rank is at least, and not how slow."""
+
+
+class _Leaving(NamedTuple):
+    """An answer on its way from a device."""
+
+    link: Link
+    header: Header
+    payload: Staged
+    began: Moment
+    ended: Moment
+    bands: int
+    """Launched until it was."""
 
 
 class Worker:
@@ -69,13 +74,16 @@ class Worker:
         self, inbox: Inbox, memory_limit: int, device: torch.device, block: int = 256, node: int = 0,
         report: Report | None = None,
     ) -> None:  # fmt: skip
-        self._report, self._told = report, Told()
+        self._report = report or Report()
         self.inbox, self.device, self.node = inbox, device, node
         self.prefixes = PrefixStore(memory_limit, block)
         self.calls = CallStore(self.prefixes)
         self.lease: int | None = None
         self._holders: set[Link] = set()
-        self._flops_s = _SLOW_FLOPS_S
+        self.clock, self.copies = Clock(device), Copies() if device.type == "cuda" else None
+        self._span: tuple[Moment, Moment] | None = None
+        """When the last answer's computation began and ended."""
+        self._bands, self._leaving = Bands(self.clock, inbox.step), list[_Leaving]()
         self._kept_for: dict[Link, set[int]] = {}
         """Sequences of which calls are kept, by who asked for it."""
 
@@ -89,8 +97,10 @@ class Worker:
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
         alive = set(links)
-        self._tell()
+        self._report.tell(self.lease is not None, self.prefixes.nbytes)
         while alive or stay:
+            if not self.inbox.has_work:
+                self._let_leave()
             link, item = self.inbox.get()
             if isinstance(item, LinkLost):
                 alive.discard(link)
@@ -103,22 +113,15 @@ class Worker:
                     # Whatever it was about, the base learns that this was not computed, and others are served on.
                     link.fail(first_line(error))
                 self.inbox.steps += 1
-                self._count(item.header.op, time.perf_counter_ns() - began)
-            self._tell()
+                if item.header.op in (Op.ATTEND, Op.BACKWARD):
+                    self._report.answered(time.perf_counter_ns() - began)
+            self._report.tell(self.lease is not None, self.prefixes.nbytes)
             del item  # a body that waits for the next message would be kept
-
-    def _count(self, op: int, took_ns: int) -> None:
-        if op in (Op.ATTEND, Op.BACKWARD):
-            self._told = self._told._replace(requests=self._told.requests + 1, busy_ns=self._told.busy_ns + took_ns)
-
-    def _tell(self) -> None:
-        if self._report is not None:
-            leased = (self._told.leased_ns or time.time_ns()) if self.lease is not None else 0
-            self._told = self._told._replace(serves=1, leased_ns=leased, held_bytes=self.prefixes.nbytes)
-            self._report.tell(self._told)
 
     def _handle(self, link: Link, message: Message) -> None:
         header = message.header
+        if header.merge or header.op not in (Op.ATTEND, Op.BACKWARD):
+            self._let_leave()
         if header.op == Op.HELLO:
             answer = self._hello(link, header)
             link.send(answer, attached=link.agree(message.attached) if answer.status == Status.OK else None)
@@ -131,7 +134,8 @@ class Worker:
             self._answer(link, message)
             link.drain(_UNSENT)
         elif header.op == Op.FETCH:
-            link.send(*self.fetch(message))
+            asked, keys = self.fetch(message)
+            link.send(asked, on_host(self.copies, keys))
         elif header.op == Op.STORE:
             self.store(message)
         elif header.op == Op.SELECT:
@@ -145,17 +149,56 @@ class Worker:
 
     def _answer(self, link: Link, message: Message) -> None:
         """Answers the base, or the pool rank that merges this answer with its own."""
-        header = message.header
-        compute = self.backward if header.op == Op.BACKWARD else self.attend
-        if not header.merge:
-            link.send(*compute(message))
+        asked = message.header
+        try:
+            header, payload = (self.backward if asked.op == Op.BACKWARD else self.attend)(message)
+        except torch.OutOfMemoryError:
+            # What is held stays, and the base computes this itself.
+            header, payload = asked._replace(status=Status.FULL, extra=0), ()
+        if asked.merge:
+            self._answer_merged(link, message, header, payload)
             return
-        exchange = self.inbox.exchange(link)
-        merged = exchange.merged(message, *compute(message))
-        if header.peer:
-            exchange.send(header.peer - 1, *merged)
+        leaving = self._copied(link, header, payload) if payload and self.copies is not None else None
+        self._let_leave()
+        if leaving is not None:
+            self._leaving.append(leaving)
+        else:
+            link.send(header, payload)
+
+    def _answer_merged(self, link: Link, message: Message, header: Header, payload: Payload) -> None:
+        asked, exchange = message.header, self.inbox.exchange(link)
+        if payload and self.copies is not None:
+            # Tile by tile, as it is merged with others' parts.
+            leaving = self._copied(link, header, [x for part in payload for x in part])
+            header, there = self._arrived(leaving)
+            payload = there[: len(there) // 2], there[len(there) // 2 :]
+        merged = exchange.merged(message, header, payload)
+        if asked.peer:
+            exchange.send(asked.peer - 1, *merged)
         else:
             link.send(*merged)
+
+    def _copied(self, link: Link, header: Header, payload: Payload) -> _Leaving:
+        """Begins to copy an answer from the device."""
+        assert self._span is not None
+        assert self.copies is not None
+        return _Leaving(link, header, self.copies.start(payload), *self._span, self._bands.launched)
+
+    def _arrived(self, leaving: _Leaving) -> tuple[Header, list[Tensor]]:
+        """Waits for an answer, band by band; it says then what it took."""
+        self._bands.count(leaving.bands)
+        took_ns = round(leaving.ended.waited_since(leaving.began) * 1e9)
+        return leaving.header._replace(extra=took_ns), leaving.payload.wait()
+
+    def _let_leave(self) -> None:
+        """Sends what is on its way from the device."""
+        while self._leaving:
+            leaving = self._leaving.pop(0)
+            try:
+                leaving.link.send(*self._arrived(leaving))
+                leaving.link.drain(_UNSENT)
+            except Exception as error:
+                leaving.link.fail(first_line(error))
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:
@@ -166,7 +209,7 @@ class Worker:
         self._holders.add(link)
         limit, clock = self.prefixes.limit_bytes, time.perf_counter_ns()
         answer = Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=limit, clock=clock)
-        return answer._replace(number=self.node)
+        return answer._replace(number=self.node, peer=identity(self.device))
 
     def _leave(self, link: Link) -> None:
         """One base rank gives the lease back; with the last one everything it left here goes."""
@@ -181,11 +224,11 @@ class Worker:
 
     def attend(self, message: Message) -> tuple[Header, Payload]:
         """Computes a request's tiles. STALE, with no tensors, if a prefix or a kept call it assumes is not here."""
-        began, asked = time.perf_counter_ns(), message.header
+        began, asked = self.clock.now(), message.header
         if asked.keep == 2 and asked.extra:
             if not asked.tiles:  # the same call once more
                 known = self.calls.get(asked.sequence, asked.extra)
-                return _attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
+                return self._attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
         request, computed = TileRequest(message, self.device), []
         for tile, key_start, key_stop, capacity in request.entries:
@@ -207,7 +250,7 @@ class Worker:
             computed.append(KeptTile(q, k, v, *self._attend(request, tile, q, k, v)))
         if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
             asked = asked._replace(keep=0)
-        return _attended(asked, computed, began)
+        return self._attended(asked, computed, began)
 
     def fetch(self, message: Message) -> tuple[Header, Payload]:
         """The keys and values that a request names, tile behind tile. STALE, with no tensors, if any is not here."""
@@ -224,16 +267,18 @@ class Worker:
     def store(self, message: Message) -> None:
         """Keeps a copy of what another rank owns; nothing of it any more, where memory does not suffice for all."""
         asked = message.header
-        for (tile, start, _, capacity), k, v in stored(message):
-            k, v = k.to(self.device), v.to(self.device)
-            if not self.prefixes.put(asked.sequence, asked.layer, tile, k, v, start, capacity, owned=True):
-                self.prefixes.free(asked.sequence)
-                return
+        try:
+            for (tile, start, _, capacity), k, v in stored(message):
+                k, v = onto(k, self.device), onto(v, self.device)
+                if not self.prefixes.put(asked.sequence, asked.layer, tile, k, v, start, capacity, owned=True):
+                    raise torch.OutOfMemoryError
+        except torch.OutOfMemoryError:
+            self.prefixes.free(asked.sequence)
 
     def backward(self, message: Message) -> tuple[Header, Payload]:
         """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with
         no tensors, if a kept call it assumes is not here."""
-        began, asked, request = time.perf_counter_ns(), message.header, TileRequest(message, self.device)
+        began, asked, request = self.clock.now(), message.header, TileRequest(message, self.device)
         kept = self.calls.pop(asked.sequence, asked.extra) if asked.keep else []
         if kept is None or (asked.keep and len(kept) != len(request.entries)):
             return asked._replace(status=Status.STALE), ()
@@ -258,15 +303,24 @@ class Worker:
             q_elements=elements(dqs),
             k_elements=elements(dks),
             v_elements=elements(dvs),
-            extra=time.perf_counter_ns() - began,
-            clock=began,
         )
-        return header, (dqs, dks, dvs)
+        return self._timed(header, began), (dqs, dks, dvs)
+
+    def _attended(self, asked: Header, tiles: list[KeptTile], began: Moment) -> tuple[Header, Payload]:
+        """The reply to ATTEND with the results of these tiles."""
+        outs, lses = [tile.out for tile in tiles], [tile.lse for tile in tiles]
+        header = asked._replace(status=Status.OK, q_elements=elements(outs), lse_elements=elements(lses))
+        return self._timed(header, began), (outs, lses)
+
+    def _timed(self, header: Header, began: Moment) -> Header:
+        """A reply with what it took; a device says so when it is there."""
+        self._span = began, (ended := self.clock.now())
+        return header._replace(extra=round((ended.since(began) or 0.0) * 1e9), clock=began.ns)
 
     def _attend(self, request: TileRequest, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(out, lse) of a tile, in bands of queries."""
         outs, lses = [], []
-        for band in self._bands(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
+        for band in self._bands.cut(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
             out, lse = attend(
                 q[:, band], k, v,
                 softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
@@ -281,7 +335,7 @@ class Worker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dq, dk, dv) of a tile, in bands of queries."""
         dqs, sums = list[Tensor](), list[Tensor]()
-        for band in self._bands(q.shape[1], 10 * q[:, 0].numel() * k.shape[1]):
+        for band in self._bands.cut(q.shape[1], 10 * q[:, 0].numel() * k.shape[1]):
             dq, dk, dv = attend_backward(
                 dout[:, band], q[:, band], k, v, out[:, band], lse[:, :, band],
                 softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
@@ -290,78 +344,3 @@ class Worker:
             dqs.append(dq)
             sums = [dk, dv] if not sums else [sums[0].add_(dk), sums[1].add_(dv)]
         return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1), sums[0], sums[1]
-
-    def _bands(self, queries: int, flops: int) -> Iterator[slice]:
-        """Runs of queries that should take no longer than a step each, by the speed of those before; ``flops`` of
-        each query."""
-        start = 0
-        while start < queries:
-            stop = min(queries, start + max(1, int(self._flops_s * STEP_S / flops)))
-            began = time.perf_counter()
-            yield slice(start, stop)
-            speed = (stop - start) * flops / (took_s := max(1e-6, time.perf_counter() - began))
-            if took_s > _MEASURED_S or speed > self._flops_s:
-                self._flops_s = min(speed, 4 * self._flops_s)
-            self.inbox.steps += 1
-            start = stop
-
-
-def end_with_parent(loop: Loop, parent: int) -> None:
-    """Ends this process once its parent is gone."""
-    try:
-        watch_process(loop, parent, lambda: os._exit(0))
-    except ProcessLookupError:  # it was gone before it was watched
-        os._exit(0)
-
-
-def _attended(asked: Header, tiles: list[KeptTile], began: int) -> tuple[Header, Payload]:
-    """The reply to ATTEND with the results of these tiles."""
-    outs, lses = [tile.out for tile in tiles], [tile.lse for tile in tiles]
-    took = time.perf_counter_ns() - began
-    header = asked._replace(status=Status.OK, q_elements=elements(outs), lse_elements=elements(lses))
-    return header._replace(extra=took, clock=began), (outs, lses)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry of a pool rank's process."""
-    parser = argparse.ArgumentParser(prog="python -m fapool_plugin.pool.worker", description=__doc__)
-    served = parser.add_mutually_exclusive_group(required=True)
-    served.add_argument("--link", type=int, help="descriptor of a socket to a base rank: serve it, and end with it")
-    served.add_argument("--listen", type=int, nargs="+", help="listening descriptors: serve all who come, and stay")
-    parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
-    parser.add_argument("--memory-limit", type=int, required=True, help="bytes of keys and values to hold at most")
-    parser.add_argument("--block", type=int, default=256, help="positions by which storage grows")
-    parser.add_argument(
-        "--silence", type=float, default=30.0, help="seconds without a word of a base rank after which its lease ends"
-    )
-    parser.add_argument("--patience", type=float, default=5.0, help="seconds to wait for what another pool rank sends")
-    parser.add_argument("--node", type=int, default=0, help="number of the node this rank is on")
-    parser.add_argument("--device", default="cpu", help="torch device to compute on")
-    parser.add_argument("--link-key", metavar="FILE", help="with the key of all links; default: they have none")
-    parser.add_argument("--report", metavar="FILE", help="where it tells of itself")
-    parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
-    options = parser.parse_args(arguments)
-    Path("/proc/self/comm").write_text(NAME)
-    torch.set_num_threads(options.threads)
-    torch.set_grad_enabled(False)
-    torch.zeros(1, device=options.device)  # what a device needs at first is no standstill in a call
-    loop = Loop()
-    if options.parent:
-        end_with_parent(loop, options.parent)
-    key = read_key(options.link_key) if options.link_key is not None else None
-    inbox = Inbox(loop, options.patience, key)
-    report = Report(options.report) if options.report is not None else None
-    worker = Worker(inbox, options.memory_limit, torch.device(options.device), options.block, options.node, report)
-
-    def accepted(sock: socket.socket) -> Link:
-        return worker.link(sock, options.silence)
-
-    for descriptor in options.listen or ():
-        Listener(socket.socket(fileno=descriptor), loop, accepted, key, options.patience)
-    worker.serve(
-        [accepted(socket.socket(fileno=options.link))] if options.link is not None else [], stay=options.link is None
-    )
-
-
-if __name__ == "__main__":
-    run_to_end(main)

@@ -120,6 +120,7 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
         "local": local_rank,
         "host": socket.gethostname(),
         "free": left_for_job(),
+        "on_gpu": torch.cuda.is_available(),
     }
     store = _meet(host, port, rank, config)
     if rank == 0:
@@ -240,12 +241,13 @@ def _nodes(seats: list[dict[str, int | str | None]]) -> list[int]:
 
 def _check_memory(placement: Placement, seats: list[dict[str, int]], config: FAPoolConfig) -> None:
     for node in dict.fromkeys(placement.nodes):
-        ranks = placement.pool_on(node)
+        # A rank with a GPU keeps keys there, and no more than it finds free.
+        ranks = [rank for rank in placement.pool_on(node) if not seats[rank]["on_gpu"]]
         free = min((seats[rank]["free"] // MIB for rank in ranks), default=0)
-        needed = len(ranks) * (config.memory_limit_mib + RANK_MIB)
+        needed = len(ranks) * (config.cpu_limit_mib + RANK_MIB)
         if ranks and needed > free:
             raise FAPoolConfigError(
-                f"{len(ranks)} pool ranks of node {node} with memory_limit_mib = {config.memory_limit_mib}, and "
+                f"{len(ranks)} pool ranks of node {node} with memory_limit_mib = {config.cpu_limit_mib}, and "
                 f"{RANK_MIB} MiB for each process, need {needed} MiB, and {free} MiB are available there; set it to "
                 f"{max(0, free // len(ranks) - RANK_MIB)} or less, or use fewer ranks"
             )

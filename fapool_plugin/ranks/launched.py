@@ -14,8 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+
 from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.launch import Launch, link_key
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
@@ -70,8 +73,9 @@ class LaunchedPool:
         """The lease that all base ranks of the job share."""
         return self.launch.token
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that is ready. Raises RuntimeError if there is none."""
+    def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
+        """Links to every rank that is ready; the launch has said where they compute. Raises RuntimeError if there is
+        none."""
         problems: list[RuntimeError] = []
         for number in range(self.launch.pool_ranks):
             known = self._ranks.get(number)

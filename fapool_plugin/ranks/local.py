@@ -1,7 +1,8 @@
 """Pool ranks on this machine: processes that the base starts, and that end with it.
 
 Each is at the other end of a pair of sockets that was made before it: there is no port, no name and no file by which a
-stranger could come between. Knows how to start and end them; what they are asked to do is not known here.
+stranger could come between. They compute beside a base on a CPU, and on the next GPUs after a base's own. Knows how to
+start and end them; what they are asked to do is not known here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Callable
 import torch
 
 from fapool_plugin.base.lease import Outstanding
-from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.config import FAPoolConfig, check_machine
+from fapool_plugin.devices.gpu import CPU, rank_device, sharers
+from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.pool.process import Process, arguments, end, environment, start
 from fapool_plugin.ranks.forked import ForkServer
 from fapool_plugin.wire.link import Link
@@ -33,12 +36,16 @@ class LocalPool:
 
     Args:
         config: how many, and with which threads, memory and patience.
+        gpus: counts this machine's.
     """
 
     shared = False
 
-    def __init__(self, config: FAPoolConfig) -> None:
-        self.config, self._owner, self._loop = config, os.getpid(), Loop()
+    def __init__(self, config: FAPoolConfig, gpus: Callable[[], int] = torch.cuda.device_count) -> None:
+        self.config, self._owner, self._loop, self._gpus = config, os.getpid(), Loop(), gpus
+        self._base = CPU
+        """Where the base computes."""
+        self._devices: dict[int, torch.device] = {}
         self._processes: dict[int, Process] = {}
         self._links: dict[int, Link] = {}
         self._server: ForkServer | None = ForkServer(environment(config))
@@ -47,12 +54,17 @@ class LocalPool:
         """A lease of its own each time: these ranks are no other job's."""
         return secrets.randbits(62)
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
+    def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         """Links to all ranks, starting those that are missing; a warning says how many did not start. Raises
         RuntimeError if none did."""
+        self._base, gpus = base, self._gpus()
+        if base.type != "cuda" and gpus:
+            check_machine(self.config, left_for_job())
         for rank, link in list(self._links.items()):
             if link.lost or not link.heard:
                 self.discard(rank, link.lost or "its start was interrupted")
+            elif self._devices[rank] != rank_device(base, rank, gpus):
+                self.discard(rank, f"the model has moved to {base}")
         missing = [rank for rank in range(self.config.pool_ranks) if rank not in self._links]
         if missing:
             announce(f"starting {len(missing)} local pool rank(s)")
@@ -105,10 +117,12 @@ class LocalPool:
             self._server.close()
 
     def _start(self, rank: int) -> None:
-        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        gpus = self._gpus()
+        device = self._devices[rank] = rank_device(self._base, rank, gpus)
         mine, its = pair()
         with its:
-            process = self._processes[rank] = self._process(its, device)
+            together = sharers(self._base, rank, self.config.pool_ranks, gpus)
+            process = self._processes[rank] = self._process(its, str(device), together)
         link = self._links[rank] = Link(
             mine,
             self._loop,
@@ -124,14 +138,14 @@ class LocalPool:
         except ProcessLookupError:
             link.fail(ended)
 
-    def _process(self, sock: socket.socket, device: str) -> Process:
+    def _process(self, sock: socket.socket, device: str, together: int) -> Process:
         if self._server is not None:
-            told = arguments(self.config, device)
+            told = arguments(self.config, device, together=together)
             if process := self._server.start(told, sock, self.config.start_timeout_s):
                 return process
             self._server.close()
             self._server = None  # ranks start the long way
-        return start("link", [sock], self.config, device=device)
+        return start("link", [sock], self.config, device=device, together=together)
 
     def _why(self, reason: str) -> str:
         return f"{reason}; a pool rank has start_timeout_s = {self.config.start_timeout_s:g} s to start"

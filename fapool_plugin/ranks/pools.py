@@ -12,8 +12,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
+from fapool_plugin.base.agreement import Agree
 from fapool_plugin.base.lease import Pool
-from fapool_plugin.base.resource_manager import Agree, ResourceManager
+from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
 from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.observe.prometheus import serve
@@ -80,7 +83,8 @@ def pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:
             Ray without Ray.
     """
     if config.pool == "local" or not config.enabled:
-        check_machine(config, left_for_job())
+        if not torch.cuda.is_available():  # else ranks may be there; the model is not here yet to say so
+            check_machine(config, left_for_job())
         return LocalPool
     if config.pool == "ray":
         library()

@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import torch
+
 from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.launch import link_key
 from fapool_plugin.ranks.standing import StandingRank
 from fapool_plugin.wire.link import Link, first_line
@@ -165,8 +168,9 @@ class RayPool:
         """A lease of its own each time."""
         return secrets.randbits(62)
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Link]:
-        """Links to every rank that stands, those on this machine first. Raises RuntimeError if there is none."""
+    def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
+        """Links to every rank that stands, those on this machine first; the pool has said where they compute. Raises
+        RuntimeError if there is none."""
         actors = standing(self._ray, self.config.pool_name)
         for number, rank in list(self._ranks.items()):
             if rank.link.lost or number not in actors:

@@ -81,7 +81,7 @@ class StandingRank:
                 "requests": told.requests,
                 "busy_s": told.busy_ns / 1e9,
                 "held_bytes": told.held_bytes,
-                "memory_bytes": self._config.memory_limit_mib * MIB,
+                "memory_bytes": self._config.cpu_limit_mib * MIB,
                 "settings": self._config.to_dict(),
                 "wanted": self._wanted,
             }

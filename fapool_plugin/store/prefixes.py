@@ -139,8 +139,12 @@ class PrefixStore:
             inside = [(row if start <= row < stop else at) - start for at, row in enumerate(rows[start:stop], start)]
             if inside != list(range(stop - start)):
                 index, used = torch.tensor(inside, device=one.k.device), slice(int(one.lengths.max()))
-                for x in (one.k, one.v):
-                    x[: len(inside), :, used] = x[index, :, used]
+                try:
+                    for x in (one.k, one.v):
+                        x[: len(inside), :, used] = x[index, :, used]
+                except torch.OutOfMemoryError:  # some may have moved
+                    self.free(sequence)
+                    return
                 one.lengths[: len(inside)] = one.lengths[inside]
 
     def free(self, sequence: int) -> None:

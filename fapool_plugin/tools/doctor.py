@@ -44,6 +44,7 @@ def examine() -> list[Check]:
     return [
         Check("Python", platform.python_version(), True, sys.executable),
         _torch(),
+        _gpus(),
         _tried("links", "", "two ends exchanged tensors over a pair of sockets", _exchange),
         _nccl(),
         _installed("flash-attn", "flash_attn", "flash", needs_cuda=True),
@@ -113,6 +114,17 @@ def _torch() -> Check:
     devices = torch.cuda.device_count()
     why = f"{torch.get_num_threads()} CPU threads, {devices} CUDA devices"
     return Check("torch", torch.__version__, True, why)
+
+
+def _gpus() -> Check:
+    devices = _cuda_devices()
+    if not devices:
+        return Check("GPUs", "", False, "none: models compute on the CPU, and so do their pool ranks")
+    import torch
+
+    names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(number) for number in range(devices)))
+    where = "share it with the base" if devices == 1 else "get the next ones after the base's"
+    return Check("GPUs", "", True, f"{devices} x {names}; local pool ranks of a model on a GPU {where}")
 
 
 def _exchange() -> None:

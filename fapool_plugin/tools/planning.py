@@ -72,20 +72,20 @@ def find_profile(model: Path | None, given: Path | None, setting: Setting, scree
         OSError: no model, or a pool rank cannot be started.
         ValueError: nothing of the model would be pooled.
     """
-    from fapool_plugin.measure.calibrate import machine
+    from fapool_plugin.measure.calibrate import machine_of
 
     found = Profile.load(given) if given is not None else None
     if found is not None and model is None:
-        differs = found.misfit(machine(), found.shape)
+        differs = found.misfit(machine_of(found), found.shape)
     else:
         from fapool_plugin.integrations.huggingface.calibrate import default_path, shape_of_path
 
         folder = _model_folder(model)
         shape = shape_of_path(folder, setting.dtype)
         if found is None:
-            kept = default_path(machine(), shape)
+            kept = default_path(machine_of(None), shape)
             found = Profile.load(kept) if kept.exists() else measure(folder, setting, quick=True, screen=screen)
-        differs = found.misfit(machine(), shape)
+        differs = found.misfit(machine_of(found), shape)
     if differs:
         _note(f"the profile is of something else, so times may be far off: {differs}")
     if found.quick:

@@ -106,7 +106,8 @@ class Header(NamedTuple):
     number: int = 0
     """PEER: the receiving rank's number. HELLO's reply: the node that the rank is on."""
     peer: int = 0
-    """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank."""
+    """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank. HELLO's
+    reply: names the GPU that the rank computes on, 0 for none."""
     peers: int = 0
     """Ranks listed: those whose answers are merged into ATTEND's. SELECT: rows listed."""
     parts: int = 0

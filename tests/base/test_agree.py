@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
+from fapool_plugin.base.agreement import agree_over
 from fapool_plugin.plan.profile import Profile
 from tests.base.test_advisor import DEAR, LAYERS, calls, planned, profile_of
+from tests.base_ranks import base_ranks
 from tests.models import THRESHOLD, assert_close, eager, one_thread, plain, random_ids, save_model
 
 LONG = 300
@@ -109,3 +112,22 @@ def test_without_ranks_the_order_of_blocks_stays(folder: Path, blocks: int) -> N
         assert calls(model)["prefill"] == (0, LAYERS * blocks)
         assert stats["prefill"]["overlapped_forwards"] == (blocks > 1)
         assert stats["local_reasons"] == {"no pool rank was to be had for this sequence": 1}
+
+
+def over_devices(group: Any, answers: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Two models' agreements on ranks whose group would move nothing but what is on devices."""
+    rank = distributed.get_rank(group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "get_backend_config", lambda group=None: "cuda:nccl")
+        patch.setattr(distributed, "all_reduce", lambda *args, **keys: pytest.fail("over the devices' group"))
+        first, second = agree_over(group), agree_over(group)
+        return [first(answers[rank]), second((7 - rank, rank)), first(answers[rank])]
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(300)
+def test_groups_of_devices_agree_on_their_hosts(tmp_path: Path) -> None:
+    """So no decode step waits for all that was launched before it."""
+    with base_ranks(tmp_path) as ranks:
+        for found in ranks.run(2, over_devices, [(2, 4), (3, 1)]):
+            assert found == [(2, 1), (6, 0), (2, 1)]

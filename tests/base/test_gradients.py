@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fapool_plugin.base.attention import FAPoolAttention
+from fapool_plugin.base.requests import Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.plan.shares import Geometry
@@ -125,3 +128,49 @@ def test_the_lease_went_back_in_between(how: str) -> None:
             assert torch.allclose(grad, exact, atol=1e-11), f"d{name}: {(grad - exact).abs().max():.2e}"
         counts = manager.stats()["backward"]
         assert (counts["pooled_calls"], counts["local_calls"]) == ((0, 1) if how == "closed" else (1, 0))
+
+
+def test_threads_of_several_devices_take_turns(managers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd computes a backward in a thread for each device: here two backwards in two threads."""
+    manager, geometry, together = managers(pool_ranks=2), Geometry((0,), (30,), 0, 30), threading.Barrier(2)
+    inside, most, errors = [0], [0], list[BaseException]()
+
+    def alone(real: Callable[..., Any]) -> Callable[..., Any]:
+        def entered(*args: Any) -> Any:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+            try:
+                return real(*args)
+            finally:
+                inside[0] -= 1
+
+        return entered
+
+    calls = [inputs(1, 30)[:3] for _ in range(2)]
+    outs = [pooled(manager, geometry)(*qkv) for qkv in calls]
+    for name in ("post", "wait"):
+        monkeypatch.setattr(Requests, name, alone(getattr(Requests, name)))
+
+    def backward(out: Tensor) -> None:
+        together.wait(10)
+        try:
+            out.sum().backward()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=backward, args=(out,)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors
+    assert most == [1], "two calls asked, or waited, at a time"
+    wanted = [x.detach().clone().requires_grad_() for x in calls[0]]
+    dense(wanted[0], wanted[1], wanted[2], geometry, D**-0.5, 0.0, None).sum().backward()
+    for qkv in calls:
+        for ours, theirs in zip(qkv, wanted, strict=True):
+            assert ours.grad is not None
+            assert theirs.grad is not None
+            difference = (ours.grad - theirs.grad).abs().max().item()
+            assert difference < 1e-10, f"largest difference {difference:.3g}"

@@ -150,7 +150,7 @@ def test_when_every_rank_is_lost_the_next_sequence_borrows_again(manager: Resour
 
 def test_a_pool_that_cannot_start_costs_only_a_warning() -> None:
     class NoPool(ThreadPool):
-        def acquire(self, announce: object) -> dict[int, Any]:
+        def acquire(self, announce: object, base: object = None) -> dict[int, Any]:
             raise RuntimeError("no ranks here")
 
     with ResourceManager(FAPoolConfig(threshold=10), NoPool) as manager:

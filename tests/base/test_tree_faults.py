@@ -183,7 +183,7 @@ def test_two_bases_may_use_the_same_ranks_at_once() -> None:
             def new_token(self) -> int:
                 return 7  # one job: both base ranks name the same lease
 
-            def acquire(self, announce: object) -> dict[int, Any]:
+            def acquire(self, announce: object, base: object) -> dict[int, Any]:
                 return dict(self.mine)
 
             def discard(self, rank: int, reason: str) -> str:

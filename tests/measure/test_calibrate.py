@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from fapool_plugin.devices.clock import Clock as DeviceClock
 from fapool_plugin.integrations.huggingface import calibrate as huggingface_calibrate
 from fapool_plugin.integrations.huggingface.calibrate import calibrate_model, default_path, keep, shape_of_path
-from fapool_plugin.measure import calibrate
+from fapool_plugin.measure import attention, calibrate
 from fapool_plugin.plan.profile import Fit, Profile, Shape
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Status
 from tests.models import plain, save_model, workers
 from tests.plan.test_cost import profile
+from tests.recorded_streams import Ticks
 
 SHAPE = Shape(hidden=48, layers=2, heads=6, kv_heads=3, head_dim=8, v_head_dim=12, dtype="float32", parameters=1)
 
@@ -48,7 +50,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(calibrate, "time", clock)
+    for module in (attention, calibrate):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -101,7 +104,7 @@ def test_sizes_grow_until_the_budget_is_spent(clock: Clock) -> None:
 @pytest.mark.parametrize(("threads", "budget_s"), [([], 1.0), ([1, 0], 1.0), ([1], 0.0), ([1], float("nan"))])
 def test_bad_efforts_are_refused(threads: list[int], budget_s: float) -> None:
     with pytest.raises(ValueError, match="give"):
-        calibrate.measure_attention(SHAPE, threads, budget_s)
+        attention.measure_attention(SHAPE, threads, budget_s)
 
 
 def test_this_machine() -> None:
@@ -125,8 +128,8 @@ def test_attention_costs_what_the_kernel_takes(clock: Clock, monkeypatch: pytest
         threads = torch.get_num_threads()
         clock.now += (1e-5 + 1e-7 * keys if queries == 1 else 2e-6 * queries + 1e-9 * queries**2) / threads
 
-    monkeypatch.setattr(calibrate, "attend", attend)
-    costs = calibrate.measure_attention(SHAPE, [1, 2], 1e9)
+    monkeypatch.setattr(attention, "attend", attend)
+    costs = attention.measure_attention(SHAPE, [1, 2], 1e9)
     found = [(cost.kernel, cost.dtype, cost.threads) for cost in costs]
     assert found == [
         (kernel, dtype, threads)
@@ -142,9 +145,9 @@ def test_attention_costs_what_the_kernel_takes(clock: Clock, monkeypatch: pytest
 
 def test_decode_meets_other_keys_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(calibrate, "attend", lambda q, k, v, **_: seen.append((k.data_ptr(), v.data_ptr())))
-    timed = calibrate._Attention(SHAPE, "dense", torch.float32, torch.device("cpu"), 0.0).decode(1000)
-    turn = calibrate._KEYS_BYTES // (4 * 1000 * 3 * (8 + 12))
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, **_: seen.append((k.data_ptr(), v.data_ptr())))
+    timed = attention._Attention(SHAPE, "dense", torch.float32, torch.device("cpu"), 0.0).decode(1000)
+    turn = attention._KEYS_BYTES // (4 * 1000 * 3 * (8 + 12))
     for _ in range(2 * turn):
         timed()
     addresses = sorted(address for pair in seen[:turn] for address in pair)
@@ -155,7 +158,7 @@ def test_decode_meets_other_keys_at_each_call(monkeypatch: pytest.MonkeyPatch) -
 def test_real_kernels_are_measured_and_threads_restored() -> None:
     stages: list[tuple[str, int, int | None]] = []
     torch.set_num_threads(3)
-    costs = calibrate.measure_attention(SHAPE, [1, 2], 0.01, lambda *told: stages.append(told), quick=True)
+    costs = attention.measure_attention(SHAPE, [1, 2], 0.01, lambda *told: stages.append(told), quick=True)
     assert torch.get_num_threads() == 3
     assert [(cost.kernel, cost.dtype, cost.threads) for cost in costs] == [
         ("torch_flash", "float32", 1),
@@ -168,7 +171,7 @@ def test_real_kernels_are_measured_and_threads_restored() -> None:
 def test_softcap_leaves_kernels_out() -> None:
     """A profile must not promise what the model's attention cannot use."""
     for quick in (True, False):
-        costs = calibrate.measure_attention(SHAPE, [1], 0.01, quick=quick, softcap=30.0)
+        costs = attention.measure_attention(SHAPE, [1], 0.01, quick=quick, softcap=30.0)
         assert {cost.kernel for cost in costs} == {"dense"}, costs
 
 
@@ -176,10 +179,28 @@ def test_threads_are_restored_after_an_interrupt(monkeypatch: pytest.MonkeyPatch
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibrate, "attend", interrupt)
+    monkeypatch.setattr(attention, "attend", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        calibrate.measure_attention(SHAPE, [1], 1.0)
+        attention.measure_attention(SHAPE, [1], 1.0)
     assert torch.get_num_threads() == 2
+
+
+def test_a_gpu_is_measured_at_lengths_that_fill_it_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in: tensors are made on the CPU, and time is what events say."""
+    ticks, given = Ticks(0.25), set()
+    monkeypatch.setattr(attention, "Clock", lambda device: DeviceClock(device, ticks))
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, **_: given.add((q.shape[1], k.shape[1])))
+    monkeypatch.setattr(attention, "_kernels", lambda *args: [("torch", torch.float32)])
+    monkeypatch.setattr(
+        attention._Attention, "_random", lambda self, *sizes: torch.zeros(1).expand(*sizes[:-1], sizes[-1])
+    )
+    monkeypatch.setattr(attention, "_KEYS_BYTES", 1)
+    costs = attention.measure_attention(SHAPE, [8, 4, 1], 1e9, device="cuda")
+    assert [cost.threads for cost in costs] == [8]
+    lengths = (2048, 8192, 32768, 65536, 131072)
+    assert given == {(n, n) for n in lengths} | {(1, n) for n in lengths}
+    assert costs[0].prefill.at(32768) == pytest.approx(0.25)
+    assert attention._lengths(torch.device("cuda"), "dense", False)[0] == [512, 1024, 2048]
 
 
 # Links.

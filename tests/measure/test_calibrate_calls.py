@@ -36,7 +36,7 @@ FREE = Profile(
 def rank() -> Iterator[PoolRank]:
     pool = LocalPool(FAPoolConfig(pool_ranks=1))
     try:
-        yield _lease(pool)[0]
+        yield _lease(pool, torch.device("cpu"))[0]
     finally:
         pool.close()
 

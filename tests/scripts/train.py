@@ -45,7 +45,7 @@ def kill(*_: object) -> None:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             mark = process.environ().get("FAPOOL_TEST_LAUNCH")
-            if "fapool_plugin.pool.worker" in process.cmdline() and mark == os.environ["FAPOOL_TEST_LAUNCH"]:
+            if "fapool_plugin.pool.rank" in process.cmdline() and mark == os.environ["FAPOOL_TEST_LAUNCH"]:
                 process.kill()
 
 

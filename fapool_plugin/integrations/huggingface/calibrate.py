@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.integrations.huggingface.linear import full_layers, look, measure_beside, measure_linear, shape_of
-from fapool_plugin.measure.calibrate import Progress, check_effort, machine, measure_attention, measure_link, silent
+from fapool_plugin.measure.attention import measure_attention
+from fapool_plugin.measure.calibrate import Progress, check_effort, machine, measure_link, silent
 from fapool_plugin.measure.calls import kept_busy, measure_calls
 from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.plan.profile import Machine, Profile, Shape
@@ -84,11 +85,12 @@ def make_profile(
         LinkLost: the rank is gone.
     """
     check_effort(threads, budget_s)
+    threads = threads[:1] if model.device.type == "cuda" else threads  # a GPU's host has nothing to compute
     began = time.perf_counter()
     # A quick profile ends in time, whatever the model: then single runs have to do.
     linear_end, attention_end, end = (began + part * MOST_S if quick else math.inf for part in (0.4, 0.6, 0.75))
     shape, softcap = look(model)
-    link = measure_link(rank, progress, quick=quick)
+    link = measure_link(rank, progress, quick=quick, device=model.device)
     linear = measure_linear(model, threads, budget_s / 2, progress, quick=quick, until=linear_end)
     attention = measure_attention(
         shape, threads, budget_s * 0.4, progress, quick=quick, softcap=softcap, device=model.device, until=attention_end
@@ -97,7 +99,7 @@ def make_profile(
     profile = Profile(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         quick=quick,
-        machine=machine(),
+        machine=machine(model.device),
         shape=shape,
         attention=attention,
         linear=linear,
@@ -147,9 +149,9 @@ def calibrate_model(
     progress("starting a pool rank", 0, None)
     pool = LocalPool(config)
     try:
-        rank, start_s = _lease(pool)
+        rank, start_s = _lease(pool, model.device)
         rank.tell(Op.RELEASE)
-        rank, activation_s = _lease(pool)
+        rank, activation_s = _lease(pool, model.device)
         return make_profile(
             model,
             rank,
@@ -164,10 +166,10 @@ def calibrate_model(
         pool.close()
 
 
-def _lease(pool: LocalPool) -> tuple[PoolRank, float]:
+def _lease(pool: LocalPool, base: torch.device) -> tuple[PoolRank, float]:
     """The pool's only rank, leased, and the seconds that it took."""
     began = time.perf_counter()
-    links = pool.acquire(lambda text: None)
+    links = pool.acquire(lambda text: None, base)
     rank = PoolRank(0, links[0], secrets.randbits(62), RankCounters(0))
     rank.open()
     return rank, time.perf_counter() - began

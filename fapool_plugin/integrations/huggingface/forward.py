@@ -58,6 +58,7 @@ from fapool_plugin.integrations.huggingface.pieces import (
     untried_reason,
 )
 from fapool_plugin.integrations.huggingface.probe import LENGTH, Probe
+from fapool_plugin.integrations.huggingface.rewind import Rewind
 from fapool_plugin.integrations.huggingface.training_cache import GraphCache
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.plan.line import round_up
@@ -179,7 +180,7 @@ class Forwards:
                 args, kwargs = with_cache(owner, args, kwargs, cache)
             # What is compiled inside was traced without a pool.
             eager = scope.decided.pooled and is_compiled(owner)
-            rewind = _Rewind(scope) if scope.decided.pooled else None
+            rewind = Rewind(scope) if scope.decided.pooled else None
             start = mine.get_seq_length() if mine is not None else 0
             with torch.compiler.set_stance("force_eager") if eager else nullcontext():
                 try:
@@ -264,6 +265,7 @@ class Forwards:
             lasting=cache is not None or training,
             one_block=one_block,
             profiler=self.profiler(owner),
+            device=tokens.device,
         )
         if training and decided.pooled:
             decided = decided.in_graph(self.manager.watch)
@@ -300,7 +302,7 @@ class Forwards:
     def _inside(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
     ) -> Any:
-        decided, began = scope.decided, time.perf_counter()
+        decided, began = scope.decided, self.manager.clock.now()
         wave = self.homes.wave(owner, scope) if owner.fapool_in_rounds else None
         given = by_name(owner, args, kwargs)
         if owner.fapool_in_rounds and (turns := self.homes.turns(owner, given, scope)) > 1:
@@ -311,7 +313,7 @@ class Forwards:
             output = self._in_pieces(owner, enter, args, kwargs, scope, wave)
         if owner.fapool_in_rounds and decided.phase == "prefill":
             # A head over every position, and a loss, are not the plan's.
-            decided.took_s = time.perf_counter() - began - decided.apart_s
+            decided.took = began, self.manager.clock.now()
         return output
 
     def _in_pieces(
@@ -374,27 +376,10 @@ class Forwards:
         if not known:
             began = time.perf_counter()
             verdict = self.probe.run(key, owner, enter, given, scope)
-            decided.apart_s = time.perf_counter() - began
+            decided.apart_s = time.perf_counter() - began  # on a device, too: what it finds is looked at here
         if manager.base_ranks > 1:
             agreed = bool(manager.agree((int(not verdict), 0))[0])
             verdict = verdict if agreed or verdict else "another base rank's trial differs"
         if verdict:
             return f"a trial showed that pieces differ from the whole: {verdict}"
         return beyond_trial(owner, LENGTH, geometry, self.probe.windows.get(key, ()))
-
-
-class _Rewind:
-    """Takes a forward back to its beginning, to be run once more: what it drew and what its cache was given."""
-
-    def __init__(self, scope: Scope) -> None:
-        on_cuda = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
-        self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_cuda else []
-        self._cache = scope.cache.rewinder() if isinstance(scope.cache, PooledCache) else None
-
-    def __call__(self) -> None:
-        cpu, cuda = self._random
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-        if self._cache is not None:
-            self._cache()

@@ -196,7 +196,7 @@ class Homes:
 
     def no_room(self, error: NoRoom, scope: Scope) -> PoolMemoryError:
         """What a user is told of keys that no longer fit."""
-        limit = self.manager.config.memory_limit_mib
+        limit = self.manager.config.memory_limit_mib or "null"
         columns = scope.decided.geometry.columns if scope.decided.geometry is not None else 0
         return PoolMemoryError(
             f"fa_pool: {error} at {columns} tokens a sequence (memory_limit_mib {limit}): raise memory_limit_mib or "

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from fapool_plugin.base.agreement import agree_over
+from fapool_plugin.base.agreement import Agree, agree_over
 from fapool_plugin.base.attention import FAPoolAttention
-from fapool_plugin.base.resource_manager import Agree, ResourceManager
+from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.attention import NAME
@@ -219,6 +219,7 @@ def _profiler(config: FAPoolConfig, module: Any) -> Any:
 def _measure_threshold(model: Any, manager: ResourceManager) -> None:
     """Finds the threshold "auto"."""
     profiler = _profiler(manager.config, model)
+    manager.compute_on(model.device)
     manager.advisor.profile = profiler.known() or profiler.measure_alone()
     text = model.config.get_text_config(decoder=True)
     longest = getattr(text, "max_position_embeddings", None) or _LONGEST

@@ -41,7 +41,7 @@ class ModelProfiler:
 
     def known(self) -> Profile | None:
         """The user's profile, or the one kept; None, with a warning, if it is of something else."""
-        on, shape = machine(), shape_of(self.model)
+        on, shape = machine(self.model.device), shape_of(self.model)
         path = Path(self.config.profile) if self.config.profile else default_path(on, shape)
         if not self.config.profile and not path.exists():
             return None

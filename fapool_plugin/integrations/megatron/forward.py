@@ -107,6 +107,7 @@ def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> t
         must_be_local=reason,
         lasting=context is not None or training,
         one_block="decode" if phase == "decode" else "Megatron's own models run a prompt in one piece",
+        device=next(model.parameters()).device,
     )
     if training and decided.pooled:
         decided = decided.in_graph(manager.watch)

@@ -17,7 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import Tensor
 
-from fapool_plugin.base.resource_manager import Agree
+from fapool_plugin.base.agreement import Agree
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.megatron.attention import FAPoolCoreAttention
 from fapool_plugin.integrations.megatron.forward import one_forward

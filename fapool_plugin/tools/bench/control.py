@@ -253,7 +253,7 @@ class _Pretending:
     def new_token(self) -> int:
         return 1
 
-    def acquire(self, announce: Callable[[str], object]) -> dict[int, Any]:
+    def acquire(self, announce: Callable[[str], object], base: torch.device) -> dict[int, Any]:
         return self._links
 
     def discard(self, rank: int, reason: str) -> str:
