@@ -34,6 +34,8 @@ class _Views(TorchFunctionMode):
             return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
         if func is Tensor.copy_ and args[0].is_cuda:
             return aten.copy_(*args, **(kwargs or {}))
+        if func is Tensor.to and args[0].is_cpu and len(args) == 2 and str(args[1]).startswith("cuda"):
+            return aten._to_copy(args[0], device=args[1])
         if func in (Tensor.nonzero, torch.nonzero) and args[0].is_cuda:
             raise Waits("the size of what is not zero is on the device")
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_cuda:
