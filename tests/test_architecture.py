@@ -48,7 +48,7 @@ HOMES = {
     "deepspeed": {"integrations.deepspeed"},
     "megatron": {"integrations.megatron"},
     "accelerate": {"integrations.accelerate"},
-    "flash_attn": {"kernels.forward"},
+    "flash_attn": {"kernels.flash_attn"},
 }
 # Which homes use others': a host hands its models to transformers' home, and that one splits them by Megatron's layers.
 HOSTED = {
@@ -244,10 +244,10 @@ RIGHT = {
     "config.py": "import os\nos.path.join('a', 'b')",
     "plan/line.py": "import math",
     "plan/shares.py": "from fapool_plugin import config\nfrom .line import cut",
-    "kernels/forward.py": "import torch, importlib\nimportlib.import_module('flash_attn')",
+    "kernels/flash_attn.py": "import torch, importlib\nimportlib.import_module('flash_attn')",
     "observe/metrics.py": "import time",
     "wire/link.py": "from ..config import FAPoolConfig",
-    "base/attention.py": "import fapool_plugin.plan.shares\nfrom ..kernels import forward",
+    "base/attention.py": "import fapool_plugin.plan.shares\nfrom ..kernels import flash_attn",
     "pool/process.py": "import os\nos.environ['A'] = 'b'",
     "pool/worker.py": "from .process import run_to_end",
     "ranks/local.py": "from fapool_plugin.pool.process import start",
@@ -297,7 +297,7 @@ def test_checker_accepts_a_right_package(tmp_path: Path) -> None:
         ("integrations/accelerate.py", "from deepspeed import zero", "only integrations.deepspeed"),
         ("integrations/huggingface/model.py", "import megatron.core", "only integrations.megatron may"),
         ("run.py", "import accelerate", "only integrations.accelerate may"),
-        ("base/attention.py", "from flash_attn_interface import f", "only kernels.forward may"),
+        ("base/attention.py", "from flash_attn_interface import f", "only kernels.flash_attn may"),
         ("wire/link.py", "from pickle import loads", "nothing here is pickled"),
         ("pool/worker.py", "import os\nx = os.environ.get('X')", "pool.worker uses os.environ"),
         ("plan/line.py", "from os import getenv as g", "plan.line uses os.getenv"),

@@ -29,20 +29,27 @@ class Result:
     ) -> None:
         self.q, self.k, self.v, self.geometry = q_BHSD, k_BKTD, v_BKTE, geometry
         self.softmax_scale, self.softcap = softmax_scale, softcap
-        batch, heads, queries, _ = q_BHSD.shape
-        self.group = heads // k_BKTD.shape[1]
+        self.group = q_BHSD.shape[1] // k_BKTD.shape[1]
         self.exact = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
         self.k_column = geometry.columns - k_BKTD.shape[2]
         """The column of the first key that is given."""
         self.disjoint = False
         """Whether no two parts are of the same queries: each is written, and none merged."""
-        self._side_by_side = queries == 1
+        self._side_by_side = q_BHSD.shape[2] == 1
         self._own: list[tuple[Tile, Tensor, Tensor]] = []
         self._parts: list[tuple[int, int, Tensor, Tensor]] = []
         """Of ranks: lanes [start, stop), flat outputs and LSEs."""
-        if not self._side_by_side:
-            self.out_BSHE = q_BHSD.new_zeros((batch, queries, heads, v_BKTE.shape[3]), dtype=self.exact)
-            self.lse_BHS = q_BHSD.new_full((batch, heads, queries), -torch.inf, dtype=self.exact)
+
+    @cached_property
+    def out_BSHE(self) -> Tensor:
+        """Where parts are written and not merged it is in q's dtype, which they have been rounded to."""
+        batch, heads, queries, _ = self.q.shape
+        dtype = self.q.dtype if self.disjoint else self.exact
+        return self.q.new_zeros((batch, queries, heads, self.v.shape[3]), dtype=dtype)
+
+    @cached_property
+    def lse_BHS(self) -> Tensor:
+        return self.q.new_full(self.q.shape[:3], -torch.inf, dtype=self.exact)
 
     def places(self, tiles: Sequence[Tile]) -> list[Tile]:
         """Where tiles' queries and results are, for :meth:`queries` and :meth:`add`. With one query a sequence these
@@ -166,7 +173,8 @@ class Result:
                 lses.append(lse[known * group :] if known else lse)
                 at = stop
         self._room_for(batch * heads // group - at, outs, lses)
-        out, lse = torch.cat(outs).to(self.exact), torch.cat(lses)
+        dtype = self.q.dtype if self.disjoint and not overlapping else self.exact
+        out, lse = torch.cat(outs).to(dtype), torch.cat(lses)
         for start, stop, *part in overlapping:
             lanes = slice(start * group, stop * group)
             out_LE, lse_L = out.view(-1, dim)[lanes], lse[lanes]
@@ -182,7 +190,7 @@ class Result:
     def _room_for(self, lanes: int, outs: list[Tensor], lses: list[Tensor]) -> None:
         """Room for lanes that no part came of."""
         if lanes:
-            outs.append(self.q.new_zeros(lanes * self.group * self.v.shape[3], dtype=self.exact))
+            outs.append(self.q.new_zeros(lanes * self.group * self.v.shape[3]))
             lses.append(self.q.new_full((lanes * self.group,), -torch.inf, dtype=self.exact))
 
     def _take_own(self) -> None:

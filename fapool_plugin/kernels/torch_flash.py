@@ -1,16 +1,19 @@
-"""torch's own flash operators on one piece of a rectangle: every key is seen by every query, or a causal square.
+"""torch's flash operators for CPUs: no window on the left, no softcap.
 
-On the CPU the operator works on one sequence, head and block of queries at a time, so a decode step gives it no
-more to do at once than it has KV heads. Here the keys of few queries are cut until every thread has as much. Its
-backward works on one sequence and head at a time, which are not cut. The module knows no other mask and no other
-kernel; `kernels` and `kernel_backward` cut rectangles into such pieces. (The operators: Dao 2023, FlashAttention-2;
-cutting keys: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding.)
+They are asked for causal squares and unmasked rectangles only, so it never matters that they align a causal mask to the
+upper left: every query sees the first `offset` keys, and then a square begins. The operator works on one sequence, head
+and block of queries at a time, so a decode step gives it no more to do at once than it has KV heads. Here the keys of
+few queries are cut until every thread has as much. Its backward works on one sequence and head at a time, which are not
+cut. (The operators: Dao 2023, FlashAttention-2; cutting keys: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding.)
 """
 
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+
+from fapool_plugin.kernels.band import Band, Given, Gradients, OutAndLse, one_head_dim
+from fapool_plugin.kernels.merge import merge_
 
 _ROW_BLOCK = 32  # rows of q that the CPU operator takes at a time, when they are few
 _MORE_ROWS = (192, 768)  # from so many rows on it takes more at a time, and is faster
@@ -20,30 +23,88 @@ _LEAST_KEYS = 1536
 _NEARLY = 1.125
 
 
+def attend(
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: Band, softcap: float
+) -> OutAndLse:
+    """(out, lse) of a trimmed rectangle."""
+    S, T, E, offset = q_BSHD.shape[1], k_BTKD.shape[1], v_BTKE.shape[3], band.high
+    q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=1)
+    if not band.hides_right(T):
+        out, lse_BHS = flash_piece(q, k, v, softmax_scale, causal=False)
+        return out[..., :E], lse_BHS
+
+    side = T - offset
+    out, lse_BHS = flash_piece(q[:, :side], k[:, offset:], v[:, offset:], softmax_scale, causal=True)
+    if offset > 0:
+        before = flash_piece(q[:, :side], k[:, :offset], v[:, :offset], softmax_scale, causal=False)
+        total = out.to(lse_BHS.dtype)
+        merge_(total, lse_BHS, *before)
+        out = total.to(out.dtype)
+    if side < S:  # queries past the last key see every key
+        after_out, after_lse = flash_piece(q[:, side:], k, v, softmax_scale, causal=False)
+        out, lse_BHS = torch.cat([out, after_out], dim=1), torch.cat([lse_BHS, after_lse], dim=2)
+    return out[..., :E], lse_BHS
+
+
+def attend_backward(given: Given, softmax_scale: float, band: Band, softcap: float) -> Gradients:
+    """(dq, dk, dv) of a trimmed rectangle in lse's dtype, from the pieces of forward.
+
+    The operator adds up a key's gradients in the dtype of the key, and in bf16 they would be off by percents: it is
+    given fp32.
+    """
+    _, q_BSHD, k_BTKD, v_BTKE, _, lse_BHS = given
+    S, D, T, E, offset = *q_BSHD.shape[1::2], *v_BTKE.shape[1::2], band.high
+    dout, q, k, v, out = one_head_dim(*(x.to(lse_BHS.dtype) for x in given[:5]), multiple=1)
+    given = Given(dout, q, k, v, out, lse_BHS)
+
+    def piece(queries: slice, keys: slice, causal: bool) -> Gradients:
+        dq, dk, dv = flash_piece_backward(given.cut(queries, keys), softmax_scale, causal)
+        return dq[..., :D], dk[..., :D], dv[..., :E]
+
+    if not band.hides_right(T):
+        return piece(slice(S), slice(T), causal=False)
+    side = T - offset
+    pieces = [(slice(0, side), slice(offset, T), True)]
+    if offset > 0:
+        pieces.append((slice(0, side), slice(0, offset), False))
+    if side < S:  # queries past the last key see every key
+        pieces.append((slice(side, S), slice(0, T), False))
+    if len(pieces) == 1:
+        return piece(*pieces[0])
+    dq_BSHD, dk_BTKD, dv_BTKE = (x.new_zeros(x.shape, dtype=lse_BHS.dtype) for x in (q_BSHD, k_BTKD, v_BTKE))
+    for queries, keys, causal in pieces:
+        dq, dk, dv = piece(queries, keys, causal)
+        dq_BSHD[:, queries] += dq
+        dk_BTKD[:, keys] += dk
+        dv_BTKE[:, keys] += dv
+    return dq_BSHD, dk_BTKD, dv_BTKE
+
+
 def flash_piece(
     q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, softmax_scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """out [B, S, H, D] in q's dtype and lse [B, H, S] in fp32 (fp64), neither contiguous in general.
 
-    Lengths are at least 1, last dimensions contiguous; `causal` needs S = T. On the CPU the last bits depend on
-    `torch.get_num_threads()` where queries are few, since it decides how their keys are cut.
+    Every query sees every key, or, if `causal`, which needs S = T, it is a causal square. Lengths are at least 1, last
+    dimensions contiguous. The last bits depend on `torch.get_num_threads()` where queries are few, since it decides how
+    their keys are cut.
     """
     B, S, H, D = q_BSHD.shape
     T, K = k_BTKD.shape[1:3]
-    rows, on_cpu = H // K * S, not q_BSHD.is_cuda
+    rows = H // K * S
     k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
-    as_rows = on_cpu and not causal and (rows <= _ROW_BLOCK or _steps(rows) > _steps(S))
+    as_rows = not causal and (rows <= _ROW_BLOCK or _steps(rows) > _steps(S))
     if S > 1 and not as_rows:
-        out_BHSD, lse_BHS = _operator(on_cpu, softmax_scale)(q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, 0.0, causal)
+        out_BHSD, lse_BHS = _operator(softmax_scale)(q_BSHD.transpose(1, 2), k_BKTD, v_BKTD, 0.0, causal)
         return out_BHSD.transpose(1, 2), lse_BHS
 
     # With the queries of a group's heads as rows, their keys are read once.
     q_BSKGD = q_BSHD.view(B, S, K, H // K, D)
     q_BKRD = q_BSKGD[:, 0] if S == 1 else q_BSKGD.permute(0, 2, 3, 1, 4).reshape(B, K, rows, D)
     units = B * K * -(-rows // _ROW_BLOCK)
-    chunks = chunk_count(units, torch.get_num_threads(), T // _LEAST_KEYS) if on_cpu else 1
+    chunks = chunk_count(units, torch.get_num_threads(), T // _LEAST_KEYS)
     if chunks == 1:
-        out_BKRD, lse_BKR = _operator(on_cpu, softmax_scale)(q_BKRD, k_BKTD, v_BKTD, 0.0, False)
+        out_BKRD, lse_BKR = _operator(softmax_scale)(q_BKRD, k_BKTD, v_BKTD, 0.0, False)
     else:
         sequences = zip(q_BKRD.split(1), k_BKTD.split(1), v_BKTD.split(1), strict=True)
         parts = [_in_chunks(*one, softmax_scale, chunks) for one in sequences]
@@ -54,28 +115,14 @@ def flash_piece(
     return out_BSKGD.reshape(B, S, H, D), lse_BKR.reshape(B, H, S)
 
 
-def flash_piece_backward(
-    dout_BSHD: Tensor,
-    q_BSHD: Tensor,
-    k_BTKD: Tensor,
-    v_BTKD: Tensor,
-    out_BSHD: Tensor,
-    lse_BHS: Tensor,
-    softmax_scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def flash_piece_backward(given: Given, softmax_scale: float, causal: bool) -> Gradients:
     """Gradients of one piece, (dq, dk, dv) in lse's dtype, given the finished rows' out and lse; strides are free.
 
-    Asks of lengths, last dimensions and `causal` what `flash_piece` does; lse is fp32 (fp64). The CPU operator adds up
-    a key's gradients in the dtype of the key, and in bf16 they would be off by percents: give it fp32.
+    Asks of lengths, last dimensions and `causal` what `flash_piece` does; all is fp32 (fp64).
     """
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (dout_BSHD, q_BSHD, k_BTKD, v_BTKD, out_BSHD))
-    if q_BSHD.is_cuda:
-        gradients = _flash_backward_on_cuda(dout, q, k, v, out, lse_BHS, causal, softmax_scale)
-    else:
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        gradients = backward(dout, q, k, v, out, lse_BHS, 0.0, causal, scale=softmax_scale)
-    dq, dk, dv = (x.transpose(1, 2).to(lse_BHS.dtype) for x in gradients)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    heads_first = [x.transpose(1, 2) for x in given[:5]]
+    dq, dk, dv = (x.transpose(1, 2) for x in operator(*heads_first, given.lse_BHS, 0.0, causal, scale=softmax_scale))
     return dq, dk, dv
 
 
@@ -102,7 +149,7 @@ def _in_chunks(
 
     Chunks are views. What they leave over, fewer keys than there are chunks, is one more, small part.
     """
-    flash = _operator(True, softmax_scale)
+    flash = _operator(softmax_scale)
     K, T, D = k_1KTD.shape[1:]
     size, left = divmod(T, chunks)
 
@@ -122,44 +169,5 @@ def _in_chunks(
     return out_1KRD.to(q_1KRD.dtype), lse_1KR
 
 
-def _operator(on_cpu: bool, softmax_scale: float) -> partial[tuple[Tensor, Tensor]]:
-    on_device = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu if on_cpu else _flash_on_cuda
-    return partial(on_device, scale=softmax_scale)
-
-
-def _flash_on_cuda(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, dropout_p: float, causal: bool, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The CUDA operator, which wants as many KV heads as query heads. Untried on a GPU."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
-    B, H, K = q_BHSD.shape[0], q_BHSD.shape[1], k_BKTD.shape[1]
-    if H == K:
-        out_BHSD, lse_BHS, *_ = flash(q_BHSD, k_BKTD, v_BKTD, dropout_p, causal, scale=scale)
-        return out_BHSD, lse_BHS
-    # Each KV head becomes a batch entry that its group of query heads shares: expanding it costs no memory.
-    q = q_BHSD.unflatten(1, (K, H // K)).flatten(0, 1)
-    k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
-    out, lse, *_ = flash(q, k, v, dropout_p, causal, scale=scale)
-    return out.unflatten(0, (B, K)).flatten(1, 2), lse.unflatten(0, (B, K)).flatten(1, 2)
-
-
-def _flash_backward_on_cuda(
-    dout_BHSD: Tensor,
-    q_BHSD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    out_BHSD: Tensor,
-    lse_BHS: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The CUDA operator's backward, with KV heads as batch entries like in `_flash_on_cuda`. Untried on a GPU."""
-    (B, H, S, _), (K, T) = q_BHSD.shape, k_BKTD.shape[1:3]
-    dout, q, out, lse = (x.unflatten(1, (K, H // K)).flatten(0, 1) for x in (dout_BHSD, q_BHSD, out_BHSD, lse_BHS))
-    k, v = (x.flatten(0, 1).unsqueeze(1).expand(-1, H // K, -1, -1) for x in (k_BKTD, v_BKTD))
-    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the state of dropout
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), None, None, S, T, 0.0, causal, unused, unused, scale=scale
-    )
-    dk, dv = (x.sum(1, dtype=lse.dtype).unflatten(0, (B, K)) for x in (dk, dv))
-    return dq.unflatten(0, (B, K)).flatten(1, 2), dk, dv
+def _operator(softmax_scale: float) -> partial[tuple[Tensor, Tensor]]:
+    return partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=softmax_scale)

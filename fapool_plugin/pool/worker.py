@@ -22,6 +22,7 @@ from fapool_plugin.devices.clock import Clock, Moment
 from fapool_plugin.devices.copies import Copies, Staged, on_host, onto
 from fapool_plugin.devices.gpu import identity
 from fapool_plugin.kernels.backward import attend_backward
+from fapool_plugin.kernels.band import exact_dtype
 from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.bands import Bands
@@ -276,8 +277,8 @@ class Worker:
             self.prefixes.free(asked.sequence)
 
     def backward(self, message: Message) -> tuple[Header, Payload]:
-        """Gradients of a request's tiles: for each tile (dq, dk, dv) in one precision that can be summed. STALE, with
-        no tensors, if a kept call it assumes is not here."""
+        """Gradients of a request's tiles: for each tile (dq, dk, dv), in fp32 (fp64), or as their kernel rounded them.
+        STALE, with no tensors, if a kept call it assumes is not here."""
         began, asked, request = self.clock.now(), message.header, TileRequest(message, self.device)
         kept = self.calls.pop(asked.sequence, asked.extra) if asked.keep else []
         if kept is None or (asked.keep and len(kept) != len(request.entries)):
@@ -298,8 +299,13 @@ class Worker:
             dqs.append(dq.transpose(1, 2))
             dks.append(dk.transpose(1, 2))
             dvs.append(dv.transpose(1, 2))
+        # What a kernel has rounded is as exact in half the bytes.
+        rounded = all(x.dtype.itemsize == 2 for x in dqs)
+        if not rounded:
+            dqs, dks, dvs = ([x.to(exact_dtype(x.dtype)) for x in parts] for parts in (dqs, dks, dvs))
         header = asked._replace(
             status=Status.OK,
+            keep=int(rounded),
             q_elements=elements(dqs),
             k_elements=elements(dks),
             v_elements=elements(dvs),
@@ -342,5 +348,8 @@ class Worker:
                 softcap=request.softcap,
             )  # fmt: skip
             dqs.append(dq)
-            sums = [dk, dv] if not sums else [sums[0].add_(dk), sums[1].add_(dv)]
-        return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1), sums[0], sums[1]
+            # Of several bands the sum is exact, and rounded once, as that of a kernel.
+            known = [x.to(exact_dtype(x.dtype)) for x in sums]
+            sums = [x.add_(y) for x, y in zip(known, (dk, dv), strict=True)] if sums else [dk, dv]
+        dtype = dqs[0].dtype
+        return dqs[0] if len(dqs) == 1 else torch.cat(dqs, dim=1), sums[0].to(dtype), sums[1].to(dtype)

@@ -81,7 +81,7 @@ class Header(NamedTuple):
     keep: int = 0
     """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 3: the rank owns the keys
     sent, and gives them up for no others; 0: none of these. Its reply: 2 if the call is kept. BACKWARD: 1: q, k and v
-    are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is."""
+    are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is. Its reply: 1 if gradients are in ``dtype``."""
     dtype: int = 0
     """Index of the payload's dtype (:func:`dtype_code`)."""
     tiles: int = 0
@@ -208,7 +208,8 @@ def _rooms(
             parts += [(out if sent else (0,), dtype), (lse if sent else (0,), exact), (out, dtype)]
         parts += [((peers,), torch.int64)] if peers else []
     elif status == Status.OK:
-        parts += [(q, exact), (k, exact), (v, exact)] if backward else [(q, dtype), (lse, exact)]
+        of_gradients = dtype if keep else exact
+        parts += [(x, of_gradients) for x in (q, k, v)] if backward else [(q, dtype), (lse, exact)]
         parts += [table, ((reported, PART_FIELDS), torch.int64)] if reported else []
     found, at = [], 0
     for shape, kind in parts:

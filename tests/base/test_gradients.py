@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fapool_plugin.base.attention import FAPoolAttention
+from fapool_plugin.base.gradients import Gradients
 from fapool_plugin.base.requests import Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.plan.shares import Geometry
+from fapool_plugin.pool import worker
+from fapool_plugin.pool.bands import Bands
+from fapool_plugin.wire.messages import Message
 from tests.base.test_attention import D, E, H, K, dense, managers
 
 __all__ = ["managers"]  # a fixture
@@ -174,3 +179,37 @@ def test_threads_of_several_devices_take_turns(managers: Any, monkeypatch: pytes
             assert theirs.grad is not None
             difference = (ours.grad - theirs.grad).abs().max().item()
             assert difference < 1e-10, f"largest difference {difference:.3g}"
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_what_a_kernel_has_rounded_travels_rounded(managers: Any, bands: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kernels for GPUs do it: in half the bytes, as exact as they were, and summed in fp32 at both ends."""
+
+    def rounding(dout: Tensor, q: Tensor, *rest: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(x.to(q.dtype) for x in attend_backward(dout, q, *rest, **arguments))
+
+    def cut(self: Bands, queries: int, flops: int) -> Iterator[slice]:
+        step = -(-queries // bands)
+        return (slice(start, min(queries, start + step)) for start in range(0, queries, step))
+
+    seen: list[Tensor] = []
+
+    def merge(self: Gradients, answer: Message, request: Any) -> None:
+        seen.extend(answer.tensors)
+        merged(self, answer, request)
+
+    merged = Gradients.merge
+    monkeypatch.setattr(worker, "attend_backward", rounding)
+    monkeypatch.setattr(Bands, "cut", cut)
+    monkeypatch.setattr(Gradients, "merge", merge)
+    geometry = Geometry((0,), (60,), 0, 60)
+    q, k, v, _ = inputs(1, 60, torch.bfloat16)
+    out = pooled(managers(pool_ranks=3, base_share=0.0), geometry)(q, k, v)
+    dout = torch.randn_like(out)
+    found = torch.autograd.grad(out, (q, k, v), dout)
+    assert {x.dtype for x in seen if x.numel()} == {torch.bfloat16}
+    twins = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = dense(twins[0], twins[1], twins[2], geometry, D**-0.5, 0.0, None)
+    for name, grad, exact in zip("qkv", found, torch.autograd.grad(want, twins, dout.double()), strict=True):
+        worst, scale = (grad.double() - exact).abs().max().item(), exact.abs().max().item()
+        assert worst < 2e-2 * scale, f"d{name}: largest difference {worst:.2e}, largest {scale:.2e}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from fapool_plugin.kernels.backward import attend_backward
-from fapool_plugin.kernels.forward import attend, merge_
+from fapool_plugin.kernels.forward import attend, merge_, pick_kernel
 from tests.gpu.report import Report
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -30,6 +31,7 @@ def run(report: Report) -> None:
         flops = 4 * HEADS * HEAD_DIM * s * (t - s / 2)
         ours = report.timed(partial(attend, q, k, v, softmax_scale=SCALE, causal=True))
         _speed(report, f"rectangle {s} x {t}, attend", flops, ours)
+        _speed(report, f"rectangle {s} x {t}, as a square, the rest and a merge", flops, report.timed(_in_two(q, k, v)))
         _alone(report, f"rectangle {s} x {t}", q, k, v, flops, ours)
     with report.part("merge"):
         n = report.size(8192, 128)
@@ -44,6 +46,7 @@ def run(report: Report) -> None:
             seconds = report.timed(partial(attend, q, k, v, softmax_scale=SCALE))
             nbytes = (k.numel() + v.numel()) * k.element_size()
             report.figure(f"decode, batch {batch} x {keys} keys", nbytes / seconds / 1e9, "GB/s")
+            _alone(report, f"decode, batch {batch} x {keys}", q, k, v, 4 * HEADS * HEAD_DIM * batch * keys, seconds)
     for tokens in (8192, 32768):
         n = report.size(tokens, tokens // 64)
         with report.part(f"backward {n}"):
@@ -52,7 +55,45 @@ def run(report: Report) -> None:
             dout = torch.randn_like(q)
             work = partial(attend_backward, dout, q, k, v, out, lse, softmax_scale=SCALE, causal=True)
             seconds = report.timed(work)
-            _speed(report, f"backward {n}, attend_backward", 2.5 * 4 * HEADS * HEAD_DIM * n * n / 2, seconds)
+            flops = 2.5 * 4 * HEADS * HEAD_DIM * n * n / 2
+            _speed(report, f"backward {n}, attend_backward", flops, seconds)
+            _backward_alone(report, f"backward {n}", (dout, q, k, v, out, lse), flops, seconds)
+    with report.part("dense"):
+        n = report.size(8192, 128)
+        q, k, v = _tensors(report, 1, n, n)
+        capped = partial(attend, q, k, v, softmax_scale=SCALE, causal=True, softcap=30.0, kernel="dense")
+        _speed(report, f"prefill {n} with softcap, dense", 4 * HEADS * HEAD_DIM * n * n / 2, report.timed(capped))
+        q, k, v = (x.float() for x in (q, k, v))
+        kernel = pick_kernel(report.device, torch.float32, HEAD_DIM)
+        plain = partial(attend, q, k, v, softmax_scale=SCALE, causal=True)
+        _speed(report, f"prefill {n} in fp32, {kernel}", 4 * HEADS * HEAD_DIM * n * n / 2, report.timed(plain))
+
+
+def _in_two(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], None]:
+    """A causal rectangle by an operator that knows causal squares only."""
+    before = k.shape[1] - q.shape[1]
+
+    def work() -> None:
+        out, lse = attend(q, k[:, before:], v[:, before:], softmax_scale=SCALE, causal=True)
+        total = out.float()
+        merge_(total, lse, *attend(q, k[:, :before], v[:, :before], softmax_scale=SCALE))
+        total.to(out.dtype)
+
+    return work
+
+
+def _backward_alone(report: Report, name: str, inputs: Sequence[Tensor], flops: float, ours: float) -> None:
+    if report.device.type != "cuda":
+        report.skipped(f"{name}, operator alone", "no CUDA device")
+        return
+    n, unused = inputs[1].shape[1], torch.empty(2, dtype=torch.uint64, device=report.device)
+    alone = report.timed(
+        lambda: torch.ops.aten._flash_attention_backward(
+            *inputs, None, None, n, n, 0.0, True, unused, unused, scale=SCALE
+        )
+    )
+    _speed(report, f"{name}, operator alone", flops, alone)
+    report.figure(f"{name}, attend_backward over the operator alone", ours / alone, "(goal 1.05)")
 
 
 def _alone(report: Report, name: str, q: Tensor, k: Tensor, v: Tensor, flops: float, ours: float) -> None:

@@ -1,6 +1,5 @@
-"""Every operator that answers with (out, lse), called alone, against dense attention in fp64.
-
-What passes here may become a kernel of the package; what is said of masks and shapes is tried, not read.
+"""Every operator that answers with (out, lse) against dense attention in fp64: those of the package's table, with their
+gradients, and, called alone, those that may become one.
 """
 
 from __future__ import annotations
@@ -14,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fapool_plugin.kernels.backward import attend_backward
+from fapool_plugin.kernels.forward import attend
+from fapool_plugin.kernels.operators import OPERATORS, capability
+from fapool_plugin.kernels.operators import Case as Asked
 from tests.dense_attention import TOLERANCE, reference, tensors, visible_ST
+from tests.dense_gradients import SCALE, Whole
 from tests.gpu.report import Missing, Report
 
 aten = torch.ops.aten
-SCALE = 0.15
 
 
 @dataclass(frozen=True)
 class Case:
-    """One rectangle and its mask; windows count from the bottom-right diagonal."""
+    """One rectangle and its mask; windows count from the diagonal, which is bottom-right unless there is an offset."""
 
     name: str
     S: int
@@ -34,6 +37,8 @@ class Case:
     E: int = 64
     causal: bool = False
     left: int = -1
+    offset: int | None = None
+    softcap: float = 0.0
 
 
 CASES = (
@@ -46,61 +51,97 @@ CASES = (
     Case("one head each", 96, 224, H=4, K=4, causal=True),
     Case("head dim 128", 96, 224, D=128, E=128, causal=True),
     Case("values wider", 96, 224, H=4, K=4, D=64, E=96, causal=True),
+    Case("values narrower", 96, 224, D=192, E=128, causal=True),
+    Case("head dim 512", 96, 224, D=512, E=512, causal=True),
+    Case("head dim 20", 96, 224, D=20, E=20, causal=True),
+    Case("queries past the last key", 224, 96, causal=True, offset=-40),
+    Case("all but the first queries past the last key", 224, 96, causal=True, offset=92),
+    Case("softcap", 96, 224, causal=True, softcap=20.0),
 )
-
-
 HALVES = (torch.bfloat16, torch.float16)
+GRADIENTS = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+"""Of the largest gradient. Half precision is that of outputs that are rounded, and of what kernels round."""
 
 
 def run(report: Report) -> None:
-    for name, module, operator, dtypes in (
-        ("aten flash", None, _flash, HALVES),
-        ("aten efficient", None, _efficient, (*HALVES, torch.float32)),
-        ("aten cudnn", None, _cudnn, HALVES),
-        ("flash-attn 2", "flash_attn", _flash_attn_2, HALVES),
-        ("flash-attn 3", "flash_attn_interface", _flash_attn_3, HALVES),
-        ("xformers", "xformers.ops", _xformers, HALVES),
-    ):
+    for name in dict.fromkeys(operator.name for operator in OPERATORS):
+        _in_the_table(report, name)
+    for name, module, alone in (("aten cudnn", None, _cudnn), ("xformers", "xformers.ops", _xformers)):
         with report.part(name):
             _look(report, module)
-            for dtype, case in itertools.product(dtypes, CASES):
+            for dtype, case in itertools.product(HALVES, CASES):
                 what = f"{name}, {str(dtype).removeprefix('torch.')}, {case.name}"
                 with report.part(what):
-                    _try(report, what, operator, dtype, case)
+                    _try(report, what, alone, dtype, case)
     with report.part("aten flash, keys by seqused_k"):
         _look(report, None)
         _lengths_apart(report)
 
 
-def _try(report: Report, what: str, operator: Callable[..., Any], dtype: torch.dtype, case: Case) -> None:
+def _in_the_table(report: Report, name: str) -> None:
+    """What it says that it can do, by way of the facade, and what it does not."""
+    device = report.device
+
+    def can(asked: Asked) -> bool:
+        return any(operator.can(asked) for operator in OPERATORS if operator.name == name)
+
+    for dtype in (*HALVES, torch.float32):
+        told, cannot = f"{name}, {str(dtype).removeprefix('torch.')}", []
+        for case in CASES:
+            left, softcap = case.left >= 0, case.softcap > 0
+            asked = Asked(device.type, capability(device), dtype, case.D, case.E, left, softcap, decode=case.S == 1)
+            if can(asked):
+                with report.part(f"{told}, {case.name}"):
+                    _forward(report, f"{told}, {case.name}", name, dtype, case)
+            if can(asked._replace(backward=True)):
+                with report.part(f"{told}, {case.name}: gradients"):
+                    _backward(report, f"{told}, {case.name}", name, dtype, case)
+            else:
+                cannot.append(case.name)
+        if cannot:
+            all_ = len(cannot) == len(CASES)
+            report.skipped(told, f"not installed, or not for {device.type}" if all_ else f"not for {', '.join(cannot)}")
+
+
+def _forward(report: Report, what: str, kernel: str, dtype: torch.dtype, case: Case) -> None:
+    q, k, v, visible = _inputs(case, dtype)
+    out, lse = attend(*(x.to(report.device) for x in (q, k, v)), softmax_scale=SCALE, kernel=kernel, **_mask(case))
+    expected = reference(q, k, v, visible, SCALE, case.softcap)
+    seen = expected[1].isfinite()
+    report.close(f"{what}: out", out, expected[0], TOLERANCE[dtype])
+    report.close(f"{what}: lse", lse.cpu()[seen], expected[1][seen], 1e-3)
+    report.passed(f"{what}: rows without keys", bool((lse.cpu()[~seen] == -torch.inf).all()))
+
+
+def _backward(report: Report, what: str, kernel: str, dtype: torch.dtype, case: Case) -> None:
+    q, k, v, visible = _inputs(case, dtype)
+    whole = Whole(q, k, v, visible, softcap=case.softcap)
+    inputs = (x.to(report.device) for x in (whole.dout, q, k, v, whole.out, whole.lse))
+    gradients = attend_backward(*inputs, softmax_scale=SCALE, kernel=kernel, **_mask(case))
+    for name, x, expected in zip(("dq", "dk", "dv"), gradients, whole.gradients, strict=False):
+        report.close(f"{what}: {name}", x, expected, GRADIENTS[dtype])
+
+
+def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     q, k, v = tensors(2, case.S, case.T, case.H, case.K, case.D, case.E, dtype=dtype)
-    visible = visible_ST(case.S, case.T, case.causal, window_size=(case.left, -1))
+    return q, k, v, visible_ST(case.S, case.T, case.causal, case.offset, (case.left, -1))
+
+
+def _mask(case: Case) -> dict[str, Any]:
+    window = (case.left, -1)
+    return {"causal": case.causal, "q_offset": case.offset, "window_size": window, "softcap": case.softcap}
+
+
+def _try(report: Report, what: str, operator: Callable[..., Any], dtype: torch.dtype, case: Case) -> None:
+    if case.offset is not None or case.softcap:
+        raise Missing("no offset and no softcap")
+    q, k, v, visible = _inputs(case, dtype)
     out, lse = operator(*(x.to(report.device) for x in (q, k, v)), case)
     expected = reference(q, k, v, visible, SCALE)
     lse = lse[..., : case.S].float()  # some are padded
     report.close(f"{what}: out", out, expected[0], TOLERANCE[dtype])
     report.close(f"{what}: lse", lse, expected[1], 1e-3)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, case: Case, **more: Any) -> tuple[Tensor, Tensor]:
-    if case.E != case.D:
-        raise Missing("head dims of keys and values are one")
-    window = {"window_size_left": case.left, "window_size_right": 0} if case.left >= 0 else {}
-    out, lse, *_ = aten._flash_attention_forward(
-        q, k, v, None, None, case.S, case.T, 0.0, case.causal and not window, False, scale=SCALE, **window, **more
-    )
-    return out, lse
-
-
-def _efficient(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    group = case.H // case.K
-    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    out, lse, *_ = aten._efficient_attention_forward(
-        q, k, v, None, None, None, None, None, 0.0, 2 if case.causal else 0, True, scale=SCALE,
-        window_size=case.left + 1 if case.left >= 0 else None,
-    )  # fmt: skip
-    return out, lse
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
@@ -111,25 +152,6 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, case.causal, False, scale=SCALE)
     return out.transpose(1, 2), lse.squeeze(-1)
-
-
-def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    package = importlib.import_module("flash_attn")
-    if case.E != case.D:
-        raise Missing("head dims of keys and values are one")
-    window = (case.left, 0 if case.causal else -1)
-    out, lse, _ = package.flash_attn_func(
-        q, k, v, softmax_scale=SCALE, causal=case.causal, window_size=window, return_attn_probs=True
-    )
-    return out, lse
-
-
-def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-    package = importlib.import_module("flash_attn_interface")
-    if case.left >= 0:
-        raise Missing("the wheel has no windows")
-    found = package.flash_attn_func(q, k, v, softmax_scale=SCALE, causal=case.causal, return_attn_probs=True)
-    return found[0], found[1]
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tensor]:
@@ -153,7 +175,9 @@ def _lengths_apart(report: Report) -> None:
     lengths = [300, 17, 128]
     used = torch.tensor(lengths, dtype=torch.int32, device=report.device)
     on_device = [x.to(report.device) for x in (q, k, v)]
-    out, lse = _flash(on_device[0], on_device[1], on_device[2], case, seqused_k=used)
+    out, lse, *_ = aten._flash_attention_forward(
+        *on_device, None, None, 1, case.T, 0.0, False, False, scale=SCALE, seqused_k=used
+    )
     for row, length in enumerate(lengths):
         mine = slice(row, row + 1)
         expected = reference(q[mine], k[mine, :length], v[mine, :length], visible_ST(1, length), SCALE)

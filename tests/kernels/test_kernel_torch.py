@@ -1,4 +1,4 @@
-"""torch's flash operators: how the keys of few queries are cut for the threads, and what CUDA's wants.
+"""torch's flash operator for CPUs: how the keys of few queries are cut for the threads.
 
 Results are compared with the dense reference; that the work is shared, and that nothing is copied, is read off the
 operator's calls.
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fapool_plugin.kernels import torch_flash as kernel_torch
 from fapool_plugin.kernels.forward import attend
-from tests.dense_attention import TOLERANCE, assert_attention, check, reference, tensors, visible_ST
+from tests.dense_attention import TOLERANCE, check, tensors
 
 
 @pytest.fixture(autouse=True)
@@ -133,21 +133,3 @@ def test_chunks_leave_no_thread_much_longer_busy_than_need_be(units, threads, mo
     assert chosen <= threads
     if threads == 1 or units % threads == 0:
         assert chosen == 1
-
-
-@pytest.mark.parametrize(("H", "K"), [(6, 2), (5, 1), (3, 3)])
-def test_one_kv_head_per_batch_entry(H, K, monkeypatch):
-    """The grouping before torch's CUDA operator, with the CPU operator in its place."""
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def stand_in(q, k, v, dropout_p, is_causal, *, scale):
-        assert q.shape[:2] == k.shape[:2] == v.shape[:2]
-        return *on_cpu(q, k, v, dropout_p, is_causal, scale=scale), None, None, 0, 0, None, None, None
-
-    q, k, v = tensors(2, 5, 5, H, K, 8)
-    expected = reference(q, k, v, visible_ST(5, 5, True), 0.3)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops, "aten", SimpleNamespace(_scaled_dot_product_flash_attention=stand_in))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out, lse = kernel_torch._flash_on_cuda(q, k, v, 0.0, True, scale=0.3)
-    assert_attention((out.transpose(1, 2), lse), expected, torch.float64)

@@ -1,7 +1,6 @@
 """Kernels against a dense fp64 reference, merging, sinks, and the choice of a kernel.
 
-What needs CUDA is marked gpu; what surrounds the CUDA kernels is also tried without, on stand-ins that follow
-their documentation.
+What needs CUDA is marked gpu; what surrounds the operators for it is tried in test_operators.
 """
 
 import math
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fapool_plugin.kernels import forward as kernels
+from fapool_plugin.kernels import dense
 from fapool_plugin.kernels.forward import attend, available_kernels, fold_sinks, merge_, pick_kernel
 from tests.dense_attention import TOLERANCE, assert_attention, check, reference, tensors, visible_ST
 
@@ -137,8 +136,8 @@ def test_nothing_to_do(B, S, T):
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 def test_more_than_one_block(mask, softcap, monkeypatch):
     q, k, v = tensors(1, 600, 700, 3, 1, 8, dtype=torch.float32)
-    for largest_block in (kernels._DENSE_SCORES, 3 * 700 * 50, 3 * 700 * 7):
-        monkeypatch.setattr(kernels, "_DENSE_SCORES", largest_block)
+    for largest_block in (dense._SCORES, 3 * 700 * 50, 3 * 700 * 7):
+        monkeypatch.setattr(dense, "_SCORES", largest_block)
         check(q, k, v, softcap=softcap, kernel="dense", **mask)
 
 
@@ -249,7 +248,8 @@ def test_a_window_that_hides_nothing_keeps_the_fast_kernel():
         (None, {"softcap": math.nan}, "softcap"),
         (None, {"window_size": (-2, 0)}, "window_size"),
         (None, {"kernel": "magic"}, "unknown"),
-        (None, {"kernel": "flash_attn"}, "does not run on cpu"),
+        (None, {"kernel": "flash_attn_2"}, "does not run on cpu"),
+        (None, {"kernel": "torch_efficient"}, "does not run on cpu"),
         (None, {"kernel": "torch_flash", "softcap": 2.0}, "softcap"),
         (None, {"kernel": "torch_flash", "window_size": (1, 0)}, "window"),
     ],
@@ -274,31 +274,13 @@ def test_errors_of_dtype():
         fold_sinks(*empty_part(1, 3, 2, 8), torch.zeros(3))
 
 
-# What surrounds the CUDA kernels, with stand-ins.
-
-
-@given(S=st.integers(1, 10), T=st.integers(1, 10), mask=ANY_MASK)
-@settings(max_examples=300, deadline=None)
-def test_flash_attn_is_asked_for_the_same_mask(S, T, mask):
-    def flash_attn_func(q, k, v, *, softmax_scale, window_size, softcap, return_attn_probs):
-        assert return_attn_probs
-        assert min(window_size) >= -1
-        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
-        visible = visible_ST(q.shape[1], k.shape[1], window_size=window_size)  # bottom-right
-        return *reference(q, k, v, visible, softmax_scale, softcap), None
-
-    q, k, v = tensors(1, S, T, 4, 2, 8, 5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_flash_attn_func", lambda: flash_attn_func)
-        patch.setattr(kernels, "_fits_cuda", lambda *_: True)
-        check(q, k, v, softcap=4.0, kernel="flash_attn", **mask)
-    kernels._prepare.cache_clear()  # it took the stand-in for installed
+ON_CUDA = ["flash_attn_3", "flash_attn_4", "flash_attn_2", "torch_flash", "torch_efficient", "dense"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", ["flash_attn", "torch_flash", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", ON_CUDA)
 def test_on_cuda(kernel, dtype):
     if kernel not in available_kernels("cuda", dtype):
         pytest.skip(f"{kernel} is not available")
