@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from hypothesis import settings
 
 from fapool_plugin.integrations.huggingface import calibrate as huggingface_calibrate
 
@@ -22,6 +23,9 @@ GRACE_S = 5.0
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(2)
+    # How long an example takes says how busy the machine is.
+    settings.register_profile("fapool", deadline=None)
+    settings.load_profile("fapool")
 
 
 @pytest.fixture(scope="session", autouse=True)
