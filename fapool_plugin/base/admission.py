@@ -99,7 +99,7 @@ def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], shor
 
 def _refusal(rows: int, columns: int, need: int, room: Sequence[int], ranks: Sequence[object], limit_mib: int) -> str:
     *pool, base = room
-    fitting = rows * sum(room) // max(1, need)
+    fitting = int(_TIGHT * rows * sum(room)) // max(1, need)
     return (
         f"fa_pool: the keys of {rows} sequence{'s' * (rows > 1)} of up to {columns} tokens need {need / MIB:.0f} MiB; "
         f"{len(ranks)} pool ranks have {sum(pool) / MIB:.0f} MiB free (memory_limit_mib {limit_mib}) and the base "
