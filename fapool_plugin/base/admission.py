@@ -86,8 +86,9 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
 def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], short: Sequence[int]) -> list[float]:
     """Parts in which those that are short have what fits, and the others the rest; all 0 if there is no way."""
     total = sum(need)
+    # Cuts fall on whole lanes, so an owner may need more than its part says.
     fits = [
-        min(part, _TIGHT * have / total) if at in short else part
+        min(part * _TIGHT * have / need[at], _TIGHT * have / total) if at in short else part
         for at, (part, have) in enumerate(zip(parts, room, strict=True))
     ]
     missing = 1.0 - sum(fits)

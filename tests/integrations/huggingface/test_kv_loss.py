@@ -198,6 +198,18 @@ def test_owners_that_are_short_of_memory_get_less(folder: Path) -> None:
         assert 0.95 * total > 2**20 >= held["ranks"][0] > 0.7 * 2**20, held
 
 
+def test_owners_of_many_short_rows_are_short_of_memory_too(folder: Path) -> None:
+    """A third of all keys are those of the 14 shortest rows, and each row has the room of the longest."""
+    settings = ON_THE_POOL | {"memory_limit_mib": 1}
+    ids, mask = padded_batch(list(range(20, 260, 10)))
+    with pooled(folder, pool_ranks=2, **settings) as model, torch.no_grad():
+        output = model(ids, attention_mask=mask, use_cache=True)
+        held = model.fa_pool.stats()["kv_bytes"]
+        real = mask.bool()
+        assert_close(output.logits[real], eager(folder)(ids, attention_mask=mask).logits[real])
+        assert len(held["ranks"]) == 2, held
+
+
 def test_a_known_length_needs_the_room_of_that_length(folder: Path) -> None:
     """In blocks of 256 positions 15 sequences of 140 would need 1.4 MiB; they have 0.77."""
     settings = ON_THE_POOL | {"memory_limit_mib": 1, "base_share": 0.0, "kv_block": 256}
