@@ -1,6 +1,7 @@
 """What holds for the whole test run: its threads, and that nothing is left behind when it ends.
 
-It knows no test; fixtures for pool ranks live with the tests that start them.
+It knows no test, but has what many need: a thread, a tiny model. Fixtures for pool ranks live with the tests that
+start them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,23 @@ def _profiles_are_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_calibrate, "user_cache_dir", lambda name: str(folder))
         yield
+
+
+@pytest.fixture
+def one_thread_each() -> Iterator[None]:
+    """Torch with one thread, for tests of tiny models."""
+    from tests.models import one_thread  # loads transformers, which not all tests need
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama; files about another model have a fixture of this name of their own."""
+    from tests.models import save_model
+
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def child_processes() -> list[str]:

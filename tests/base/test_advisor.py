@@ -53,11 +53,6 @@ def _one_thread_of_eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
 def profile_of(
     model: Any, *, prefill: Fit = MUCH, decode: Fit = MUCH, linear: Fit = LITTLE, link: Fit = FREE, **changes: Any
 ) -> Profile:

@@ -5,7 +5,6 @@ Which tiles a rank computes is taken from its requests; that they are right, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,14 @@ from torch import Tensor
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.wire.messages import HEADER_BYTES, Op
 from tests.base.test_advisor import LAYERS, planned
-from tests.models import assert_close, eager, one_thread, random_ids, save_model
+from tests.models import assert_close, eager, random_ids, save_model
+
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 LONG, GROUP, DIM, FP32 = 300, 2, 8, 4
 GAPS = 4 * 63
 """Bytes between the tensors of a message, at most: each of four begins at a multiple of 64."""
 QUERY, POSITION = GROUP * DIM * FP32, 2 * DIM * FP32
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Ledger:

@@ -46,11 +46,6 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return may_use
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
 def watched(model: Any) -> list[int]:
     """Threads at the last layer's FFN, forward after forward."""
     seen: list[int] = []

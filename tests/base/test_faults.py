@@ -21,7 +21,7 @@ from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import Message
-from tests.models import eager, load_pooled, random_ids, save_model
+from tests.models import eager, load_pooled, random_ids
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -33,11 +33,6 @@ def pids(manager: ResourceManager) -> dict[int, int]:
     pool = manager._pool
     assert isinstance(pool, LocalPool)
     return pool.pids()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

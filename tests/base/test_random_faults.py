@@ -20,17 +20,12 @@ from torch import Tensor
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.ranks import local
 from fapool_plugin.wire.ring import RING_BYTES
-from tests.models import assert_close, eager, load_pooled, random_ids, save_model, workers
+from tests.models import assert_close, eager, load_pooled, random_ids, workers
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 
 TIMEOUT_S, OWN_S = 1.0, 12.0
 """A machine that is busy with other tests takes a few seconds for the work alone."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def work(model: Any) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 
 from fapool_plugin.base.rounds import run_rounds
 from fapool_plugin.plan.shares import block_edges
-from tests.models import one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 HandOver = Callable[[], None]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Blocks:

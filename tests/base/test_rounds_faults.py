@@ -36,19 +36,14 @@ from tests.models import (
     greedily,
     load_pooled,
     logits_equal,
-    one_thread,
     pooled,
     random_ids,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread_each")
+
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, LAYERS, PROMPT, NEW = 8, 2, 530, 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 # Errors in the middle of a round

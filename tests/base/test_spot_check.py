@@ -15,7 +15,7 @@ from fapool_plugin.pool.worker import Worker
 from fapool_plugin.ranks import pools
 from fapool_plugin.wire.messages import Header, Message, Payload, Status
 from tests import thread_pool
-from tests.models import assert_close, eager, pooled, random_ids, save_model
+from tests.models import assert_close, eager, pooled, random_ids
 from tests.thread_pool import ThreadPool
 
 Parts = list[list[Tensor]]
@@ -67,11 +67,6 @@ def unknown_status(header: Header, parts: Parts) -> Header:
 OBVIOUS = [not_a_number, infinite_lse, another_call, too_much, unknown_status]
 """What no rank can mean."""
 SUBTLE = [scaled, zeros, wrong_lse]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 from fapool_plugin.integrations.huggingface import profile as huggingface_profile
 from fapool_plugin.observe.trace import BASE, pool_row, read
 from tests.base.test_advisor import DEAR, LAYERS, LENGTH, kinds, planned, profile_of
-from tests.models import greedily, load_pooled, one_thread, plain, random_ids, save_model
+from tests.models import greedily, load_pooled, one_thread, plain, random_ids
 from tests.thread_pool import ThreadPool
 
 
@@ -28,11 +28,6 @@ def _one_thread_of_eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 def servers() -> list[threading.Thread]:

@@ -95,9 +95,10 @@ def test_decode(tmp_path, none_left) -> None:
 @pytest.mark.full
 @pytest.mark.processes
 @pytest.mark.timeout(LIMIT_S)
-def test_decode_with_keys_on_the_pool(tmp_path, none_left) -> None:
+@pytest.mark.parametrize("lengths", [["--tokens", "300"], ["--lengths", "50:300"]])
+def test_decode_with_keys_on_the_pool(tmp_path, none_left, lengths: list[str]) -> None:
     file = tmp_path / "decode.json"
-    words = ["--model", "random", "--tokens", "300", "--threshold", "64", "--steps", "3", "--batch", "4"]
+    words = ["--model", "random", *lengths, "--threshold", "64", "--steps", "3", "--batch", "4"]
     done = run("decode", *words, "--runs", "1", "--kv-home", "pool", "--json", str(file))
     assert done.exit_code == 0, done.output
     found = complete(file, 1)
@@ -322,6 +323,8 @@ def test_the_processes_of_an_ended_benchmark_end(how: signal.Signals) -> None:
         (["prefill", "--model", "no/such/folder"], "no/such/folder is no folder"),
         (["decode", "--steps", "0"], "--steps is 0"),
         (["decode", "--batch", "0"], "--batch is 0"),
+        (["decode", "--lengths", "500:4096"], "--lengths 500:4096 with --batch 1; give SHORTEST:LONGEST"),
+        (["decode", "--lengths", "4096:500", "--batch", "4"], "--lengths 4096:500 with --batch 4"),
         (["decode", "--tokens", "4096"], "not above --threshold 4096"),
         (["attention", "--heads", "3", "--kv-heads", "2"], "--heads 3 is no multiple of --kv-heads 2"),
         (["attention", "--json", "."], "is a folder"),

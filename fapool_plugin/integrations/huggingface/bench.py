@@ -89,18 +89,18 @@ def pooled_prefill(model: str, ids: list[int], warm: int, fa_pool: dict[str, Any
     return timed_prefill(_pooled(model, fa_pool), ids, warm)
 
 
-def plain_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, time_attention: bool = False) -> Make:
-    """Decode steps in transformers' sdpa attention, on its stock cache."""
+def plain_decode(model: str, ids: list[int], lengths: list[int], steps: int, time_attention: bool = False) -> Make:
+    """Decode steps in transformers' sdpa attention, on its stock cache. Each row has its length, padded on the left."""
     loaded = plain_model(model)
     clock = _AttentionClock() if time_attention else None
-    return _decode(loaded, DynamicCache(config=loaded.config), ids, tokens, batch, steps, clock)
+    return _decode(loaded, DynamicCache(config=loaded.config), ids, lengths, steps, clock)
 
 
-def pooled_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, fa_pool: dict[str, Any]) -> Make:
+def pooled_decode(model: str, ids: list[int], lengths: list[int], steps: int, fa_pool: dict[str, Any]) -> Make:
     """Decode steps with the plugin, on its own cache; pool ranks have got their keys before the first turn."""
     loaded = _pooled(model, fa_pool)
-    cache = _own_cache(loaded, tokens, steps)
-    turn, least_s = _decode(loaded, cache, ids, tokens, batch, steps), _least_s(loaded.fa_pool, tokens, batch)
+    cache = _own_cache(loaded, max(lengths), steps)
+    turn, least_s = _decode(loaded, cache, ids, lengths, steps), _least_s(loaded.fa_pool, lengths)
 
     def bounded() -> Turn:
         seconds, logits, facts = turn()
@@ -109,14 +109,14 @@ def pooled_decode(model: str, ids: list[int], tokens: int, batch: int, steps: in
     return bounded
 
 
-def alone_decode(model: str, ids: list[int], tokens: int, batch: int, steps: int, fa_pool: dict[str, Any]) -> Make:
+def alone_decode(model: str, ids: list[int], lengths: list[int], steps: int, fa_pool: dict[str, Any]) -> Make:
     """Decode steps of the base alone, with the plugin's kernel, on its cache."""
 
     def agree(decision: tuple[int, int]) -> tuple[int, int]:
         return min(decision[0], 1), decision[1]  # as if another base rank's plan did without ranks
 
     loaded = FAPoolForCausalLM.wrap(plain_model(model), fa_pool | {"kv_home": "base"}, agree=agree)
-    return _decode(loaded, _own_cache(loaded, tokens, steps), ids, tokens, batch, steps)
+    return _decode(loaded, _own_cache(loaded, max(lengths), steps), ids, lengths, steps)
 
 
 def _own_cache(model: Any, tokens: int, steps: int) -> PooledCache:
@@ -124,15 +124,16 @@ def _own_cache(model: Any, tokens: int, steps: int) -> PooledCache:
     return model.fapool_forwards.homes.new_cache(model.config.get_text_config(decoder=True), state)
 
 
-def _least_s(manager: ResourceManager, tokens: int, batch: int) -> float | None:
+def _least_s(manager: ResourceManager, lengths: list[int]) -> float | None:
     """What no plan's step can be faster than, by the profile. The stock cache, copied in every step, says nothing of
     ours."""
-    advisor, keys = manager.advisor, tokens + 1
+    advisor, tokens = manager.advisor, max(lengths)
     if advisor.profile is None:
         return None
     cores = advisor.cores(torch.get_num_threads())
-    held = [keys * advisor.profile.shape.kv_heads * batch] * manager.config.pool_ranks
-    return advisor.decode(Geometry((0,) * batch, (keys,) * batch, tokens, keys), cores, held).ceiling_s
+    held = [sum(length + 1 for length in lengths) * advisor.profile.shape.kv_heads] * manager.config.pool_ranks
+    starts, stops = tuple(tokens - length for length in lengths), (tokens + 1,) * len(lengths)
+    return advisor.decode(Geometry(starts, stops, tokens, tokens + 1), cores, held).ceiling_s
 
 
 def plain_training(model: str, ids: list[int], batch: int, warm: int, time_attention: bool = False) -> Make:
@@ -245,10 +246,14 @@ def timed_prefill(
 
 
 def _decode(
-    model: Any, cache: Cache, ids: list[int], tokens: int, batch: int, steps: int, clock: _AttentionClock | None = None
+    model: Any, cache: Cache, ids: list[int], lengths: list[int], steps: int, clock: _AttentionClock | None = None
 ) -> Make:
     """Every turn takes one untimed and ``steps`` timed steps from the same cache, and takes them back. The fed tokens
     are given, so that nobody's choices change the work. Its seconds are the median of its steps."""
+    tokens, batch = max(lengths), len(lengths)
+    starts_B1 = tokens - torch.tensor(lengths)[:, None]
+    # As generate() does, which gives none where no row is padded.
+    mask = torch.arange(tokens + max(steps, _WARM_STEPS) + 1) >= starts_B1 if min(lengths) < tokens else None
     _fill(model, cache, ids, tokens, batch)
     fed_S = torch.tensor([ids[step % len(ids)] for step in range(max(steps, _WARM_STEPS) + 1)])
 
@@ -259,9 +264,10 @@ def _decode(
             if clock:
                 clock.seconds = 0.0
             token_BS = fed_S[step].expand(batch, 1)
-            position_BS = torch.full((batch, 1), tokens + step)
+            position_BS = tokens + step - starts_B1
+            seen = {"attention_mask": mask[:, : tokens + step + 1]} if mask is not None else {}
             began = time.perf_counter()
-            logits = model(token_BS, past_key_values=cache, position_ids=position_BS, logits_to_keep=1).logits
+            logits = model(token_BS, past_key_values=cache, position_ids=position_BS, logits_to_keep=1, **seen).logits
             times.append((time.perf_counter() - began, clock.seconds if clock else 0.0))
         cache.crop(-count)
         return times, logits

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from fapool_plugin.base.advisor import Profiler
 from fapool_plugin.base.forward import CannotPool, StaysHome
-from fapool_plugin.base.owned import FailedWithout, KeysLost, NoRoom
+from fapool_plugin.base.owned import FailedWithout, KeysLost
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.arguments import (
@@ -206,17 +206,8 @@ class Forwards:
             if scope.owning and rewind is not None:
                 # Layers are at different lengths, and keys are with owners.
                 rewind()
-            if isinstance(error, NoRoom):
-                raise self.homes.no_room(error, scope) from None
-            told = isinstance(error, (KeysLost, StaysHome, MemoryError))
-            if (
-                scope.owning
-                and isinstance(error, Exception)
-                and not told
-                and mine is not None
-                and mine.get_seq_length()
-            ):
-                raise FailedWithout(error) from error
+            if scope.owning and (instead := self.homes.instead_of(error, owner, mine, scope)) is not None:
+                raise instead from None
             raise
         finally:
             SCOPE.reset(before)

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from fapool_plugin.base.admission import PoolMemoryError
 from fapool_plugin.base.forward import StaysHome
-from fapool_plugin.base.owned import KeysLost, NoRoom
+from fapool_plugin.base.owned import FailedWithout, KeysLost, NoRoom
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import MIB
 from fapool_plugin.integrations.huggingface.attention import Scope
 from fapool_plugin.integrations.huggingface.blocks import Wave, collector_reason
 from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.failures import is_of_a_hook, is_out_of_memory, let_go
 from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed
 from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
+from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.wire.link import first_line
 
@@ -144,6 +146,9 @@ class Homes:
         except KeysLost as lost:
             self.lose(cache, lost)
             raise error from None
+        except (RuntimeError, MemoryError) as full:
+            # Layers that are here by now are dealt anew by the next forward.
+            raise (error if is_out_of_memory(full) else full) from None
         rewind, self.ownable = cache.rewinder(), frozenset()
         for layer in layers:
             layer.ownable = False
@@ -194,11 +199,34 @@ class Homes:
         manager.counters.replayed_tokens += past
         manager.counters.log("replay", f"took {time.perf_counter() - began:.1f} s")
 
-    def no_room(self, error: NoRoom, scope: Scope) -> PoolMemoryError:
-        """What a user is told of keys that no longer fit."""
-        limit = self.manager.config.memory_limit_mib or "null"
-        columns = scope.decided.geometry.columns if scope.decided.geometry is not None else 0
+    def instead_of(
+        self, error: BaseException, owner: Any, cache: PooledCache | None, scope: Scope
+    ) -> FailedWithout | PoolMemoryError | None:
+        """What is raised in place of an error of a forward that was given new keys only, once all layers have gone
+        back; None: the error itself."""
+        if isinstance(error, PoolMemoryError | KeysLost | StaysHome) or not isinstance(error, Exception):
+            return None
+        if isinstance(error, NoRoom) or is_out_of_memory(error):
+            return self._refusal(error, scope)
+        if cache is None or not cache.get_seq_length() or is_of_a_hook(error, owner):
+            return None
+        return FailedWithout(error)
+
+    def _refusal(self, error: Exception, scope: Scope) -> PoolMemoryError:
+        """What a user is told of keys, or a forward, that memory does not suffice for."""
+        config, geometry = self.manager.config, scope.decided.geometry
+        rows, columns = (len(geometry.starts), geometry.columns) if geometry is not None else (0, 0)
+        if isinstance(error, NoRoom):
+            limit = config.memory_limit_mib or "null"
+            return PoolMemoryError(
+                f"fa_pool: {error} at {columns} tokens a sequence (memory_limit_mib {limit}): raise memory_limit_mib "
+                "or pool_ranks, or generate less; the cache is as it was before this forward"
+            )
+        told = first_line(error)
+        let_go(error)
         return PoolMemoryError(
-            f"fa_pool: {error} at {columns} tokens a sequence (memory_limit_mib {limit}): raise memory_limit_mib or "
-            "pool_ranks, or generate less; the cache is as it was before this forward"
+            f"fa_pool: the base's memory ended in a forward of {rows} sequence{'s' * (rows != 1)} of {columns} tokens "
+            f"({told}); {min(left_for_job(), left_for_process()) / MIB:.0f} MiB are free now that it is undone, "
+            f"wave_mib is {config.wave_mib} and base_share {config.base_share}: give the base a smaller share (0: no "
+            "keys) or wave_mib, raise its limit, or give fewer sequences; the cache is as it was before this forward"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,9 @@ _AUTOCAST = "autocast"
 """Beside a forward's arguments: (device type, dtype, enabled)."""
 _MOST = 256
 """Forwards that are kept apart, at most: joining copies all tokens."""
+
+_ENTRIES = 64
+"""Of each weight, that are compared beside its version, at least if it has so many."""
 
 Given = dict[str, Any]
 
@@ -128,9 +132,18 @@ def version_of(owner: nn.Module) -> tuple[Any, ...]:
         active = tuple(adapters()) if callable(adapters) else adapters
     except ValueError:  # transformers': no adapter is loaded
         active = None
-    return active, tuple(
-        (id(weight), weight._version if not weight.is_inference() else 0) for weight in owner.parameters()
-    )
+    return active, tuple((id(weight), *_value_of(weight)) for weight in owner.parameters())
+
+
+def _value_of(weight: Tensor) -> tuple[int, int]:
+    """Its version, and a checksum of some entries: writes to ``weight.data`` are in no version. What was made in
+    inference mode has none; of that all entries count."""
+    x, version = weight.detach(), 0 if weight.is_inference() else weight._version
+    if type(x) is not Tensor or x.device.type == "meta" or not x.numel():
+        return version, 0
+    step = 1 if weight.is_inference() else max(1, x.numel() // _ENTRIES)
+    some = x.reshape(-1)[::step].to("cpu").contiguous()
+    return version, zlib.crc32(some.view(torch.uint8).numpy().data)
 
 
 def arguments(owner: nn.Module, given: Given, cache: Any) -> Given:

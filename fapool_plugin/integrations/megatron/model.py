@@ -57,7 +57,10 @@ def get_fapool_layer_spec(
         )
     if settings.kv_home == "pool":
         raise FAPoolConfigError(
-            'kv_home = "pool": Megatron\'s own models keep all keys in a static cache of theirs; set kv_home to "base"'
+            'kv_home = "pool": Megatron\'s attention keeps its keys from before rotary embedding, in storage of a '
+            "context's largest batch and length, and turns all of them in every step, so all must be here; set kv_home "
+            'to "base", or give the pool a Hugging Face model, over several base ranks by '
+            "fapool_plugin.integrations.tensor_parallel.parallel.load_parallel with Megatron's layers"
         )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,

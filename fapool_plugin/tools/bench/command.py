@@ -91,6 +91,9 @@ def decode(
     tokens: Annotated[int, typer.Option(help="Positions in the cache before the first step.")] = 8000,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     steps: Annotated[int, typer.Option(help="Timed steps of each turn.")] = 16,
+    lengths: Annotated[
+        str | None, typer.Option(help="SHORTEST:LONGEST, in place of --tokens: rows evenly between the two.")
+    ] = None,
     model: Model = None,
     pool_ranks: PoolRanks = 1,
     base_threads: BaseThreads = 1,
@@ -113,13 +116,15 @@ def decode(
         counts = {"--tokens": tokens, "--batch": batch, "--steps": steps, "--runs": runs}
         counts |= {"--pool-ranks": pool_ranks, "--base-threads": base_threads}
         _check(counts, json_file, plot_file)
+        of_rows = _rows(lengths, tokens, batch)
+        tokens = max(of_rows)
         _check_longer(tokens, threshold)
         settings = {"pool_ranks": pool_ranks, "threshold": threshold, "kv_home": kv_home.value}
         by_length, by_cost = (checked(**settings, activation=rule) for rule in ("length", "cost"))
         with prepared(model, min(tokens, _SEED_TOKENS)) as (screen, work):
             known = {"profile": profile_file(work["model"], profile, base_threads, pool_ranks, screen)}
             by_length, by_cost = by_length | known, by_cost | known
-            work |= {"tokens": tokens, "batch": batch, "steps": steps}
+            work |= {"lengths": of_rows, "steps": steps}
             *sdpa, pooled = ours("decode", work, work | {"fa_pool": by_length}, base_threads, pool_ranks)
             contenders = [_alone(work | {"fa_pool": by_cost}, one) for one in (base_threads, base_threads + pool_ranks)]
             contenders.append(pooled)
@@ -127,7 +132,8 @@ def decode(
                 contenders = [*sdpa, *contenders]
                 contenders.append(_by_plan(work | {"fa_pool": by_cost}, base_threads + pool_ranks, pool_ranks))
             results = compare([[contender] for contender in contenders], runs, screen)
-        options = {"model": model or "demo", "tokens": tokens, "batch": batch, "steps": steps, "kv_home": kv_home.value}
+        options = {"model": model or "demo", "tokens": lengths or tokens, "batch": batch}
+        options |= {"steps": steps, "kv_home": kv_home.value}
         finish(Report("decode", options, "a step", results), json_file, plot_file)
 
 
@@ -367,6 +373,19 @@ def _check_longer(tokens: int, threshold: int) -> None:
             f"--tokens {tokens} is not above --threshold {threshold}, so nothing would be pooled; "
             f"give more tokens, or --threshold {max(0, tokens // 2)}"
         )
+
+
+def _rows(lengths: str | None, tokens: int, batch: int) -> list[int]:
+    """Positions of each row: all alike, or evenly from the shortest to the longest."""
+    if lengths is None:
+        return [tokens] * batch
+    shortest, _, longest = lengths.partition(":")
+    if not (shortest.isdecimal() and longest.isdecimal() and 0 < int(shortest) < int(longest)) or batch < 2:
+        raise ValueError(
+            f"--lengths {lengths} with --batch {batch}; give SHORTEST:LONGEST, such as 500:4096, and at least 2 rows"
+        )
+    step = (int(longest) - int(shortest)) / (batch - 1)
+    return [int(shortest) + round(step * row) for row in range(batch)]
 
 
 def checked(**settings: Any) -> dict[str, Any]:

@@ -17,21 +17,16 @@ from tests.models import (
     assert_same_tokens,
     eager,
     greedily,
-    one_thread,
     padded_batch,
     pooled,
     random_ids,
     save_model,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread_each")
+
 NEW = 5
 LARGE = [24, pytest.param(256, marks=pytest.mark.full)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from tests.models import (
     Pair,
     assert_close,
     load_pooled,
-    one_thread,
     pools,
     random_ids,
     save_config,
@@ -22,13 +21,7 @@ from tests.models import (
     tiny_config,
 )
 
-pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread_each")]
 
 
 @pytest.fixture(scope="module")

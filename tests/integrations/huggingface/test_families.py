@@ -3,7 +3,6 @@ the plain model's bits at or under the threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tests.models import (
     greedily,
     load_pooled,
     logits_too,
-    one_thread,
     padded_batch,
     plain,
     pooled,
@@ -29,6 +27,8 @@ from tests.models import (
     save_model,
     workers,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 NEW_TOKENS = 12
 KEYS_ON_THE_POOL = ("llama", "gemma2", "deepseek_v3")
@@ -46,12 +46,6 @@ CASES = [
         if name != "llama"
     ],
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.mark.processes

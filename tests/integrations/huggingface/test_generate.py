@@ -19,7 +19,6 @@ from tests.models import (
     eager,
     greedily,
     logits_equal,
-    one_thread,
     padded_batch,
     plain,
     pooled,
@@ -27,6 +26,8 @@ from tests.models import (
     random_ids,
     save_model,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 NEW = 8
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -37,12 +38,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "several_samples": {"do_sample": True, "num_return_sequences": 3},
     "several_beams": {"num_beams": 4, "num_return_sequences": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

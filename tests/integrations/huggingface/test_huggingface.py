@@ -30,32 +30,21 @@ from tests.models import (
     greedily,
     load_pooled,
     logits_equal,
-    one_thread,
     padding_mask,
     plain,
     pooled,
     pools,
     random_ids,
     save_config,
-    save_model,
     tiny_config,
     workers,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread_each")
+
 ROOT = Path(__file__).resolve().parents[3]
 NEW = 5
 ENDING_S = 5.0
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

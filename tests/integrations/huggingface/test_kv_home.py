@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +26,11 @@ from tests.models import (
     assert_same_tokens,
     greedily,
     logits_too,
-    one_thread,
     padded_batch,
     random_ids,
-    save_model,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def pair(folder: Path) -> Iterator[Pair]:
-    with Pair.of(folder, pool_ranks=2, **ON_THE_POOL) as pair:
-        yield pair
-
-
-@pytest.fixture
-def steps(pair: Pair) -> Iterator[Steps]:
-    with torch.no_grad():
-        yield Steps(pair, *padded_batch(LENGTHS))
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +22,12 @@ from tests.models import (
     eager,
     greedily,
     logits_too,
-    one_thread,
     padded_batch,
     pooled,
     random_ids,
-    save_model,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def pair(folder: Path) -> Iterator[Pair]:
-    with Pair.of(folder, pool_ranks=2, **ON_THE_POOL) as pair:
-        yield pair
-
-
-@pytest.fixture
-def steps(pair: Pair) -> Iterator[Steps]:
-    with torch.no_grad():
-        yield Steps(pair, *padded_batch(LENGTHS))
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 
 
 @pytest.mark.parametrize("at", ["prompt", "step", "between"])
@@ -177,11 +152,30 @@ def test_embeddings_are_replayed_where_no_ids_were_given(pair: Pair) -> None:
     assert pair.model.fa_pool.stats()["replays"] == 1
 
 
-def test_changed_weights_cannot_bring_keys_back(steps: Steps) -> None:
-    steps.pair.model.lm_head.weight.mul_(2.0)
+@pytest.mark.parametrize("change", ["in place", "behind its version"])
+def test_changed_weights_cannot_bring_keys_back(steps: Steps, change: str) -> None:
+    weight = steps.pair.model.lm_head.weight
+    (weight if change == "in place" else weight.data).mul_(2.0)
     kill(1)
     with pytest.raises(RuntimeError, match="weights or adapters have changed"):
         steps(1, "refused")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_weights_of_inference_mode_have_no_version(folder: Path, *, changed: bool) -> None:
+    """So all that they are is compared: one entry suffices."""
+    with torch.inference_mode(), Pair.of(folder, pool_ranks=2, **ON_THE_POOL) as pair:
+        linear = pair.model.model.layers[0].mlp.up_proj
+        linear.weight = weight = torch.nn.Parameter(linear.weight.clone(), requires_grad=False)
+        assert weight.is_inference()
+        steps = Steps(pair, *padded_batch(LENGTHS))
+        kill(1)
+        if not changed:
+            steps(1, "after a loss")
+            return
+        weight[31, 17] += 1.0
+        with pytest.raises(RuntimeError, match="weights or adapters have changed"):
+            steps(1, "refused")
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sent(folder: Path) -> None:
@@ -204,6 +198,18 @@ def test_owners_that_are_short_of_memory_get_less(folder: Path) -> None:
         assert 0.95 * total > 2**20 >= held["ranks"][0] > 0.7 * 2**20, held
 
 
+def test_owners_of_many_short_rows_are_short_of_memory_too(folder: Path) -> None:
+    """A third of all keys are those of the 14 shortest rows, and each row has the room of the longest."""
+    settings = ON_THE_POOL | {"memory_limit_mib": 1}
+    ids, mask = padded_batch(list(range(20, 260, 10)))
+    with pooled(folder, pool_ranks=2, **settings) as model, torch.no_grad():
+        output = model(ids, attention_mask=mask, use_cache=True)
+        held = model.fa_pool.stats()["kv_bytes"]
+        real = mask.bool()
+        assert_close(output.logits[real], eager(folder)(ids, attention_mask=mask).logits[real])
+        assert len(held["ranks"]) == 2, held
+
+
 def test_a_known_length_needs_the_room_of_that_length(folder: Path) -> None:
     """In blocks of 256 positions 15 sequences of 140 would need 1.4 MiB; they have 0.77."""
     settings = ON_THE_POOL | {"memory_limit_mib": 1, "base_share": 0.0, "kv_block": 256}
@@ -219,9 +225,9 @@ def test_a_known_length_needs_the_room_of_that_length(folder: Path) -> None:
 def test_a_base_with_little_memory_refuses_or_gives_the_ranks_more(
     folder: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    """Beside the activations of two waves, and beside what local ranks will take of a machine's memory."""
+    """Beside the activations of three waves, and beside what local ranks will take of a machine's memory."""
     settings = ON_THE_POOL | {"memory_limit_mib": 1, "base_share": 0.9, "wave_mib": 1}
-    beside = (2 + (limit == "left_for_job")) * 2**20
+    beside = (3 + (limit == "left_for_job")) * 2**20
     with pooled(folder, pool_ranks=1, **settings) as model, torch.no_grad():
         ids = random_ids(8, 250)
         monkeypatch.setattr(admission, limit, lambda: beside + 2**18)

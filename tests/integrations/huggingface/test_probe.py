@@ -6,7 +6,7 @@ Each model here is wrong in pieces, which is shown once more without trials.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,14 @@ from fapool_plugin.integrations.huggingface import forward as huggingface_forwar
 from fapool_plugin.integrations.huggingface.pieces import SURVEYED
 from fapool_plugin.integrations.huggingface.probe import Probe
 from tests.blocks import in_blocks, save_long
-from tests.models import assert_close, eager, one_thread, padded_batch, random_ids, save_config, tiny_config
+from tests.models import assert_close, eager, padded_batch, random_ids, save_config, tiny_config
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread_each"),
+]
 LENGTH = 200
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 class Wrapped(nn.Module):

@@ -31,11 +31,6 @@ def _one_thread_of_eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
 class Measuring:
     """Stands for both ways to measure; answers with ``profile``."""
 

@@ -27,12 +27,13 @@ from tests.models import (
     eager,
     greedily,
     logits_too,
-    one_thread,
     padded_batch,
     random_ids,
     save_config,
     tiny_config,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 NEW = 4
 LENGTHS = [530, 433, 501]
@@ -41,12 +42,6 @@ LENGTHS = [530, 433, 501]
 def through_pickle(model: Any) -> Any:
     """The model, pickled and back."""
     return pickle.loads(pickle.dumps(model))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 SETS: dict[str, tuple[str, dict[str, Any]]] = {

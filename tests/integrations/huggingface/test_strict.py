@@ -13,17 +13,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from tests.models import THRESHOLD, one_thread, padded_batch, pooled, random_ids, save_model, workers
+from tests.models import THRESHOLD, padded_batch, pooled, random_ids, save_model, workers
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 LONG = 40
 DROPOUT = "attention dropout 0.3: its random numbers are the model's own; set it to 0 to train pooled"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from fapool_plugin.integrations.huggingface.pieces import SURVEYED
-from tests.models import one_thread, workers
+from tests.models import workers
 from tests.survey import AGREED, PHASES, TYPES, Found, agreed_in_blocks, lines, survey
 from tests.survey_configs import NOT_BUILT, VARIANTS
 
-pytestmark = [pytest.mark.full, pytest.mark.processes]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+pytestmark = [pytest.mark.full, pytest.mark.processes, pytest.mark.usefixtures("one_thread_each")]
 
 
 @pytest.fixture(scope="module")

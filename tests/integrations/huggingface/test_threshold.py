@@ -20,7 +20,6 @@ from tests.models import (
     greedily,
     logits_equal,
     logits_too,
-    one_thread,
     padded_batch,
     padding_mask,
     plain,
@@ -31,13 +30,9 @@ from tests.models import (
     workers,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread_each")
+
 NEW = 8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import warnings
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from tests.models import (
     THRESHOLD,
     assert_close,
     eager,
-    one_thread,
     padded_batch,
     plain,
     pooled,
@@ -39,14 +37,8 @@ from tests.training import (
     trained,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 LONG = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.wire.messages import LinkLost, Message, Op
 from tests.blocks import in_blocks, save_long
-from tests.models import FAMILIES, assert_close, eager, one_thread, padded_batch, plain, random_ids
+from tests.models import FAMILIES, assert_close, eager, padded_batch, plain, random_ids
 from tests.training import (
     TRAINED,
     WITHOUT_DROPOUT,
@@ -26,15 +25,9 @@ from tests.training import (
     trained,
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 LENGTH = 330
 """More than five blocks of the shortest length."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

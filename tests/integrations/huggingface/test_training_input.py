@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,11 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.ranks import local as local_pool
-from tests.models import assert_close, eager, one_thread, plain, pooled, random_ids, save_model, workers
+from tests.models import assert_close, eager, plain, pooled, random_ids, save_model, workers
 from tests.training import assert_alike, gradients, same_gradients, trained
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 LONG = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,18 +27,14 @@ from fapool_plugin.wire.messages import HEADER_BYTES, TILE_FIELDS, LinkLost
 from tests.base.test_attention import D, dense
 from tests.base.test_gradients import inputs, pooled
 from tests.blocks import in_blocks, save_long
-from tests.models import FAMILIES, eager, one_thread, padded_batch, random_ids
+from tests.models import FAMILIES, eager, padded_batch, random_ids
 from tests.thread_pool import ThreadPool
 from tests.training import assert_alike, trained
 
+pytestmark = pytest.mark.usefixtures("one_thread_each")
+
 LENGTH = 330
 Make = Callable[..., ResourceManager]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,18 +26,16 @@ from transformers.cache_utils import DynamicCache
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 from tests.blocks import in_blocks, save_long
-from tests.models import THRESHOLD, assert_close, eager, one_thread, plain, pools, random_ids, save_config, tiny_config
+from tests.models import THRESHOLD, assert_close, eager, plain, pools, random_ids, save_config, tiny_config
 from tests.thread_pool import ThreadPool
 
-pytestmark = [pytest.mark.timeout(200), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.timeout(200),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread_each"),
+]
 LENGTH = 200
 SHORT = {"pool_ranks": 1, "threshold": THRESHOLD, "activation": "length", "kv_block": 4, "memory_limit_mib": 64}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

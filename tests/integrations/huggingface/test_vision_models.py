@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +10,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 from tests import survey
-from tests.models import THRESHOLD, assert_close, one_thread
+from tests.models import THRESHOLD, assert_close
 from tests.thread_pool import ThreadPool
 
-pytestmark = [pytest.mark.timeout(200), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.timeout(200),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("one_thread_each"),
+]
 LENGTH, IMAGE = 200, 90
 
 TEXT = {
@@ -47,12 +50,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": {**VISION, "image_size": 28, "patch_size": 14},
     },
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def built(name: str) -> Any:

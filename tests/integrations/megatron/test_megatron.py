@@ -26,21 +26,15 @@ from fapool_plugin.kernels.forward import attend
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import HEADER_BYTES
 from tests import megatron_models as mm
-from tests.models import assert_close, eager, one_thread, pools, random_ids, workers
+from tests.models import assert_close, eager, pools, random_ids, workers
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
 
 LAYERS, LONG, SHORT = mm.LAYERS, 60, 12
 FP32, GAPS = 4, 4 * 63
 """Bytes of a number, and at most between the tensors of a message."""
 DROPOUT = "attention dropout 0.5: its random numbers are the model's own; set it to 0 to train pooled"
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="compares what the CPU does")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,6 @@ from tests.models import (
     eager,
     greedily,
     logits_too,
-    one_thread,
     padded_batch,
     plain,
     random_ids,
@@ -38,6 +37,8 @@ from tests.models import (
     save_model,
     tiny_config,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 NEW = 6
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
@@ -53,12 +54,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("gemma3_text", TIED),
     "starcoder2": ("starcoder2", TIED),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

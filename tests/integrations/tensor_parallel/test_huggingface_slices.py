@@ -32,7 +32,6 @@ from tests.models import (
     eager,
     greedily,
     logits_too,
-    one_thread,
     padded_batch,
     plain,
     pools,
@@ -41,13 +40,9 @@ from tests.models import (
     workers,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread_each")
+
 LAYERS = 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
