@@ -93,10 +93,18 @@ def fits(points: Points, first: int, powers: tuple[int, ...], longest: int) -> d
 
 def table_of(shape: tuple[int, int, int], prefill: Points, decode: Points, longest: int) -> AttentionTable:
     """Fits of one shape up to so many tokens. Decode reads its keys once, so it has no square."""
+    most: dict[Kind, int] = {
+        "prefill": max(batch * n for batch, n in prefill),
+        "decode": max(batch * n for batch, n in decode),
+    }
     return AttentionTable(
-        heads=shape[0], kv_heads=shape[1], head_dim=shape[2],
-        prefill=fits(prefill, PREFILL_FROM, (0, 1, 2), longest), decode=fits(decode, DECODE_FROM, (0, 1), longest),
-    )  # fmt: skip
+        heads=shape[0],
+        kv_heads=shape[1],
+        head_dim=shape[2],
+        prefill=fits(prefill, PREFILL_FROM, (0, 1, 2), longest),
+        decode=fits(decode, DECODE_FROM, (0, 1), longest),
+        most=most,
+    )
 
 
 def differences(table: AttentionTable, points: Points, first: int, kind: Kind) -> dict[str, list[float]]:

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fapool_plugin.plan.profile import Fit, ProfileError
 
-HARDWARE_VERSION = 1
 ELEMENT_BYTES = 2
 """Tables are of bf16."""
 _MEMORY_USED = 0.8
@@ -50,6 +49,7 @@ class AttentionTable(_Table):
     head_dim: int = Field(ge=1)
     prefill: dict[int, Fit] = Field(min_length=1)
     decode: dict[int, Fit] = Field(min_length=1)
+    most: dict[Kind, int] = Field(description="Tokens, or keys, of all sequences of the largest point measured.")
 
     def fit(self, kind: Kind, batch: float) -> Fit:
         """A batch's: coefficients in a straight line between the two batches beside it; more than the largest is
@@ -86,7 +86,7 @@ class Link(_Table):
 class Hardware(_Table):
     """One kind of GPU, with where its numbers are from."""
 
-    version: Literal[1] = HARDWARE_VERSION
+    version: Literal[1] = 1
     name: str
     device: str
     source: str
@@ -142,9 +142,11 @@ class Hardware(_Table):
         limit = {"prefill": 16_384, "decode": 131_072}[kind]
         if longest > limit:
             found.append(f"{kind} of more than {limit} tokens is extrapolated")
-        most = max(getattr(table, kind))
-        if batch * heads > most * table.heads:
-            found.append(f"{kind} of more than {most} sequences is extrapolated")
+        most = table.most[kind] * table.heads // heads
+        if batch * longest > most and longest <= limit:
+            found.append(
+                f"{kind} of more than {most} {'tokens' if kind == 'prefill' else 'keys'} in all is extrapolated"
+            )
         return found
 
     def gemm_s(self, m: float, n: float, k: float) -> float:
