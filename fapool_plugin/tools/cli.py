@@ -244,15 +244,18 @@ def plan(
     """
     with one_line_errors():
         sizes = _numbers("--lengths", lengths)
-        if hardware is not None:
+        if (hardware is None) != (config is None):
+            raise ValueError("--hardware and --config belong together: GPUs to plan on, and the model's numbers")
+        if hardware is not None and config is not None:
             check_counts({"--batch": batch, "--base-ranks": base_ranks})
             check_output(json_file)
             check_picture(plot)
-            if config is None or ask_us < 0:
-                raise ValueError(f"--hardware {hardware} needs --config FILE, and no negative --ask-us")
+            if ask_us < 0:
+                raise ValueError(f"--ask-us is {ask_us}; give at least 0")
             model_, ranks = clusters.read_model(config, base_ranks)
             made = Cluster(clusters.find_hardware(hardware), model_, ranks, link, ask_us * 1e-6)
-            outlooks = clusters.predict(made, sizes, _numbers("--pool-ranks", pool_ranks, least=0), batch)
+            counts = [count for count in _numbers("--pool-ranks", pool_ranks, least=0) if count]
+            outlooks = clusters.predict(made, sizes, counts, batch)
             clusters.report(outlooks, json_file, plot)
             return
         setting = _setting(pool_ranks, threads, threads_per_rank, max_blocks, dtype)

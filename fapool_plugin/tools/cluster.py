@@ -65,6 +65,8 @@ def read_model(path: Path, base: int | None) -> tuple[Model, int]:
         OSError: there is no such file.
         ValueError: it names no model, or no size of the base and none was given.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path} is no file; give a launch's configuration or a model's config.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -93,18 +95,17 @@ def read_model(path: Path, base: int | None) -> tuple[Model, int]:
 
 
 def predict(cluster: Cluster, lengths: Sequence[int], pool_ranks: Sequence[int], batch: int) -> list[Found]:
-    """All lengths and numbers of pool ranks, a step of decode and the prefill of one sequence."""
+    """All lengths without a pool and with these numbers of pool ranks, a step of decode and the prefill of one
+    sequence."""
     between = SLOW if cluster.link == "between-nodes" and SLOW in cluster.hardware.links else None
     kinds: tuple[Kind, ...] = ("decode", "prefill")
     found = []
     for kind in kinds:
-        rows = [Outlook(cluster, kind, batch, tokens, ranks) for ranks in pool_ranks for tokens in lengths]
+        rows = [Outlook(cluster, kind, batch, tokens, ranks) for ranks in (0, *pool_ranks) for tokens in lengths]
         other = Cluster(cluster.hardware, cluster.model, cluster.base, between, cluster.ask_s) if between else None
         slow = [Outlook(other, kind, batch, row.tokens, row.ranks) if other and row.ranks else None for row in rows]
         sequences = batch if kind == "decode" else 1
-        thresholds = {
-            ranks: cluster.threshold(kind, sequences, ranks, _THRESHOLD_UP_TO) for ranks in pool_ranks if ranks
-        }
+        thresholds = {ranks: cluster.threshold(kind, sequences, ranks, _THRESHOLD_UP_TO) for ranks in pool_ranks}
         found.append(Found(kind, rows, slow, thresholds))
     return found
 
@@ -151,8 +152,9 @@ def _table(found: Found, ranks: int, pairs: Sequence[tuple[Outlook, Outlook | No
             if slow and slow.pooled:
                 cells["slow"] = _ms(slow.pooled.seconds, row.memory.holds)
         cells |= {_SHORT[other.name]: _ms(other.seconds, other.holds) for other in row.others()}
-        cells["all"] = f"{row.memory.alone / 1e9:.0f}"
-        if ranks:
+        if not ranks:
+            cells["all"] = f"{row.memory.alone / 1e9:.0f}"
+        else:
             cells |= {"base": f"{row.memory.base / 1e9:.0f}", "rank": f"{row.memory.rank / 1e9:.0f}"}
         table_rows.append(cells)
     table = Table(
