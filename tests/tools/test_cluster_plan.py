@@ -59,6 +59,9 @@ def test_it_shows_and_writes_what_the_planner_says(tmp_path: Path) -> None:
 def test_a_models_own_configuration_and_a_file_of_hardware(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     args = ("--config", tmp_path / "config.json", "--base-ranks", 4, "--lengths", 8192, "--batch", 8)
+    model, _ = read_model(tmp_path / "config.json", 4)
+    assert (model.kv_heads, model.head_dim, model.gated) == (8, 128, True)
+    assert model.parameters == 8_030_261_248 - 65 * 4096, "Llama-3-8B without its norms"
     done = invoke("plan", "--hardware", A100, *args, "--pool-ranks", 4, "--link", "same-node")
     assert done.exit_code == 0, done.output
     assert "slow" not in done.output.split("A/L")[0], "a node's own link has no second bound"
