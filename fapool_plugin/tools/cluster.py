@@ -6,6 +6,7 @@ Reads the model and the hardware's file, and shows numbers as they come. How the
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import nan
@@ -20,7 +21,11 @@ from fapool_plugin.plan.alternatives import Outlook
 from fapool_plugin.plan.cluster import Cluster, Model
 from fapool_plugin.plan.hardware import Hardware, Kind
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "hardware"
+FOLDERS = (
+    Path(__file__).resolve().parents[2] / "configs" / "hardware",
+    Path(sys.prefix) / "share" / "fapool_plugin" / "hardware",
+)
+"""Where hardware's files are: in a checkout, and where a wheel puts them."""
 SLOW = "between-nodes-slow"
 """The second bound of what is between nodes."""
 _TWO_MATRICES = ("gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi")
@@ -40,17 +45,16 @@ class Found:
 
 
 def find_hardware(name: str) -> Hardware:
-    """A file of this name in the repository's configs/hardware, or any file.
+    """A file of this name among those that come with the package, or any file.
 
     Raises:
         ValueError: there is none; names those that are there.
         ProfileError: it is damaged.
     """
-    path = Path(name)
-    if path.suffix != ".json":
-        path = FOLDER / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(one.stem for one in FOLDER.glob("*.json"))) or "none"
+    there = {path.stem: path for folder in FOLDERS for path in folder.glob("*.json")}
+    path = Path(name) if Path(name).suffix == ".json" else there.get(name)
+    if path is None or not path.is_file():
+        known = ", ".join(sorted(there)) or "none"
         raise ValueError(
             f"--hardware {name} is not there; there are {known}, or give a file; fapool calibrate measures the machine "
             "that it runs on"
