@@ -1,4 +1,4 @@
-"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``bench``, ``doctor``.
+"""The command line: ``fapool generate``, ``demo``, ``plan``, ``simulate``, ``calibrate``, ``bench``, ``doctor``.
 
 Checks what was typed before anything is loaded, and turns every error of the user's into one line and exit
 code 2. What the commands do is not known here.
@@ -22,9 +22,9 @@ from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import cluster as clusters
 from fapool_plugin.tools import demo as screens
 from fapool_plugin.tools import doctor as examination
-from fapool_plugin.tools import fitting, planning
+from fapool_plugin.tools import fitting, planning, traffic
 from fapool_plugin.tools.bench import command as bench
-from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, one_line_errors
+from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, numbers, one_line_errors
 
 app = typer.Typer(
     help="Attention of long sequences on borrowed ranks that hold no weights.",
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench.app, name="bench")
+app.command()(traffic.simulate)
 
 
 class Dtype(StrEnum):
@@ -243,7 +244,7 @@ def plan(
     Exit codes: 0 done, 2 an error.
     """
     with one_line_errors():
-        sizes = _numbers("--lengths", lengths)
+        sizes = numbers("--lengths", lengths)
         if (hardware is None) != (config is None):
             raise ValueError("--hardware and --config belong together: GPUs to plan on, and the model's numbers")
         if hardware is not None and config is not None:
@@ -254,7 +255,7 @@ def plan(
                 raise ValueError(f"--ask-us is {ask_us}; give at least 0")
             model_, ranks = clusters.read_model(config, base_ranks)
             made = Cluster(clusters.find_hardware(hardware), model_, ranks, link, ask_us * 1e-6)
-            counts = [count for count in _numbers("--pool-ranks", pool_ranks, least=0) if count]
+            counts = [count for count in numbers("--pool-ranks", pool_ranks, least=0) if count]
             outlooks = clusters.predict(made, sizes, counts, batch)
             clusters.report(outlooks, json_file, plot)
             return
@@ -323,22 +324,13 @@ def _config(pool_ranks: int, trace: Path | None, **chosen: Any) -> FAPoolConfig:
     return config
 
 
-def _numbers(option: str, text: str, least: int = 1) -> list[int]:
-    """Counts separated by commas, ascending, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= least)]
-    if wrong:
-        raise ValueError(f"{option} {text}: {wrong[0]!r} is no whole number of at least {least}; give such as 1,2,4")
-    return sorted({int(part) for part in parts})
-
-
 def _setting(
     pool_ranks: str, threads: int | None, threads_per_rank: int, max_blocks: int, dtype: Dtype
 ) -> planning.Setting:
     check_counts({"--threads": threads, "--max-blocks": max_blocks})
     if threads_per_rank < 0:
         raise ValueError(f"--threads-per-rank is {threads_per_rank}; give at least 0")
-    counts = tuple(_numbers("--pool-ranks", pool_ranks))
+    counts = tuple(numbers("--pool-ranks", pool_ranks))
     from fapool_plugin.integrations.huggingface.runs import default_threads
 
     total = threads or default_threads()
