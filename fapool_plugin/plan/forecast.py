@@ -15,7 +15,16 @@ from fapool_plugin.plan.line import GRANULE, Row
 from fapool_plugin.plan.profile import Profile
 from fapool_plugin.plan.step import Decode
 
-__all__ = ["Choice", "Cores", "Thresholds", "auto_threshold", "choose_decode", "choose_prefill", "moved_bytes"]
+__all__ = [
+    "Choice",
+    "Cores",
+    "Thresholds",
+    "auto_threshold",
+    "choose_decode",
+    "choose_prefill",
+    "first_length",
+    "moved_bytes",
+]
 
 _STEPS = 100
 """The base's share is tried in so many steps."""
@@ -61,6 +70,7 @@ def choose_prefill(
     slowdown: Sequence[float] = (),
     base_share: float | None = None,
     alone: bool = True,
+    fewest: int = 1,
 ) -> Choice:
     """The shortest prefill forward.
 
@@ -74,6 +84,7 @@ def choose_prefill(
         slowdown: measured over predicted seconds of each rank (default 1); a slower rank gets a smaller share.
         base_share: the base's part, in [0, 1); None tries all in hundredths.
         alone: whether the base alone may be the answer; with ``ranks`` 0 it always is.
+        fewest: pool ranks that are used at least, if any are.
 
     Raises:
         ValueError: the arguments describe no forward.
@@ -83,7 +94,7 @@ def choose_prefill(
         raise ValueError(f"max_blocks is {max_blocks}; give at least 1")
     prefill = Prefill(profile, rows, cores, slowdown)
     counts = prefill.block_counts(max_blocks if overlap else 1)
-    return _best(prefill, ranks, counts, base_share, alone)
+    return _best(prefill, range(fewest, ranks + 1), counts, base_share, alone)
 
 
 def choose_decode(
@@ -98,6 +109,7 @@ def choose_decode(
     slowdown: Sequence[float] = (),
     base_share: float | None = None,
     alone: bool = True,
+    fewest: int = 1,
 ) -> Choice:
     """The shortest decode step of one new token a sequence.
 
@@ -121,7 +133,8 @@ def choose_decode(
         raise ValueError(f"resident has {len(resident)} entries; give one for each of {ranks} ranks")
     step = Decode(profile, rows, cores, resident, steps, slowdown)
     finest = max(row.keys for row in rows) // block
-    return _best(step, ranks, [1], base_share, alone, min(_STEPS, finest) if finest else 1)
+    steps_tried = min(_STEPS, finest) if finest else 1
+    return _best(step, range(fewest, ranks + 1), [1], base_share, alone, steps_tried)
 
 
 def moved_bytes(profile: Profile, rows: Sequence[Row], cores: Cores, choice: Choice) -> tuple[int, int]:
@@ -167,10 +180,10 @@ def auto_threshold(profile: Profile, *, ranks: int, cores: Cores, longest: int, 
         choice = pooled(length)
         return choice.seconds < choice.alone_s
 
-    return Thresholds(_first(attention_rules, longest), _first(pooling_wins, longest))
+    return Thresholds(first_length(attention_rules, longest), first_length(pooling_wins, longest))
 
 
-def _first(holds: Callable[[int], bool], longest: int) -> int | None:
+def first_length(holds: Callable[[int], bool], longest: int) -> int | None:
     """The smallest multiple of 64 from which ``holds``, by steps that grow and then by halving the last."""
     last, below, above = longest // GRANULE, 0, 1
     while not holds(above * GRANULE):
@@ -185,7 +198,7 @@ def _first(holds: Callable[[int], bool], longest: int) -> int | None:
 
 def _best(
     forward: Prefill | Decode,
-    ranks: int,
+    ranks: Sequence[int],
     counts: Sequence[int],
     base_share: float | None,
     alone: bool,
@@ -193,7 +206,7 @@ def _best(
 ) -> Choice:
     """The shortest way; of equally short ones that with fewest ranks, and of nearly as short ones most blocks."""
     shares = [step / steps for step in range(steps)] if base_share is None else [base_share]
-    ways = [Way(p, c, x) for p in range(1, ranks + 1) for c in counts for x in shares]
+    ways = [Way(p, c, x) for p in ranks for c in counts for x in shares]
     best, played = Way(0, 1, 1.0), Played(forward.alone_s, forward.alone_s, 0.0)
     if ways and not alone:
         best, played = ways[0], forward.play(ways[0])
@@ -216,7 +229,7 @@ def _best(
         blocks=best.blocks,
         seconds=played.seconds,
         alone_s=forward.alone_s,
-        ceiling_s=min(forward.ceiling_s(p) for p in range(ranks + 1)),
+        ceiling_s=min(forward.ceiling_s(p) for p in (0, *ranks)),
         base_busy_s=played.base_busy_s,
         pool_busy_s=played.pool_busy_s,
     )

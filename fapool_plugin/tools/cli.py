@@ -1,4 +1,4 @@
-"""The command line: ``fapool generate``, ``demo``, ``plan``, ``calibrate``, ``bench``, ``pool``, ``doctor``.
+"""The command line, ``fapool``: its commands and their options.
 
 Checks what was typed before anything is loaded, and turns every error of the user's into one line and exit
 code 2. What the commands do is not known here.
@@ -16,13 +16,15 @@ import typer
 
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.observe.available_memory import left_for_job
+from fapool_plugin.plan.cluster import Cluster
 from fapool_plugin.plan.forecast import Cores
 from fapool_plugin.plan.shares import MOST_BLOCKS
+from fapool_plugin.tools import cluster as clusters
 from fapool_plugin.tools import demo as screens
 from fapool_plugin.tools import doctor as examination
-from fapool_plugin.tools import fitting, planning, standing
+from fapool_plugin.tools import fitting, planning, standing, traffic
 from fapool_plugin.tools.bench import command as bench
-from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, one_line_errors
+from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, numbers, one_line_errors
 
 app = typer.Typer(
     help="Attention of long sequences on borrowed ranks that hold no weights.",
@@ -34,6 +36,7 @@ app = typer.Typer(
 
 app.add_typer(bench.app, name="bench")
 app.add_typer(standing.app, name="pool")
+app.command()(traffic.simulate)
 
 
 class Dtype(StrEnum):
@@ -211,11 +214,24 @@ def plan(
     kv_home: Annotated[
         KVHome, typer.Option(help="Where keys live; pool: show what fits, instead of what a prompt takes.")
     ] = KVHome.base,
-    batch: Annotated[int, typer.Option(help="Sequences, with --kv-home pool: how long they may be.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences of a decode step, or with --kv-home pool those to hold.")] = 1,
     memory_limit_mib: Annotated[int, typer.Option(help="MiB of keys that one pool rank may hold.")] = 2048,
     base_memory_mib: Annotated[
         int | None, typer.Option(help="MiB that the base has for keys; default: what is free here beside the weights.")
     ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Plan on these GPUs, such as a100-sxm: a name in configs/hardware, or a file.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --hardware: a launch's configuration, or a model's config.json.")
+    ] = None,
+    base_ranks: Annotated[
+        int | None, typer.Option(help="With --hardware: GPUs that share the model; default: the configuration's.")
+    ] = None,
+    link: Annotated[str, typer.Option(help="With --hardware: where the pool is.")] = "between-nodes",
+    ask_us: Annotated[
+        float, typer.Option(help="With --hardware: what asking one pool rank costs the base, in microseconds.")
+    ] = 0.0,
     plot: Annotated[Path | None, typer.Option(help="Draw times, ranks and shares into this picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions to this file.")] = None,
 ) -> None:
@@ -223,11 +239,27 @@ def plan(
 
     With --kv-home pool: the largest batch of each length, and the longest of --batch sequences, that fit, by number of
     pool ranks; 0 is the base alone.
+    With --hardware and --config: decode steps and prompts on a cluster, by public tables, and what the same GPUs could
+    do without a pool.
     Without a profile for this machine and model a quick one is measured first, in seconds.
     Exit codes: 0 done, 2 an error.
     """
     with one_line_errors():
-        sizes = _numbers("--lengths", lengths)
+        sizes = numbers("--lengths", lengths)
+        if (hardware is None) != (config is None):
+            raise ValueError("--hardware and --config belong together: GPUs to plan on, and the model's numbers")
+        if hardware is not None and config is not None:
+            check_counts({"--batch": batch, "--base-ranks": base_ranks})
+            check_output(json_file)
+            check_picture(plot)
+            if ask_us < 0:
+                raise ValueError(f"--ask-us is {ask_us}; give at least 0")
+            model_, ranks = clusters.read_model(config, base_ranks)
+            made = Cluster(clusters.find_hardware(hardware), model_, ranks, link, ask_us * 1e-6)
+            counts = [count for count in numbers("--pool-ranks", pool_ranks, least=0) if count]
+            outlooks = clusters.predict(made, sizes, counts, batch)
+            clusters.report(outlooks, json_file, plot)
+            return
         setting = _setting(pool_ranks, threads, threads_per_rank, max_blocks, dtype)
         check_output(json_file)
         check_picture(plot)
@@ -293,22 +325,13 @@ def _config(pool_ranks: int, trace: Path | None, **chosen: Any) -> FAPoolConfig:
     return config
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    """Counts separated by commas, ascending, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 1)]
-    if wrong:
-        raise ValueError(f"{option} {text}: {wrong[0]!r} is no whole number of at least 1; give such as 1,2,4")
-    return sorted({int(part) for part in parts})
-
-
 def _setting(
     pool_ranks: str, threads: int | None, threads_per_rank: int, max_blocks: int, dtype: Dtype
 ) -> planning.Setting:
     check_counts({"--threads": threads, "--max-blocks": max_blocks})
     if threads_per_rank < 0:
         raise ValueError(f"--threads-per-rank is {threads_per_rank}; give at least 0")
-    counts = tuple(_numbers("--pool-ranks", pool_ranks))
+    counts = tuple(numbers("--pool-ranks", pool_ranks))
     from fapool_plugin.integrations.huggingface.runs import default_threads
 
     total = threads or default_threads()

@@ -43,6 +43,15 @@ def check_counts(options: Mapping[str, int | None]) -> None:
             raise ValueError(f"{option} is {value}; give at least 1")
 
 
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Counts separated by commas, ascending, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= least)]
+    if wrong:
+        raise ValueError(f"{option} {text}: {wrong[0]!r} is no whole number of at least {least}; give such as 1,2,4")
+    return sorted({int(part) for part in parts})
+
+
 def check_output(path: Path | None, option: str = "--json") -> None:
     """Raises OSError for a file that cannot be written."""
     if path is None:

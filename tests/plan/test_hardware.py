@@ -1,0 +1,118 @@
+"""The hardware files against measured points that they were not fitted to, and against sums made by hand."""
+
+from __future__ import annotations
+
+import csv
+from itertools import groupby
+from math import sqrt
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from fapool_plugin.plan.hardware import Hardware
+from fapool_plugin.plan.profile import ProfileError, least_squares
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "configs" / "hardware").glob("*.json"))
+HELD_OUT = {64, 512}
+POWERS = {"prefill": (0, 1, 2), "decode": (0, 1)}
+
+
+def points(kind: str) -> list[tuple[int, int, float]]:
+    """(batch, tokens, seconds) of vLLM 0.14.0 on an A100, 4 heads and as many KV heads of 128, as in the public table
+    (aiconfigurator-core 0.12.0, Apache-2.0); the paper's heads on each of 8 base ranks."""
+    with (Path(__file__).parent / "a100_attention.csv").open(encoding="utf-8") as file:
+        found = [(int(r["batch"]), int(r["tokens"]), float(r["seconds"])) for r in csv.DictReader(file)]
+        file.seek(0)
+        kinds = [r["kind"] for r in csv.DictReader(file)]
+    return [point for point, one in zip(found, kinds, strict=True) if one == kind]
+
+
+@pytest.fixture(scope="module")
+def a100() -> Hardware:
+    return Hardware.load(ROOT / "configs" / "hardware" / "a100-sxm.json")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_loads_and_says_where_it_is_from(path: Path, tmp_path: Path) -> None:
+    made = Hardware.load(path)
+    assert made.name == path.stem
+    assert "aiconfigurator-core 0.12.0" in made.source
+    assert made.licence == "Apache-2.0"
+    for kind in ("prefill", "decode"):
+        assert {"up to 8k", "up to 16k held out", "batches held out", "in this file"} <= made.errors[kind].keys()
+    made.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_lengths_held_out_are_predicted(kind: str) -> None:
+    """Fitted to at most 8,192 tokens, batch by batch; longer ones are looked at only here."""
+    fitted, held_out = [], []
+    for batch, all_ in groupby(points(kind), key=lambda point: point[0]):
+        known = [(n, seconds) for _, n, seconds in all_]
+        short = [(n, seconds) for n, seconds in known if n <= 8192]
+        if batch in HELD_OUT or len(short) < 3:
+            continue
+        fit = least_squares(short, POWERS[kind])
+        fitted += [abs(fit.at(n) / seconds - 1) for n, seconds in short]
+        held_out += [abs(fit.at(n) / seconds - 1) for n, seconds in known if n > 8192]
+    assert len(held_out) > 8
+    assert median(fitted) < 0.03, f"median {median(fitted):.1%}"
+    assert max(fitted) < 0.11, f"{max(fitted):.1%}"
+    assert max(held_out) < 0.105, f"{max(held_out):.1%}"
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_the_file_is_near_every_point(a100: Hardware, kind) -> None:
+    """The batches held out too; by how much is in docs/simulation.md."""
+    off: dict[bool, list[float]] = {True: [], False: []}
+    for batch, n, seconds in points(kind):
+        cost = a100.attention_cost(kind, 4, 4, 128, batch)
+        off[batch in HELD_OUT].append(abs((cost.a + batch * n * (cost.b + n * cost.c)) / seconds - 1))
+    assert max(off[False]) < 0.15, f"{max(off[False]):.1%}"
+    assert max(off[True]) < 0.20, f"{max(off[True]):.1%}"
+
+
+def test_products_are_the_tables_and_between_them(a100: Hardware) -> None:
+    table = a100.gemm
+    m, n, k = (values.index(value) for values, value in ((table.m, 8192), (table.n, 1536), (table.k, 4096)))
+    assert table.micros[m][n][k] == pytest.approx(450.2, rel=0.01), "vLLM's GEMM, 8192 x 1536 x 4096"
+    assert a100.gemm_s(8192, 1536, 4096) == pytest.approx(table.micros[m][n][k] * 1e-6)
+    between = sqrt(table.micros[m][n][k] * table.micros[m - 1][n][k]) * 1e-6
+    assert a100.gemm_s(sqrt(8192 * table.m[m - 1]), 1536, 4096) == pytest.approx(between)
+    assert a100.gemm_s(4 * 8192, 1536, 4096) == pytest.approx(4 * a100.gemm_s(8192, 1536, 4096))
+
+
+def test_all_reduces_count_bytes_where_the_table_counts_elements(a100: Hardware) -> None:
+    """33,554,432 elements of fp16 on 8 GPUs are 0.5953 ms there; they are 8,192 tokens of 4,096 numbers."""
+    assert a100.all_reduce_s(8, 8192 * 4096 * 2) == pytest.approx(0.5953e-3, rel=1e-4)
+    assert a100.all_reduce_s(1, 1e9) == 0
+    largest = a100.all_reduce[8][-1]
+    assert a100.all_reduce_s(8, 3 * largest[0]) == pytest.approx(3 * largest[1])
+    with pytest.raises(ValueError, match="all-reduces of 2, 4, 8 GPUs, none of 16"):
+        a100.all_reduce_s(16, 1)
+
+
+def test_what_is_not_in_the_tables_is_scaled_and_marked(a100: Hardware) -> None:
+    known, half = (a100.attention_cost("decode", 4, 4, dim, 16) for dim in (128, 64))
+    assert half.b == pytest.approx(known.b / 2)
+    assert a100.marks("decode", 4, 4, 128, 16, 4096) == []
+    assert a100.marks("decode", 4, 4, 64, 16, 4096) == ["head dim 64 has no table: scaled from 128"]
+    assert a100.marks("prefill", 4, 4, 128, 1, 32_768) == ["prefill of more than 16384 tokens is extrapolated"]
+    (mark,) = a100.marks("decode", 4, 4, 128, 1024, 4096)
+    assert mark == "decode of more than 2097152 keys in all is extrapolated"
+    # As many lanes of another batch.
+    (mark,) = a100.marks("decode", 12, 12, 128, 4, 4096)
+    assert mark == "12 query and 12 KV heads have no table: scaled from 8 and 8"
+    eight, twelve = a100.attention_cost("decode", 8, 8, 128, 6), a100.attention_cost("decode", 12, 12, 128, 4)
+    assert 4 * twelve.b == pytest.approx(6 * eight.b)
+
+
+def test_damage_is_told(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text(FILES[0].read_text()[:1000])
+    with pytest.raises(ProfileError, match="is damaged at its text"):
+        Hardware.load(tmp_path / "half.json")
+    with pytest.raises(ProfileError, match="cannot be read"):
+        Hardware.load(tmp_path / "none.json")

@@ -1,0 +1,106 @@
+"""The tables of docs/paper.md, row by row what the planner gives today, and of docs/simulation.md what files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fapool_plugin.plan.alternatives import Outlook
+from fapool_plugin.plan.cluster import Cluster
+from fapool_plugin.plan.hardware import Hardware, Kind
+from fapool_plugin.tools.cluster import SLOW, read_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# Before each table: <!-- plan: hardware config base batch pool kind -->
+TABLES = re.findall(
+    r"<!-- plan: (\S+) (\S+) (\d+) (\d+) (\d+) (\w+) -->\n\|.*\n\|[-|]+\|\n((?:\|.*\n)+)",
+    (ROOT / "docs" / "paper.md").read_text(encoding="utf-8"),
+)
+
+
+def shown(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def row(near: Outlook, far: Outlook) -> str:
+    """As it stands in the document."""
+    others = {one.name: one for one in near.others()}
+    assert near.pooled is not None
+    assert far.pooled is not None
+    shape = near.cluster.shape(1)
+    keys = near.batch * near.tokens * shape.layers * shape.kv_heads * 2 * shape.head_dim * 2
+    holds = "yes" if near.alone_holds else "no, the pool's GPUs with it do" if near.memory.holds else "no, nor all GPUs"
+    cells = [
+        f"{near.tokens}{' ~' if near.marks() else ''}",
+        f"{keys / 1e9:.0f}",
+        f"{near.alone_s / near.linear_s - 1:.2f}",
+        shown(near.alone_s),
+        shown(near.pooled.seconds),
+        f"{near.alone_s / near.pooled.seconds:.2f}",
+        shown(far.pooled.seconds),
+        shown(others["replicas"].seconds),
+        shown(others["keys divided" if near.kind == "decode" else "ring"].seconds),
+        holds,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: "-".join(table[:1] + table[3:6]))
+def test_rows_are_the_planners(table: tuple[str, ...]) -> None:
+    name, config, base, batch, pool, kind, text = table
+    assert kind in get_args(Kind)
+    model, _ = read_model(ROOT / "configs" / config, int(base))
+    hardware = Hardware.load(ROOT / "configs" / "hardware" / f"{name}.json")
+    made = [Cluster(hardware, model, int(base), link) for link in ("between-nodes", SLOW)]
+    lengths = [int(line.split()[1]) for line in text.splitlines()]
+    pairs = [
+        [Outlook(one, "decode" if kind == "decode" else "prefill", int(batch), n, int(pool)) for one in made]
+        for n in lengths
+    ]
+    expected = [row(near, far) for near, far in pairs]
+    assert text.splitlines() == expected, "it is now\n" + "\n".join(expected)
+
+
+def test_there_are_tables() -> None:
+    assert {table[5] for table in TABLES} == {"decode", "prefill"}
+    assert len(TABLES) >= 4
+
+
+def error_rows() -> list[str]:
+    """As they stand in the document."""
+    made = [Hardware.load(path) for path in sorted((ROOT / "configs" / "hardware").glob("*.json"))]
+    kinds = {kind: made[0].errors[kind] for kind in ("prefill", "decode", "gemm")}
+    found = []
+    for kind, parts in kinds.items():
+        for part in parts:
+            cells = [kind, part]
+            for one in made:
+                off = one.errors[kind][part]
+                cells.append(f"{off['points']:.0f}: {off['median']:.1%}, {off['p95']:.0%}, {off['largest']:.0%}")
+            found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def test_differences_are_the_files() -> None:
+    text = (ROOT / "docs" / "simulation.md").read_text(encoding="utf-8")
+    missing = [one for one in error_rows() if one not in text.splitlines()]
+    assert not missing, "not in the document:\n" + "\n".join(missing)
+
+
+def test_figures_in_the_papers_text() -> None:
+    model, base = read_model(ROOT / "configs" / "paper_8base_32pool.json", None)
+    hardware = Hardware.load(ROOT / "configs" / "hardware" / "a100-sxm.json")
+    made = Cluster(hardware, model, base, "between-nodes")
+    slow = Cluster(hardware, model, base, "between-nodes", ask_s=50e-6)
+    for tokens, expected in ((1024, 11), (4096, 15), (8192, 18.5)):
+        found = slow.pooled("decode", 1024, tokens, 32).seconds * 1e3
+        assert found == pytest.approx(expected, rel=0.03), f"{tokens}: {found} ms with 50 us for each rank"
+    assert made.threshold("decode", 1024, 32, 1 << 18) == 768
+    assert made.threshold("prefill", 1, 32, 1 << 18) == 86_080
+    products = sum(hardware.gemm_s(8192, n, k) for n, k in ((1536, 4096), (4096, 512), (4096, 4096), (4096, 2048)))
+    assert products == pytest.approx(2.31e-3, rel=0.01)
+    at = [made.alone_s("decode", 1024, tokens) / made.linear_s(1024, 1024) - 1 for tokens in (560, 640)]
+    assert at[0] < 1 < at[1], f"attention passes the rest near 600 tokens: {at}"
