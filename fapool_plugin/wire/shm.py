@@ -155,6 +155,8 @@ class Shm:
             assert body is not None
             yield Packed([header_bytes(header), body], [False, False], HEADER_BYTES + nbytes)
             return
+        if not self._asks:
+            self._lent.clear()  # of answers before, whose room was the base's to give back
         start = slots.take(nbytes) if body is None else None
         if start is not None:
             self._lend(header, slots, start, answer_bytes)

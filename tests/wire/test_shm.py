@@ -155,6 +155,8 @@ def test_eight_outstanding_calls_do_not_wait_in_a_circle(
         carrier = base.carrier
         assert isinstance(carrier, Shm)
         assert not carrier._reserved, "room for answers is kept that have come"
+        assert isinstance(pool.carrier, Shm)
+        assert len(pool.carrier._lent) <= 4, "a rank remembers slots of answers that have gone"
         assert not carrier._lent or carrier._mark > carrier._asked, "slots are kept that were given back"
     finally:
         base.close()
