@@ -31,6 +31,8 @@ REDUCED: dict[str, dict[str, Any]] = {
     "04_long_finetuning.ipynb": {"TOKENS": 300, "STEPS": 2, "THRESHOLD": 200, "QUICK": True},
     "05_keys_on_the_pool.ipynb": {"ROWS": 3, "TOKENS": 200, "NEW_TOKENS": 4},
 }
+BY_DEFAULT = ("01_quickstart.ipynb", "05_keys_on_the_pool.ipynb")
+"""What the others do beside has tests of its own."""
 EXPECTED: dict[str, tuple[str, ...]] = {
     "01_quickstart.ipynb": (
         "prefill: 0 pooled calls, 30 local ones",  # of the short prompt
@@ -106,7 +108,9 @@ def test_every_notebook_has_reduced_parameters() -> None:
 @pytest.mark.processes
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize("name", REDUCED)
+@pytest.mark.parametrize(
+    "name", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.full) for name in REDUCED]
+)
 def test_it_runs_with_smaller_numbers(name: str) -> None:
     ran = with_parameters(nbformat.read(HERE / name, as_version=4), REDUCED[name])
     execute(ran, cell_timeout_s=150)
