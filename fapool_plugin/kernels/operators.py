@@ -1,8 +1,8 @@
 """Which operator computes what: a table in order of choice, each with what it is able to do.
 
 All answer with (out, lse) and take fewer KV heads than query heads; sinks are no operator's, they are counted in after
-the last merge. The order is that of flash-attn's own figures and is not yet measured here. What an operator of a GPU
-is said to be able to do was read in its sources (`flash_attn`, `torch_cuda`). Asks the device of the tensors.
+the last merge. The order is what is expected, and not measured: nothing for GPUs has run. What such an operator is said
+to be able to do was read in its sources (`flash_attn`, `torch_cuda`). Asks the device of the tensors.
 """
 
 from collections.abc import Callable
