@@ -48,6 +48,7 @@ HOMES = {
     "deepspeed": {"integrations.deepspeed"},
     "megatron": {"integrations.megatron"},
     "accelerate": {"integrations.accelerate"},
+    "ray": {"ranks.directory"},
     "flash_attn": {"kernels.flash_attn"},
 }
 # Which homes use others': a host hands its models to transformers' home, and that one splits them by Megatron's layers.

@@ -21,10 +21,11 @@ from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
 from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.observe.prometheus import serve
 from fapool_plugin.observe.trace import Trace
+from fapool_plugin.ranks.directory import library
 from fapool_plugin.ranks.launch import JOINED
 from fapool_plugin.ranks.launched import LaunchedPool
 from fapool_plugin.ranks.local import LocalPool
-from fapool_plugin.ranks.ray import RayPool, library
+from fapool_plugin.ranks.ray import RayPool
 
 
 def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: int = 1) -> ResourceManager:

@@ -1,11 +1,8 @@
-"""A standing pool on Ray: its ranks are detached named actors, which jobs find by name and borrow one by one.
+"""The ranks of a standing pool as a model's own: found by name, linked to, leased if no other job has them.
 
-    fapool pool up ──▶ an actor for each rank ──▶ a worker that listens
-                                                    ▲
-    job: which ranks stand? ── where? ── link ──────┘   lease, keys, answers: over the link, never through Ray
+    job: which ranks stand? ── where? ── link ── lease, keys, answers: over the link, never through Ray
 
-Ray places ranks, names them, restarts them and tells which stand. Nothing secret is said through it: what lets a job
-reach a rank on another machine is the key file that both have. Knows no call and no lease.
+What lets a job reach a rank on another machine is the key file that both have. Knows no call.
 """
 
 from __future__ import annotations
@@ -13,9 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import secrets
-import socket
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +19,8 @@ import torch
 from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
+from fapool_plugin.ranks.directory import join, pools, standing, told
 from fapool_plugin.ranks.launch import link_key
-from fapool_plugin.ranks.standing import StandingRank
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
@@ -32,112 +28,8 @@ from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import connect, machine
 from fapool_plugin.wire.watch import watch_process
 
-NAMESPACE = "fapool"
-_ANSWER_S = 10.0
-"""An actor that does not answer for so long is taken for gone."""
-_OTHERS_S = 0.5
-"""Once a rank has answered, the others are waited for so long: those that have no place yet answer later or never."""
-_CALLERS = 16
-"""Calls of one rank's actor at the same time: none of them computes."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What Ray is asked for each rank."""
-
-    cpus: float
-    gpus: float = 0.0
-    memory_bytes: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)
-    strategy: str = "SPREAD"
-
-
-def library() -> Any:
-    """Ray. Raises FAPoolConfigError if it is not installed."""
-    try:
-        import ray
-    except ImportError:
-        raise FAPoolConfigError('"pool": "ray" needs Ray, which is not installed: pip install "ray>=2.60"') from None
-    return ray
-
-
-def join(address: str | None) -> Any:
-    """Ray, with this process in the cluster at an address; None is the one that it is in, or the one on this machine.
-
-    Raises:
-        FAPoolConfigError: there is no cluster there.
-    """
-    ray = library()
-    if not ray.is_initialized():
-        try:
-            _check_reachable(address)
-            ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise FAPoolConfigError(
-                f"no Ray cluster was found at ray_address {address or 'auto'!r} ({first_line(error)}): start one with "
-                "`fapool pool up` or `ray start --head`, or give its address"
-            ) from None
-    return ray
-
-
-def _check_reachable(address: str | None) -> None:
-    """Ray itself takes half a minute to find out. Raises OSError."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), _ANSWER_S).close()
-
-
-def standing(ray: Any, pool: str) -> dict[int, Any]:
-    """The actors of a pool by rank number."""
-    found = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        name, _, number = actor["name"].rpartition("/")
-        if actor["namespace"] == NAMESPACE and name == pool and number.isdecimal():
-            found[int(number)] = ray.get_actor(actor["name"], namespace=NAMESPACE)
-    return dict(sorted(found.items()))
-
-
-def pools(ray: Any) -> list[str]:
-    """Names of the pools that stand."""
-    named = (a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
-    return sorted({name.rpartition("/")[0] for name in named})
-
-
-def add(ray: Any, pool: str, numbers: Iterable[int], settings: FAPoolConfig, wanted: Request) -> list[Any]:
-    """Asks for ranks with these numbers; each comes when Ray has room for it."""
-    made = []
-    for number in numbers:
-        options: dict[str, Any] = {
-            "name": f"{pool}/{number}",
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "max_restarts": -1,
-            "max_concurrency": _CALLERS,
-            "num_cpus": wanted.cpus,
-            "num_gpus": wanted.gpus,
-            "scheduling_strategy": wanted.strategy,
-        }
-        options |= {"memory": wanted.memory_bytes} if wanted.memory_bytes else {}
-        options |= {"label_selector": dict(wanted.labels)} if wanted.labels else {}
-        device = "cuda:0" if wanted.gpus else "cpu"  # Ray shows a process only its own
-        told = settings.to_dict(), device, ray.get_runtime_context().gcs_address, asdict(wanted)
-        made.append(ray.remote(StandingRank).options(**options).remote(*told))
-    return made
-
-
-def told(ray: Any, actors: dict[int, Any], within_s: float = _ANSWER_S) -> dict[int, dict[str, Any]]:
-    """What each rank says of itself; those that are not placed yet, or do not answer, are missing."""
-    asked = {actor.described.remote(): number for number, actor in actors.items()}
-    ready: list[Any] = []
-    for some, patience_s in ((1, within_s), (len(asked), _OTHERS_S)):
-        ready, _ = ray.wait(list(asked), num_returns=some, timeout=patience_s) if asked else ([], [])
-    found = {}
-    for reference in ready:
-        try:
-            found[asked[reference]] = ray.get(reference)
-        except ray.exceptions.RayError:
-            continue  # it died, or is being made anew
-    return dict(sorted(found.items()))
+_PATIENCE_S = 10.0
+"""For a link, at least."""
 
 
 @dataclass
@@ -232,7 +124,7 @@ class RayPool:
                 "`fapool pool up --link-key-file FILE`"
             )
         key = None if near else link_key(self.config, address)
-        limit_s = min(self.config.start_timeout_s, max(_ANSWER_S, self.config.timeout_s))
+        limit_s = min(self.config.start_timeout_s, max(_PATIENCE_S, self.config.timeout_s))
         link = Link(
             connect(address, limit_s, key, f"{self.config.pool_name}/{number}"),
             self._loop,

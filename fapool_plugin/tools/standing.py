@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from fapool_plugin.config import MIB, FAPoolConfig, FAPoolConfigError
-from fapool_plugin.ranks import ray as standing
+from fapool_plugin.ranks import directory as standing
 from fapool_plugin.tools.options import check_counts, one_line_errors
 
 _LOOK_S = 0.2

@@ -19,7 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from fapool_plugin import FAPoolConfig, FAPoolConfigError, FAPoolForCausalLM
-from fapool_plugin.ranks import ray as standing
+from fapool_plugin.ranks import directory as standing
 from fapool_plugin.tools.cli import app
 from tests.launches import SCRIPTS
 from tests.models import assert_same_tokens, eager, greedily, random_ids, save_model

@@ -1,0 +1,125 @@
+"""Which ranks of standing pools there are, on Ray: detached named actors, made, found by name, asked what they do.
+
+    pool "shared" of 3 ranks:  actors fapool:shared/0, fapool:shared/1, fapool:shared/2, each a StandingRank
+
+Ray places ranks, names them, restarts them and tells which stand. Nothing secret is said through it. Imports no torch;
+knows neither links nor leases.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.ranks.standing import StandingRank
+
+NAMESPACE = "fapool"
+_ANSWER_S = 10.0
+"""An actor that does not answer for so long is taken for gone."""
+_OTHERS_S = 0.5
+"""Once a rank has answered, the others are waited for so long: those that have no place yet answer later or never."""
+_CALLERS = 16
+"""Calls of one rank's actor at the same time: none of them computes."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What Ray is asked for each rank."""
+
+    cpus: float
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    strategy: str = "SPREAD"
+
+
+def library() -> Any:
+    """Ray. Raises FAPoolConfigError if it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise FAPoolConfigError('"pool": "ray" needs Ray, which is not installed: pip install "ray>=2.60"') from None
+    return ray
+
+
+def join(address: str | None) -> Any:
+    """Ray, with this process in the cluster at an address; None is the one that it is in, or the one on this machine.
+
+    Raises:
+        FAPoolConfigError: there is no cluster there.
+    """
+    ray = library()
+    if not ray.is_initialized():
+        try:
+            _check_reachable(address)
+            ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0][:160]
+            raise FAPoolConfigError(
+                f"no Ray cluster was found at ray_address {address or 'auto'!r} ({why}): start one with `fapool pool "
+                "up` or `ray start --head`, or give its address"
+            ) from None
+    return ray
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself takes half a minute to find out. Raises OSError."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), _ANSWER_S).close()
+
+
+def standing(ray: Any, pool: str) -> dict[int, Any]:
+    """The actors of a pool by rank number."""
+    found = {}
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        name, _, number = actor["name"].rpartition("/")
+        if actor["namespace"] == NAMESPACE and name == pool and number.isdecimal():
+            found[int(number)] = ray.get_actor(actor["name"], namespace=NAMESPACE)
+    return dict(sorted(found.items()))
+
+
+def pools(ray: Any) -> list[str]:
+    """Names of the pools that stand."""
+    named = (a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
+    return sorted({name.rpartition("/")[0] for name in named})
+
+
+def add(ray: Any, pool: str, numbers: Iterable[int], settings: FAPoolConfig, wanted: Request) -> list[Any]:
+    """Asks for ranks with these numbers; each comes when Ray has room for it."""
+    made = []
+    for number in numbers:
+        options: dict[str, Any] = {
+            "name": f"{pool}/{number}",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": -1,
+            "max_concurrency": _CALLERS,
+            "num_cpus": wanted.cpus,
+            "num_gpus": wanted.gpus,
+            "scheduling_strategy": wanted.strategy,
+        }
+        options |= {"memory": wanted.memory_bytes} if wanted.memory_bytes else {}
+        options |= {"label_selector": dict(wanted.labels)} if wanted.labels else {}
+        device = "cuda:0" if wanted.gpus else "cpu"  # Ray shows a process only its own
+        told = settings.to_dict(), device, ray.get_runtime_context().gcs_address, asdict(wanted)
+        made.append(ray.remote(StandingRank).options(**options).remote(*told))
+    return made
+
+
+def told(ray: Any, actors: dict[int, Any], within_s: float = _ANSWER_S) -> dict[int, dict[str, Any]]:
+    """What each rank says of itself; those that are not placed yet, or do not answer, are missing."""
+    asked = {actor.described.remote(): number for number, actor in actors.items()}
+    ready: list[Any] = []
+    for some, patience_s in ((1, within_s), (len(asked), _OTHERS_S)):
+        ready, _ = ray.wait(list(asked), num_returns=some, timeout=patience_s) if asked else ([], [])
+    found = {}
+    for reference in ready:
+        try:
+            found[asked[reference]] = ray.get(reference)
+        except ray.exceptions.RayError:
+            continue  # it died, or is being made anew
+    return dict(sorted(found.items()))
