@@ -89,11 +89,11 @@ def _kernels(shape: Shape, device: torch.device, softcap: float, quick: bool) ->
     own: torch.dtype = getattr(torch, shape.dtype)
     head_dim = max(shape.head_dim, shape.v_head_dim)
     if quick:
-        return [(pick_kernel(device.type, own, head_dim, softcap=softcap > 0), own)]
+        return [(pick_kernel(device, own, head_dim, softcap=softcap > 0), own)]
     found = []
     for dtype in dict.fromkeys((own, torch.float32, torch.bfloat16)):
-        best = pick_kernel(device.type, dtype, head_dim, softcap=softcap > 0)
-        names = available_kernels(device.type, dtype, head_dim)
+        best = pick_kernel(device, dtype, head_dim, softcap=softcap > 0)
+        names = available_kernels(device, dtype, head_dim)
         # The best able one, and those after it: only the last, dense, is left where softcap rules others out.
         found += [(name, dtype) for name in names[names.index(best) :]]
     return found
