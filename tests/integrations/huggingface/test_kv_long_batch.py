@@ -92,7 +92,7 @@ def test_long_prompts_in_one_batch(
     with pooled(folder, pool_ranks=2, **settings | {"timeout_s": 30.0}) as model, torch.no_grad():
         if lost_in == "prefill":
             monkeypatch.setattr(OwnedKeys, "sent", lose)
-        watch = {"stopping_criteria": [KillIn(NEW // 2)]} if lost_in == "decode" else {}
+        watch: dict[str, Any] = {"stopping_criteria": [KillIn(NEW // 2)]} if lost_in == "decode" else {}
         tokens, logits = answer(model, *padded_batch(LENGTHS), **watch)
         stats = model.fa_pool.stats()
     assert stats["faults"] == (lost_in != "nothing")
