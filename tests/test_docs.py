@@ -248,7 +248,7 @@ def test_commands_are_understood(document: Path) -> None:
 
 def test_there_are_commands_to_check() -> None:
     shown = {arguments[0] for document in DOCUMENTS for arguments in commands(document.read_text(encoding="utf-8"))}
-    assert shown == {"demo", "generate", "calibrate", "plan", "bench", "doctor", "pool"}
+    assert shown == {"demo", "generate", "calibrate", "plan", "simulate", "bench", "doctor", "pool"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

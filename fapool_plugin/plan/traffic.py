@@ -13,7 +13,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import ceil, inf, nan, nextafter
+from math import ceil, nan
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -166,11 +166,15 @@ class _Run:
     speeds: Speeds
     jobs: list[_Job]
     free: int = 0
+    events: list[tuple[float, int]] = field(default_factory=list)
+    """When which job goes on."""
+    waiting: list[int] = field(default_factory=list)
+    """Jobs that go on when ranks come back."""
     found: Outcome = field(default_factory=Outcome)
 
     def all(self) -> Outcome:
-        self.free = self.setting.pool
-        events = [(job.queue[0].at_s, number) for number, job in enumerate(self.jobs) if job.queue]
+        self.free, events = self.setting.pool, self.events
+        events += [(job.queue[0].at_s, number) for number, job in enumerate(self.jobs) if job.queue]
         heapq.heapify(events)
         while events:
             now, number = heapq.heappop(events)
@@ -184,10 +188,10 @@ class _Run:
                 self.found.base_busy_s += spent
                 self.found.seconds = max(self.found.seconds, now + spent)
                 heapq.heappush(events, (now + spent, number))
+            elif waits:
+                self.waiting.append(number)
             elif job.queue:
-                # Until its next prompt comes, or another job may have given ranks back.
-                then = events[0][0] if waits else job.queue[0].at_s
-                heapq.heappush(events, (nextafter(then, inf) if waits else then, number))
+                heapq.heappush(events, (job.queue[0].at_s, number))
         return self.found
 
     def _is_long(self, request: Request) -> bool:
@@ -199,6 +203,8 @@ class _Run:
         if job.ranks and not longs and not (waits and self._is_long(job.queue[0])):
             self.found.leased_s += (now - job.since) * job.ranks
             self.free, job.ranks = self.free + job.ranks, 0
+            while self.waiting:
+                heapq.heappush(self.events, (now, self.waiting.pop()))
 
     def _prompt(self, job: _Job, now: float) -> float | None:
         """Seconds of the oldest prompt; None if it has to wait for room."""

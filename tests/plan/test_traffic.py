@@ -59,12 +59,21 @@ def test_a_lease_lasts_as_long_as_what_is_long() -> None:
     assert found.leases == 1
 
 
+def test_a_short_prompt_is_not_pooled_beside_a_long_one() -> None:
+    found = simulate([Request(0, 8000, 500), Request(1, 1000, 2)], POOLED, Plain())
+    (short,) = [one for one in found.served if not one.long]
+    assert short.first_s == pytest.approx(0.5 + 4.0 + 1.0 - 1.0)
+
+
 def test_jobs_share_the_pool() -> None:
     two = Setting(jobs=2, pool=4, lease=4, threshold=5000)
     found = simulate([Request(0, 8000, 2), Request(0, 8000, 2)], two, Plain())
     assert sorted(round(one.first_s, 2) for one in found.served) == [4.0, 8.0], "one of them found no ranks"
     assert (found.leases, found.unleased) == (1, 1)
-    # With too little room alone it waits for the ranks.
+    # With too little room alone they wait for the ranks, however many wait.
+    four = Setting(jobs=4, pool=4, lease=4, threshold=5000)
+    found = simulate([Request(0, 8000, 2)] * 4, four, Plain(most=5000, more=10_000))
+    assert sorted(round(one.first_s, 1) for one in found.served) == [4.0, 8.0, 12.0, 16.0]
     found = simulate([Request(0, 8000, 2), Request(0, 8000, 2)], two, Plain(most=5000, more=10_000))
     assert sorted(round(one.first_s, 2) for one in found.served) == [4.0, pytest.approx(8.01, abs=0.01)]
     assert (found.leases, found.unleased, found.refused) == (2, 0, 0)

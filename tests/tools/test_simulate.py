@@ -51,6 +51,7 @@ def test_speeds_are_the_planners() -> None:
     speeds = Planned(made)
     assert speeds.step_s(8, 4096, 0) == made.alone_s("decode", 8, 4096)
     assert speeds.prompt_s(32_768, 2) == made.pooled("prefill", 1, 32_768, 2).seconds
+    assert made.pooled("prefill", 1, 64, 2).seconds > made.alone_s("prefill", 1, 64) == speeds.prompt_s(64, 2)
     low, high = (made.alone_s("decode", 8, tokens) for tokens in (4096, 6144))
     assert speeds.step_s(7, 5120, 0) == pytest.approx((low + high) / 2), "rows are rounded up, tokens lie between"
     # 80 GiB less reserve for 2 GPUs, less 16 GB of weights, 128 KiB a token.
