@@ -37,10 +37,10 @@ def run(report: Report) -> None:
         pool = LocalPool(FAPoolConfig(pool_ranks=1, timeout_s=10.0, start_timeout_s=60.0, carrier=carrier))
         try:
             with report.part(f"carrier {carrier}"):
-                rank, seconds = _leased(pool)
+                rank, seconds = _leased(report, pool)
                 report.passed(f"carrier {carrier} is agreed on", rank.counters.carrier == carrier)
                 report.figure("first pool rank ready", seconds, "s")
-                cost = measure_link(rank)
+                cost = measure_link(rank, device=report.device)
                 for way, fit in (("to the rank", cost.to_rank), ("to the base", cost.to_base)):
                     report.figure(f"{carrier}, {way}: an empty message", fit.a * 1e6, "us")
                     report.figure(f"{carrier}, {way}", 1e-9 / fit.b if fit.b else float("nan"), "GB/s")
@@ -87,17 +87,17 @@ def _killed(report: Report, pool: LocalPool, rank: PoolRank) -> None:
     killer.start()
     try:
         while True:
-            measure_link(rank, quick=True)
+            measure_link(rank, quick=True, device=report.device)
     except LinkLost:
         report.figure("a rank's death is known after, at most", time.perf_counter() - killed, "s")
     x = torch.ones(1 << 20, device=report.device)
     report.passed("the context still works", float((x * 2).sum()) == 2.0 * x.numel())
-    _, seconds = _leased(pool)
+    _, seconds = _leased(report, pool)
     report.passed("a new link works", True, f"after {seconds:.2f} s")
 
 
-def _leased(pool: LocalPool) -> tuple[PoolRank, float]:
+def _leased(report: Report, pool: LocalPool) -> tuple[PoolRank, float]:
     began = time.perf_counter()
-    rank = PoolRank(0, pool.acquire(lambda text: None)[0], secrets.randbits(62), RankCounters(0))
+    rank = PoolRank(0, pool.acquire(lambda text: None, report.device)[0], secrets.randbits(62), RankCounters(0))
     rank.open()
     return rank, time.perf_counter() - began
