@@ -112,7 +112,7 @@ class Stream:
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
 @pytest.mark.parametrize("mode", ["line", "query_blocks"])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(3, marks=pytest.mark.full)])
 def test_any_history_of_calls_is_exact(
     managers: Callable[..., ResourceManager], ranks: int, mode: str, data: st.DataObject
 ) -> None:

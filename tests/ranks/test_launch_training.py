@@ -81,7 +81,7 @@ def everything_was_pooled(stats: dict[str, Any], steps: int, *, blocks: int = 3)
 
 
 # The first stage is trained by two nodes, too.
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1)), 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2)), 3])
 def test_zero(folder: Path, tmp_path: Path, stage: int) -> None:
     monitored = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "job"}}
     config = write(Setting(tmp_path, settings(stage) | monitored))

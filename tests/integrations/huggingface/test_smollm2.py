@@ -77,8 +77,8 @@ def check(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     assert_same_tokens(got[0], want[0])
 
 
-def test_6000_tokens_with_one_pool_rank(folder: Path) -> None:
-    check(pooled(folder, 6000, pool_ranks=1), reference(folder, 6000, torch.float32))
+def test_2500_tokens_with_one_pool_rank(folder: Path) -> None:
+    check(pooled(folder, 2500, pool_ranks=1, threshold=1024), reference(folder, 2500, torch.float32))
 
 
 @pytest.mark.full

@@ -62,7 +62,7 @@ SPOILS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-@pytest.mark.parametrize("blocks", [1, None])
+@pytest.mark.parametrize("blocks", [pytest.param(1, marks=pytest.mark.full), None])
 def test_gradients_that_are_not_finite(llama: Path, spoil: str, blocks: int | None) -> None:
     """In the same places as without the plugin, alike elsewhere, and none is left for the next step."""
     ids, reference = random_ids(2, LONG), plain(llama, attn_implementation="sdpa")

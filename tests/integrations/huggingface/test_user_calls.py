@@ -171,7 +171,7 @@ def test_another_attention_after_loading(model: Any, folder: Path) -> None:
 # Compilers and transforms
 
 
-@pytest.mark.parametrize("way", ["wrapped", "method", "layers"])
+@pytest.mark.parametrize("way", ["wrapped", pytest.param("method", marks=pytest.mark.full), "layers"])
 def test_a_compiled_model(folder: Path, way: str) -> None:
     """Short forwards are compiled as the plain model's, long ones pooled as one block outside of the graph."""
     reference, net = plain(folder), wrapped(plain(folder))
