@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,7 +79,8 @@ def standing(ray: Any, pool: str) -> dict[int, Any]:
     for actor in ray.util.list_named_actors(all_namespaces=True):
         name, _, number = actor["name"].rpartition("/")
         if actor["namespace"] == NAMESPACE and name == pool and number.isdecimal():
-            found[int(number)] = ray.get_actor(actor["name"], namespace=NAMESPACE)
+            with suppress(ValueError):  # it has ended meanwhile
+                found[int(number)] = ray.get_actor(actor["name"], namespace=NAMESPACE)
     return dict(sorted(found.items()))
 
 

@@ -63,11 +63,14 @@ class RayPool:
     def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         """Links to every rank that stands, those on this machine first; the pool has said where they compute. Raises
         RuntimeError if there is none."""
-        actors = standing(self._ray, self.config.pool_name)
+        try:
+            actors = standing(self._ray, self.config.pool_name)
+            said = told(self._ray, actors)
+        except self._ray.exceptions.RayError as error:
+            raise RuntimeError(f"the Ray cluster does not answer: {first_line(error)}") from error
         for number, rank in list(self._ranks.items()):
             if rank.link.lost or number not in actors:
                 self.discard(number, rank.link.lost or "it left the pool")
-        said = told(self._ray, actors)
         problems = [f"pool rank {number} does not answer" for number in actors if number not in said]
         for number, one in said.items():
             if one["state"] == "leaving" and number in self._ranks:

@@ -187,6 +187,8 @@ def demo(
             config = config.model_copy(update={"profile": planning.kept_profile(Path(job.model), setting)})
         run, reference = screens.execute(job, config, compare=True)
         screens.show(run, reference)
+        for line in clusters.elsewhere(tokens):
+            typer.echo(line)
         if json_file is not None:
             screens.write_result(json_file, run, reference)
         raise typer.Exit(screens.explain(run, reference, config))

@@ -21,10 +21,8 @@ from fapool_plugin.plan.alternatives import Outlook
 from fapool_plugin.plan.cluster import Cluster, Model
 from fapool_plugin.plan.hardware import Hardware, Kind
 
-FOLDERS = (
-    Path(__file__).resolve().parents[2] / "configs" / "hardware",
-    Path(sys.prefix) / "share" / "fapool_plugin" / "hardware",
-)
+_HOMES = Path(__file__).resolve().parents[2] / "configs", Path(sys.prefix) / "share" / "fapool_plugin"
+FOLDERS = tuple(home / "hardware" for home in _HOMES)
 """Where hardware's files are: in a checkout, and where a wheel puts them."""
 SLOW = "between-nodes-slow"
 """The second bound of what is between nodes."""
@@ -96,6 +94,30 @@ def read_model(path: Path, base: int | None) -> tuple[Model, int]:
         vocab=vocab,
         gated=model.get("model_type") not in _TWO_MATRICES,
     ), ranks
+
+
+def elsewhere(tokens: int) -> list[str]:
+    """What a prompt of this length, and a step of 64 such sequences, would take a larger model on GPUs: a line each.
+    Nothing where the files for it are not."""
+    found = [home / "models" / "llama3_8b.json" for home in _HOMES]
+    if not any(path.is_file() for path in found):
+        return []
+    model, base = read_model(next(path for path in found if path.is_file()), 8)
+    cluster, lines = Cluster(find_hardware("h100-sxm"), model, base, "same-node"), []
+    kinds: tuple[tuple[Kind, int, str], ...] = (
+        ("prefill", 1, f"a prompt of {tokens} tokens"),
+        ("decode", 64, "a step of 64 such sequences"),
+    )
+    for kind, batch, what in kinds:
+        row = Outlook(cluster, kind, batch, tokens, base)
+        since = cluster.threshold(kind, batch, base, _THRESHOLD_UP_TO)
+        assert row.pooled is not None
+        lines.append(
+            f"planned for Llama-3-8B on {base} H100 and {base} more as pool ranks, by public tables, not run: {what} "
+            f"takes {row.alone_s * 1e3:.3g} ms alone and {row.pooled.seconds * 1e3:.3g} with the pool; attention takes "
+            f"longer than all the rest {_since(since)}"
+        )
+    return lines
 
 
 def predict(cluster: Cluster, lengths: Sequence[int], pool_ranks: Sequence[int], batch: int) -> list[Found]:

@@ -193,6 +193,28 @@ def test_what_cannot_be_had_is_told_in_one_sentence(cluster: Any, folder: Path, 
     assert "no pool nowhere stands" in ran.stderr
 
 
+@pytest.mark.parametrize("how", ["the cluster does not answer", "a rank ends between two questions"])
+def test_what_ray_says_in_the_middle_costs_no_token(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ray.util.list_named_actors
+
+    def listed(**how_many: Any) -> Any:
+        if how == "the cluster does not answer":
+            raise ray.exceptions.RaySystemError("gone")
+        return [*real(**how_many), {"name": f"{pool}/7", "namespace": standing.NAMESPACE}]
+
+    with job(folder, pool) as model:
+        monkeypatch.setattr(ray.util, "list_named_actors", listed)
+        if how == "the cluster does not answer":
+            with pytest.warns(RuntimeWarning, match="the Ray cluster does not answer"):
+                assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        else:
+            assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+            assert model.fa_pool.stats()["prefill"]["pooled_calls"], model.fa_pool.stats()["events"]
+        monkeypatch.undo()
+
+
 def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(FAPoolConfigError, match=r"no Ray cluster was found at ray_address '127.0.0.1:9'"):

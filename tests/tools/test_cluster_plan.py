@@ -12,7 +12,7 @@ from fapool_plugin.plan.alternatives import Outlook
 from fapool_plugin.plan.cluster import Cluster
 from fapool_plugin.plan.hardware import Hardware
 from fapool_plugin.tools import cli
-from fapool_plugin.tools.cluster import read_model
+from fapool_plugin.tools.cluster import elsewhere, read_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "configs" / "paper_8base_32pool.json"
@@ -104,3 +104,17 @@ def test_a_model_that_does_not_say_how_many_share_it(tmp_path: Path) -> None:
     assert "give --base-ranks" in done.output, done.output
     (tmp_path / "config.json").write_text("[]")
     assert "holds no settings" in invoke("plan", "--hardware", "a100-sxm", "--config", tmp_path / "config.json").output
+
+
+def test_the_demos_last_lines_are_the_plans(tmp_path: Path) -> None:
+    path, model = tmp_path / "plan.json", ROOT / "configs" / "models" / "llama3_8b.json"
+    told = ["--base-ranks", 8, "--batch", 64, "--lengths", 6000, "--pool-ranks", 8, "--link", "same-node"]
+    done = invoke("plan", "--hardware", "h100-sxm", "--config", model, *told, "--json", path)
+    assert done.exit_code == 0, done.stderr
+    plans = {one["kind"]: one for one in json.loads(path.read_text(encoding="utf-8"))["plans"]}
+    lines = dict(zip(("prefill", "decode"), elsewhere(6000), strict=True))
+    for kind, line in lines.items():
+        row = next(row for row in plans[kind]["rows"] if row["pool_ranks"] == 8)
+        alone, pooled = (f"{seconds * 1e3:.3g}" for seconds in (row["alone_s"], row["pooled"]["seconds"]))
+        assert f"takes {alone} ms alone and {pooled} with the pool" in line
+        assert f"from {plans[kind]['thresholds']['8']} tokens on" in line
