@@ -18,6 +18,7 @@ from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
@@ -157,6 +158,19 @@ def join(config: FAPoolConfig, environment: MutableMapping[str, str] = os.enviro
         environment.update(_world_of_base_ranks(placement, launch, local_rank, host, environment))
         JOINED.set(launch)
     return launch, store
+
+
+def job_token(environment: MutableMapping[str, str] = os.environ) -> int | None:
+    """A lease that all base ranks of one launch name alike without a word between them, other launches differently;
+    None: this process is alone. No secret: who may link to a rank does not depend on it."""
+    world = _number(environment, _WORLD)
+    if not world or world == 1:
+        return None
+    host = environment.get("MASTER_ADDR", "")
+    where = host if host not in ("", "localhost", "127.0.0.1", "::1") else machine()
+    names = ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    run = "/".join([where, str(os.getuid()), *(environment.get(name, "") for name in names)])
+    return int.from_bytes(blake2b(run.encode(), digest_size=8).digest(), "little") >> 2
 
 
 def link_key(config: FAPoolConfig, bind: str, *, warns: bool = False) -> bytes | None:

@@ -40,11 +40,6 @@ def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: i
         FAPoolConfigError: as :func:`pool_maker` does.
         OSError: the trace cannot be written, or the port not be had.
     """
-    if config.enabled and config.pool == "ray" and base_ranks > 1:
-        raise FAPoolConfigError(
-            f'"pool": "ray" lends ranks to a model on one base rank, and {base_ranks} share this one: set "pool": '
-            '"launch" or "local"'
-        )
     manager = ResourceManager(config, pool_maker(config), agree, base_ranks)
     if not config.enabled:
         return manager

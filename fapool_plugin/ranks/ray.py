@@ -20,7 +20,7 @@ from fapool_plugin.base.lease import Outstanding, RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.directory import join, pools, standing, told
-from fapool_plugin.ranks.launch import link_key
+from fapool_plugin.ranks.launch import job_token, link_key
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
@@ -50,6 +50,7 @@ class RayPool:
     config: FAPoolConfig
     shared: ClassVar[bool] = True
     _ranks: dict[int, _Rank] = field(default_factory=dict)
+    _token: int | None = field(default_factory=job_token)
     _owner: int = field(default_factory=os.getpid)
     _loop: Loop = field(default_factory=Loop)
 
@@ -57,8 +58,8 @@ class RayPool:
         self._ray = join(self.config.ray_address)
 
     def new_token(self) -> int:
-        """A lease of its own each time."""
-        return secrets.randbits(62)
+        """A lease of its own each time; base ranks of one launch share theirs, as one job."""
+        return self._token if self._token is not None else secrets.randbits(62)
 
     def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         """Links to every rank that stands, those on this machine first; the pool has said where they compute. Raises

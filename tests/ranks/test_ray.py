@@ -16,11 +16,16 @@ import psutil
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from typer.testing import CliRunner
 
 from fapool_plugin import FAPoolConfig, FAPoolConfigError, FAPoolForCausalLM
+from fapool_plugin.base.agreement import agree_over
+from fapool_plugin.integrations.tensor_parallel.parallel import load_parallel
 from fapool_plugin.ranks import directory as standing
 from fapool_plugin.tools.cli import app
+from tests.base_ranks import base_ranks
+from tests.conftest import child_processes
 from tests.launches import SCRIPTS
 from tests.models import assert_same_tokens, eager, greedily, random_ids, save_model
 
@@ -35,13 +40,11 @@ NEW = 6
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A Ray cluster of this machine, with no pool on it."""
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before = set(child_processes())
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield ray
     ray.shutdown()
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    _, alive = psutil.wait_procs(left, timeout=20)
-    assert not alive, f"{[child.cmdline() for child in alive]} outlived the cluster"
+    until(lambda: set(child_processes()) <= before, "the cluster's processes end", seconds=20)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,36 @@ def test_a_killed_rank_costs_no_token_and_comes_again(
         del out
         assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
         assert model.fa_pool.stats()["faults"] == 1
+
+
+def divided(group: ProcessGroup, folder: Path, pool: str, address: str, ids: Tensor) -> tuple[Tensor, list[int]]:
+    """What one of the base ranks of a launch generates, and the ranks that it has leased."""
+    from fapool_plugin.integrations.megatron import layers
+
+    os.environ.update(WORLD_SIZE=str(group.size()), MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    whole = load_parallel(folder, group, layers)
+    settings = {"pool": "ray", "pool_name": pool, "pool_ranks": 8, "ray_address": address, "threshold": 16}
+    settings |= {"activation": "length", "blocks": 1, "timeout_s": 5.0}
+    model = FAPoolForCausalLM.wrap(whole, settings, agree=agree_over(group), base_ranks=group.size())
+    with model.fa_pool, torch.no_grad():
+        kept = model(ids, use_cache=True).past_key_values
+        leased = model.fa_pool.stats()["leased_ranks"]
+        del kept
+        tokens = model.generate(ids, **greedily(NEW))
+        assert model.fa_pool.stats()["faults"] == 0, model.fa_pool.stats()["events"]
+    ray.shutdown()
+    return tokens, leased
+
+
+def test_base_ranks_of_one_launch_are_one_job(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor, tmp_path: Path
+) -> None:
+    with base_ranks(tmp_path) as ranks:
+        found = ranks.run(2, divided, folder, pool, ray.get_runtime_context().gcs_address, ids)
+    for tokens, leased in found:
+        assert leased == [0, 1]
+        assert_same_tokens(tokens, plain)
+    until(lambda: states(pool) == ["free", "free"], "the lease is given back by both")
 
 
 def test_a_killed_job_frees_its_ranks(folder: Path, pool: str) -> None:
