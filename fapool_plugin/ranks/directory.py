@@ -42,7 +42,9 @@ def library() -> Any:
     try:
         import ray
     except ImportError:
-        raise FAPoolConfigError('"pool": "ray" needs Ray, which is not installed: pip install "ray>=2.60"') from None
+        raise FAPoolConfigError(
+            '"pool": "ray" needs Ray, which is not installed: pip install fapool-plugin[ray]'
+        ) from None
     return ray
 
 

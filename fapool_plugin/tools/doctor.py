@@ -53,6 +53,7 @@ def examine() -> list[Check]:
         _transformers(),
         _installed("accelerate", "accelerate", "hf"),
         _installed("gguf", "gguf", "hf"),
+        _installed("ray", "ray", "ray"),
         _memory(),
         _cores(),
         _shared_memory(),
