@@ -137,8 +137,9 @@ class Striker:
     def kill(self, *ranks: int) -> None:
         self.outstanding, began = self.asked - self.answered, time.monotonic()
         for rank in ranks:
-            os.kill(self.pids[rank], signal.SIGKILL)
-            psutil.wait_procs([psutil.Process(self.pids[rank])], 5)
+            process = psutil.Process(self.pids[rank])
+            process.kill()  # the system may collect it before the next line
+            psutil.wait_procs([process], 5)
             link = self.model.fa_pool.ranks[rank].link
             assert link.loop.wait(lambda link=link: link.lost, lambda: began + 10)
 

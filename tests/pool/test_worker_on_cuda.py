@@ -16,6 +16,7 @@ from fapool_plugin.pool.partial_results import PartialResults
 from fapool_plugin.pool.worker import Worker
 from fapool_plugin.wire.messages import Header, Message, Op, Status, dtype_code, float_bits, rooms
 from tests.fake_cuda import fake_cuda
+from tests.recorded_streams import Ticks
 
 ROWS, KV_HEADS, GROUP, D, E, QUERIES, KEYS = 2, 2, 3, 64, 64, 20, 50
 Q, K, V = ROWS * KV_HEADS * GROUP * QUERIES, ROWS * KV_HEADS * KEYS, ROWS * KV_HEADS * KEYS
@@ -49,7 +50,9 @@ def answered(answer: tuple[Header, list[list[Tensor]]], dtypes: list[torch.dtype
 @pytest.mark.parametrize("keep", [0, 1, 2, 3])
 def test_a_request_is_computed_without_a_wait(dtype: torch.dtype, keep: int) -> None:
     with fake_cuda() as called:
-        worker = Worker(cast(Inbox, SimpleNamespace(steps=0)), 2**24, torch.device("cuda"))
+        inbox = cast(Inbox, SimpleNamespace(steps=0, step=lambda: None))
+        worker = Worker(inbox, 2**24, torch.device("cuda"))
+        worker.clock._events = Ticks()
         answered(worker.attend(request(Op.ATTEND, dtype, keep)), [dtype, torch.float32])  # type: ignore[arg-type]
         gradients = worker.backward(request(Op.BACKWARD, dtype, 2 if keep == 2 else 0))
         answered(gradients, [dtype] * 3)  # type: ignore[arg-type]
