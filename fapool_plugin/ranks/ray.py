@@ -11,6 +11,7 @@ import functools
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,7 +64,9 @@ class RayPool:
 
     def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         """Links to every rank that stands, those on this machine first; the pool has said where they compute. Raises
-        RuntimeError if there is none."""
+        RuntimeError if there is none, FAPoolConfigError if there is no cluster."""
+        # A script may have left the cluster; asked anything then, Ray would start a cluster of its own.
+        self._ray = join(self.config.ray_address)
         try:
             actors = standing(self._ray, self.config.pool_name)
             said = told(self._ray, actors)
@@ -100,7 +103,9 @@ class RayPool:
         known = self._part(rank, reason)
         if known is None:
             return ""
-        known.actor.give_up.remote(known.pid)
+        if self._ray.is_initialized():
+            with suppress(self._ray.exceptions.RayError):  # the call goes on without this rank, whoever hears of it
+                known.actor.give_up.remote(known.pid)
         return f" (pid {known.pid})"
 
     def close(self) -> None:

@@ -93,8 +93,8 @@ class StandingRank:
                 end(self._process, 0.0)
 
     def leave(self, patience_s: float) -> None:
-        """Grants no lease any more, and ends once the one there is has been given back, at the latest after
-        ``patience_s``. Returns when it has ended."""
+        """Jobs are told, and take no new lease; the rank ends once the one that it has is given back, at the latest
+        after ``patience_s``. Returns when it has ended."""
         with self._lock:
             self._leaves_by = time.monotonic() + patience_s
         self._ended.wait(patience_s + 2 * _WORD_S)

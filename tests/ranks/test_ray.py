@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,6 +246,34 @@ def test_what_ray_says_in_the_middle_costs_no_token(
         else:
             assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
             assert model.fa_pool.stats()["prefill"]["pooled_calls"], model.fa_pool.stats()["events"]
+        monkeypatch.undo()
+
+
+def test_a_script_that_leaves_the_cluster_loses_no_token(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a sequence a rank dies, and Ray is not there to be told; the next sequence finds no cluster."""
+
+    def refused(**_: Any) -> None:
+        raise ConnectionError("no cluster")
+
+    with job(folder, pool) as model, torch.no_grad():
+        cache = model(ids[:, :100], use_cache=True).past_key_values
+        assert leased(model) == 2
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", refused)
+        monkeypatch.setattr(ray.actor.ActorMethod, "remote", lambda *_, **__: pytest.fail("Ray would start a cluster"))
+        os.kill(model.fa_pool._pool._ranks[0].pid, signal.SIGKILL)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert_same_tokens(model.generate(ids, past_key_values=cache, **greedily(NEW)), plain)
+            del cache
+            model.fa_pool.reap()
+            assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        assert model.fa_pool.stats()["faults"], model.fa_pool.stats()["events"]
+        texts = [str(one.message) for one in told]
+        assert any("pool rank 0" in text for text in texts), texts
+        assert any("no Ray cluster was found" in text for text in texts), texts
         monkeypatch.undo()
 
 
