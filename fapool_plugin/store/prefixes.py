@@ -29,6 +29,11 @@ class Prefixes:
     v: Tensor
     lengths: np.ndarray[Any, Any]
 
+    def length(self, box: Box) -> int:
+        """The positions that all lanes of a box inside have."""
+        lengths = self.lengths if box == self.box else self.lengths[box.inside(self.box)]
+        return int(lengths.item() if lengths.size == 1 else lengths.min())
+
     @property
     def nbytes(self) -> int:
         return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
@@ -107,10 +112,12 @@ class PrefixStore:
         self._sequences.move_to_end(sequence)
         box = tile.box
         found = self._meeting(sequence, layer, box)
+        if len(found) == 1 and found[0].box.covers(box):
+            return found[0].length(box)
         if sum(box.common(one.box).lanes for one in found) < box.lanes:
             return 0
         prefixes = self._room(sequence, layer, box, found[0].k, found[0].v, 0, 0)
-        return int(prefixes.lengths[box.inside(prefixes.box)].min()) if prefixes is not None else 0
+        return prefixes.length(box) if prefixes is not None else 0
 
     def get(self, sequence: int, layer: int, tile: Tile) -> tuple[Tensor, Tensor]:
         """Views (rows, heads, keys, D) and (rows, heads, keys, E) of a tile's keys; :meth:`length` says if they are
