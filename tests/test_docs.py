@@ -111,6 +111,9 @@ def test_the_documented_configuration_is_the_codes() -> None:
         for name, field in FAPoolConfig.model_fields.items()
     ]
     assert rows == expected
+    defaults = {name: default for name, default, _ in expected}
+    for name, default, _ in table(read("README.md"), "key"):
+        assert defaults[name] == default, f"README says {name} is {default}, it is {defaults[name]}"
 
 
 def test_the_protocols_tables_are_the_codes() -> None:
