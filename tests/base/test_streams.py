@@ -162,7 +162,7 @@ def test_a_model_in_blocks(tmp_path: Path, kv_home: str) -> None:
     folder, ids = save_model("llama", tmp_path, max_position_embeddings=1024), random_ids(2, 300)
     reference = eager(folder)
     with in_blocks(folder, 4, pool_ranks=2, kv_home=kv_home) as model, torch.no_grad():
-        model.fa_pool._make_pool, model.fa_pool.copies = RecordedPool, Copies(Recorder())
+        model.fa_pool.leases.source, model.fa_pool.copies = RecordedPool, Copies(Recorder())
         got, want = model(ids), reference(ids)
         assert_close(got.logits, want.logits)
         token = ids[:, :1]
