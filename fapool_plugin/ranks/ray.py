@@ -7,7 +7,6 @@ What lets a job reach a rank on another machine is the key file that both have. 
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 from collections.abc import Callable
@@ -17,17 +16,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from fapool_plugin.base.lease import Outstanding, RanksStarting
+from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.directory import join, pools, standing, told
 from fapool_plugin.ranks.launch import job_token, link_key
+from fapool_plugin.ranks.linked import linked
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
-from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import connect, machine
-from fapool_plugin.wire.watch import watch_process
 
 _PATIENCE_S = 10.0
 """For a link, at least."""
@@ -134,20 +132,9 @@ class RayPool:
             )
         key = None if near else link_key(self.config, address)
         limit_s = min(self.config.start_timeout_s, max(_PATIENCE_S, self.config.timeout_s))
-        link = Link(
-            connect(address, limit_s, key, f"{self.config.pool_name}/{number}"),
-            self._loop,
-            name=f"pool rank {number}",
-            timeout_s=self.config.timeout_s,
-            asks=True,
-            check=Outstanding(),
-            address=address,
-            ring_bytes=RING_BYTES if near and self.config.carrier != "inline" else 0,
-        )
+        sock = connect(address, limit_s, key, f"{self.config.pool_name}/{number}")
+        link = linked(sock, self._loop, self.config, number, said["pid"] if near else None, address)
         try:
-            if near:
-                ended = f"its process {said['pid']} has ended"
-                watch_process(self._loop, said["pid"], functools.partial(link.fail, ended))
             link.wait_until_heard(limit_s)
         except (OSError, LinkLost):
             link.close()
