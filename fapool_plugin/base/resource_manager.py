@@ -151,6 +151,8 @@ class ResourceManager:
         decided = local
         try:
             self._reap()
+            if sequence.owned is None:  # else its keys come first
+                self.leases.heed(share=not self.batches)
             self.leases.current = sequence.id
             if wanted and geometry is not None and not self.is_closed:
                 asked = replace(local, geometry=geometry, sequence=sequence, lasting=lasting)
@@ -248,6 +250,15 @@ class ResourceManager:
         """A rank that fails in this block is given up, and work goes on."""
         return self.leases.guard(rank)
 
+    def heed(self) -> None:
+        """Before a sequence whose keys have owners goes on: ranks that leave are given back, unless a forward of
+        another thread uses them."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self.leases.heed(share=False)
+            finally:
+                self._busy.release()
+
     def borrow(self, length: int, sequence_id: int) -> list[PoolRank]:
         """Ranks for a sequence's backward, outside any forward: the lease there is, or a new one."""
         if not (self.ranks or self.is_closed or self.leases.is_forked):
@@ -304,4 +315,6 @@ class ResourceManager:
 
     def _activate(self, length: int, sequence: SequenceState | None) -> None:
         why = f"a sequence of {length} tokens, threshold {self.threshold}"
-        self.leases.take(why, sequence.id if sequence is not None else None)
+        # Keys that have owners stay where they are.
+        more = sequence is not None and sequence.owned is None
+        self.leases.take(why, sequence.id if sequence is not None else None, more=more)

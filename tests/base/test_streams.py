@@ -183,7 +183,7 @@ def test_the_next_request_is_launched_before_the_last_answer_is_awaited(monkeypa
         link = Link(base, base_loop, name="rank", timeout_s=5.0, asks=True)
         inbox = Inbox(pool_loop, 1.0)
         worker = Worker(inbox, 2**20, torch.device("cpu"))
-        worker.copies, worker.clock._events, worker.lease = Copies(recorder), Ticks(0.001), 7
+        worker.copies, worker.clock._events, worker.lease.token = Copies(recorder), Ticks(0.001), 7
         worker.clock.move_to(GPU)
         real = worker.attend
 

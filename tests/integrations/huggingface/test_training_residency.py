@@ -81,7 +81,7 @@ def settle(manager: Any) -> list[int]:
     for rank in manager.ranks:
         rank.open()
     deadline = time.monotonic() + 5
-    while not manager.ranks and any(worker.lease is not None for worker in workers(manager)):
+    while not manager.ranks and any(worker.lease.token is not None for worker in workers(manager)):
         assert time.monotonic() < deadline, "a lease that was given back has not ended"
         time.sleep(0.01)
     return [worker.prefixes.reserved for worker in workers(manager)]
