@@ -71,6 +71,11 @@ class FAPoolConfig(BaseModel):
     ray_address: str | None = Field(
         None, description="With ray: the cluster's address; null: the one that this process or this machine is in."
     )
+    idle_keys_s: float | None = Field(
+        60.0,
+        gt=0,
+        description="With ray: a rank that is asked nothing for so many seconds may be recalled; null: not.",
+    )
     pool_placement: Literal["last", "per_node"] = Field(
         "last",
         description="Which ranks of a launch become pool ranks: the last of all, or the last of each node.",
@@ -110,10 +115,7 @@ class FAPoolConfig(BaseModel):
         "measurement at the first activation.",
     )
     release_ratio: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="The lease goes back once the longest sequence is below release_ratio * threshold.",
+        0.5, gt=0, le=1, description="The lease goes back once the longest sequence is below this times threshold."
     )
     partition: Literal["line", "query_blocks"] = Field(
         "line",

@@ -25,7 +25,7 @@ def save_long(name: str, folder: Path, **changes: Any) -> Path:
 def in_blocks(folder: Path, blocks: int | None, **changes: Any) -> Iterator[Any]:
     """The model with pool ranks that are threads, its prompts cut into so many blocks."""
     model = load_pooled(folder, blocks=blocks, **changes)
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     with model.fa_pool:
         yield model
 

@@ -57,8 +57,8 @@ def answers(folder: Path) -> dict[str, Any]:
         found["gradients"] = {name: parameter.grad for name, parameter in model.named_parameters()}
         # Only one of the ranks loses its pool rank; the forwards of both go on together.
         if rank == 1:
-            assert isinstance(pool._pool, LocalPool)
-            os.kill(pool._pool.pids()[0], signal.SIGKILL)
+            assert isinstance(pool.leases.pool, LocalPool)
+            os.kill(pool.leases.pool.pids()[0], signal.SIGKILL)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found["last"] = mm.steps(model, context, pieces[-1:])[0]

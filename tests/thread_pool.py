@@ -53,7 +53,7 @@ class ThreadPool:
     bases = 1
     ring_bytes = 0
     """Of the memory for bodies; 0: they go over the sockets."""
-    shared = False
+    look = None
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self.loop = config, Loop()

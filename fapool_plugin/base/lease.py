@@ -9,16 +9,28 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
 
+from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Counters, RankCounters
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLost, Message, Op, Payload, Status, rooms
+from fapool_plugin.wire.messages import (
+    PROTOCOL_VERSION,
+    STEP_S,
+    Header,
+    LinkLost,
+    Message,
+    Op,
+    Payload,
+    Status,
+    Wishes,
+    rooms,
+)
 
 _STEPS = 4
 """A rank that takes so many times as long for a step as it should does not get on."""
@@ -108,8 +120,15 @@ class Outstanding:
 class PoolRank:
     """One leased pool rank, seen from the base."""
 
-    def __init__(self, number: int, link: Link, token: int, counters: RankCounters) -> None:
+    def __init__(
+        self, number: int, link: Link, token: int, counters: RankCounters, idle_s: float | None = None
+    ) -> None:
         self.number, self.link, self.token, self.counters = number, link, token, counters
+        self.idle_s = idle_s
+        """Seconds without a request after which another job may have it; None: never."""
+        self.busy_s = 0.0
+        """For how long another job has had it, if it was refused."""
+        self.since = time.monotonic()
         self.key = secrets.randbits(62)
         """Names this rank in this lease, so that residency never outlives the lease."""
         self.lost = False
@@ -140,11 +159,21 @@ class PoolRank:
         """Seconds without any progress after which it is given up."""
         return max(self.link.timeout_s, _STEPS * STEP_S)
 
-    def open(self, *, shared: bool = False) -> bool:
+    @property
+    def is_recalled(self) -> bool:
+        """Whether the rank has said that this lease is over."""
+        return self.link.wishes.recalled == self.token
+
+    def open(self, *, shared: bool = False, has: int = 0) -> bool:
         """Takes the lease. A ``shared`` rank may have another job's: then it is left alone, and this returns False.
-        Raises LinkLost if the rank is lost, speaks another protocol, or is busy and not shared."""
+        Raises LinkLost if the rank is lost, speaks another protocol, or is busy and not shared.
+
+        Args:
+            shared: whether other jobs borrow the rank, too.
+            has: ranks that this job has already; who has least is the first to get the next one.
+        """
         deadline = time.monotonic() + (0.0 if shared else self.link.timeout_s)
-        while (reply := self._greet()).status == Status.BUSY and time.monotonic() < deadline:
+        while (reply := self._greet(has)).status == Status.BUSY and time.monotonic() < deadline:
             time.sleep(_BUSY_S)  # a lease that ends may not have ended there yet
         if reply.version != PROTOCOL_VERSION:
             raise LinkLost(
@@ -152,9 +181,13 @@ class PoolRank:
             )
         if reply.status != Status.OK and not shared:
             raise LinkLost(f"is {Status(reply.status).name.lower()}: another job holds its lease")
+        if reply.status != Status.OK:
+            self.busy_s = reply.extra / 1e9
+            return False
+        self.link.wishes = Wishes()  # they were an earlier lease's
         self.counters.carrier = self.link.carrier.name
         self.memory_limit, self.node, self.gpu = reply.extra, reply.number, reply.peer
-        return reply.status == Status.OK
+        return True
 
     def ask(self, header: Header, tensors: Payload, expected: Expected | None) -> int:
         """Sends a request; returns its call number. ``expected``: its answer; None: that goes to another rank."""
@@ -204,10 +237,12 @@ class PoolRank:
         """Sends a message that has no reply."""
         self.link.send(Header(op=op, token=self.token, sequence=sequence))
 
-    def _greet(self) -> Header:
+    def _greet(self, has: int) -> Header:
         asked = time.perf_counter_ns()
         self._outstanding.hellos += 1
-        self.link.send(Header(op=Op.HELLO, token=self.token), attached=self.link.offer())
+        silent_ns, idle_ns = (round(seconds * 1e9) for seconds in (self.link.timeout_s, self.idle_s or 0.0))
+        hello = Header(op=Op.HELLO, token=self.token, peers=has, extra=idle_ns, clock=silent_ns)
+        self.link.send(hello, attached=self.link.offer())
         # A link outlives leases: replies to calls that an earlier lease gave up may come first.
         while (message := self.link.receive(self.stall_s)).header.op != Op.HELLO:
             pass
@@ -241,8 +276,9 @@ class Pool(Protocol):
     """Where pool ranks come from."""
 
     @property
-    def shared(self) -> bool:
-        """Whether other jobs may have the lease of its ranks."""
+    def look(self) -> Callable[[Collection[int]], dict[int, Link]] | None:
+        """Of ranks that several jobs share, called with the numbers of those that are leased: links to those that are
+        known, and more are looked for meanwhile, for the next time. None: they are one job's."""
 
     def new_token(self) -> int:
         """Names the next lease; ranks serve all who give the same one."""
@@ -264,27 +300,31 @@ class Pool(Protocol):
 
 
 def lease(
-    pool: Pool,
     links: Mapping[int, Link],
-    most: int,
+    config: FAPoolConfig,
+    token: int,
     ranks: list[PoolRank],
     counters: Counters,
     guard: Callable[[PoolRank], AbstractContextManager[None]],
-) -> int:
-    """Takes the lease of ``most`` ranks that a pool has links to, or of as many as no other job has. ``ranks`` gets
-    each before it is asked, so that an interrupt finds it there.
+    *,
+    shared: bool,
+) -> list[float]:
+    """Takes the lease of as many ranks as the configuration says, those in ``ranks`` counted, or of as many as no other
+    job has. ``ranks`` gets each before it is asked, so that an interrupt finds it there.
 
     Returns:
-        how many other jobs have.
+        for each that another job has, for how many seconds.
     """
-    busy, token = 0, pool.new_token()
+    busy, mine = [], {rank.number for rank in ranks}
     for number, link in links.items():
-        if len(ranks) == most:
+        if len(ranks) == config.pool_ranks:
             break
-        rank = PoolRank(number, link, token, counters.rank(number))
+        if number in mine:
+            continue
+        rank = PoolRank(number, link, token, counters.rank(number), config.idle_keys_s)
         ranks.append(rank)
         with guard(rank):
-            if not rank.open(shared=pool.shared):
+            if not rank.open(shared=shared, has=len(ranks) - 1):
                 ranks.remove(rank)
-                busy += 1
+                busy.append(rank.busy_s)
     return busy

@@ -205,6 +205,8 @@ class Requests:
                     one.rank.check()
                 else:
                     one.rank.count_bytes()
+        if part.status == Status.STALE and one.rank.is_recalled:
+            self._manager.leases.recalled(one.rank)
         if part.status == Status.MISSING:
             # What failed between ranks would fail again: they work apart until the lease ends.
             for request in self.asked:

@@ -1,23 +1,19 @@
 """Watches the length of every forward, borrows pool ranks above the threshold and gives them back below it.
 
-Decides pooled or local once per forward, keeps the lease, and is the one place that learns of lost ranks. It does not
-know models, nor where pool ranks come from: a pool is given to it.
+Decides pooled or local once per forward, and when the lease is wanted no more. It does not know models, nor where pool
+ranks come from: a pool is given to it.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -25,23 +21,19 @@ from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.agreement import Agree, unasked
 from fapool_plugin.base.durations import Durations
 from fapool_plugin.base.forward import Forward, looked_at, own_share
-from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting, lease
+from fapool_plugin.base.lease import Pool, PoolRank
+from fapool_plugin.base.leases import Leases, State
 from fapool_plugin.base.owned import Batches, names
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
 from fapool_plugin.base.threads import SharedThreads
-from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.devices.clock import Clock
 from fapool_plugin.devices.copies import Copies
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.link import first_line
-from fapool_plugin.wire.messages import LinkLost, Op
-
-_log = logging.getLogger("fapool_plugin")
-State = Literal["idle", "activating", "active", "draining", "closed"]
 
 _LOCAL, _ALONE, _POOLED = range(3)
 """As the model does without the plugin; our attention on the base; pool ranks, too."""
@@ -58,7 +50,7 @@ class ResourceManager:
         agree: Agree | None = None,
         base_ranks: int = 1,
     ) -> None:
-        self.config, self._make_pool, self._agree = config, make_pool, agree or unasked
+        self.config, self._agree = config, agree or unasked
         self.base_ranks = base_ranks  # that share one model, and so use every pool rank at the same time
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
         """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
@@ -71,21 +63,12 @@ class ResourceManager:
         self.batches = Batches()
         self._measuring = False
         self.threads = SharedThreads(self.advisor.threads_left)
-        self.state: State = "idle"
-        self.ranks: list[PoolRank] = []
-        self._pool: Pool | None = None
-        self._acquired = False
+        self.leases = Leases(config, make_pool, self.counters, self.advisor)
         self._busy, self.backwards = threading.Lock(), threading.RLock()
         self._ended: list[int] = []
-        self._live: set[int] = set()
-        self._owner = os.getpid()  # whose pool it is: a forked child has its links, too, and must not touch them
-        self._current: int | None = None
-        self._failed_for: int | None = None
-        """The sequence for which no rank was to be had: it is not tried again at every step."""
-        self._finalizer: weakref.finalize[Any, ResourceManager] | None = None
 
     def __reduce__(self) -> tuple[type[ResourceManager], tuple[Any, ...]]:
-        return ResourceManager, (self.config, self._make_pool, self._agree, self.base_ranks)
+        return ResourceManager, (self.config, self.leases.source, self._agree, self.base_ranks)
 
     def __enter__(self) -> ResourceManager:
         return self
@@ -94,13 +77,19 @@ class ResourceManager:
         self.close()
 
     @property
+    def state(self) -> State:
+        """Of the lease; or closed."""
+        return self.leases.state
+
+    @property
+    def ranks(self) -> list[PoolRank]:
+        """Those that are leased."""
+        return self.leases.ranks
+
+    @property
     def is_closed(self) -> bool:
         """Whether close() was called."""
         return self.state == "closed"
-
-    @property
-    def _is_forked(self) -> bool:
-        return self._acquired and os.getpid() != self._owner
 
     @property
     def in_pooled_forward(self) -> bool:
@@ -149,7 +138,7 @@ class ResourceManager:
         self.threads.after_a_failed_backward()
         self.durations.read()
         local = Forward(self.config, self.counters, phase)
-        if not self.config.enabled or self.state == "closed" or self._is_forked or self._measuring:
+        if not self.config.enabled or self.is_closed or self.leases.is_forked or self._measuring:
             return local
         length, geometry = looked_at(local, self.threshold, columns, look, sequence, must_be_local)
         wanted = geometry is not None and length > self.threshold
@@ -162,13 +151,15 @@ class ResourceManager:
         decided = local
         try:
             self._reap()
-            self._current = sequence.id
+            if sequence.owned is None:  # else its keys come first
+                self.leases.heed(share=not self.batches)
+            self.leases.current = sequence.id
             if wanted and geometry is not None and not self.is_closed:
                 asked = replace(local, geometry=geometry, sequence=sequence, lasting=lasting)
                 decided = self._decide(asked, length, one_block, profiler)
             elif not self.is_closed and not self.batches and length < self.config.release_ratio * self.threshold:
                 below = self.config.release_ratio * self.threshold
-                self._release(f"a forward of {length} tokens, below {below:g}")
+                self.leases.release(f"a forward of {length} tokens, below {below:g}")
         except BaseException:
             self._busy.release()
             raise
@@ -177,7 +168,7 @@ class ResourceManager:
             return replace(decided, began=self.clock.now())
         sequence.place(decided.geometry.starts if decided.geometry else ())
         if decided.ranks:
-            self._live.add(sequence.id)
+            self.leases.sequences.add(sequence.id)
             self.threads.give(len(decided.ranks))
         counters = self.counters.phase(phase)
         self.timeline.begin(counters)
@@ -201,8 +192,8 @@ class ResourceManager:
                     return forward
         elif choice is not None:
             self.counters.stay_local(f"the plan: {forward.phase} is predicted to be faster without pool ranks")
-            if self.ranks and not self._live:
-                self._release("borrowed to measure, and the plan does without")
+            if self.ranks and not self.leases.sequences:
+                self.leases.release("borrowed to measure, and the plan does without")
         if mode == _LOCAL:
             return replace(forward, choice=choice)
         ranks = self.ranks[: choice.ranks] if choice is not None and not forward.owns_keys else self.ranks
@@ -256,38 +247,23 @@ class ResourceManager:
         self.reap()
 
     def guard(self, rank: PoolRank) -> AbstractContextManager[None]:
-        """The one place that catches link errors: a rank that fails in this block is given up, and work goes on."""
-        return Guard(rank, self.lose)
+        """A rank that fails in this block is given up, and work goes on."""
+        return self.leases.guard(rank)
 
-    def lose(self, rank: PoolRank, reason: str) -> None:
-        """Gives up ``rank``. The event log and one warning name it."""
-        if rank not in self.ranks:
-            return
-        self.ranks.remove(rank)
-        rank.lost = True
-        rank.counters.faults += 1
-        self.counters.faults += 1
-        who = self._pool.discard(rank.number, reason) if self._pool else ""
-        text = f"pool rank {rank.number}{who} lost: {reason}; its work is computed by the base"
-        self.counters.log("fault", text)
-        if self.counters.is_new(f"{rank.number} {reason}"):
-            warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
-        if not self.ranks and self.state == "active":
-            self._failed_for, self.state = self._current, "idle"
-            self.counters.log("idle", "every pool rank was lost; the next sequence may borrow again")
-
-    def make_pool(self) -> Pool:
-        """Where ranks come from. A forked child makes its own, unless its parent has used this one."""
-        if self._pool is None or (os.getpid() != self._owner and not self._acquired):
-            self._pool, self._owner = self._make_pool(self.config), os.getpid()
-            self._finalizer = weakref.finalize(self, self._pool.close)
-        return self._pool
+    def heed(self) -> None:
+        """Before a sequence whose keys have owners goes on: ranks that leave are given back, unless a forward of
+        another thread uses them."""
+        if self._busy.acquire(blocking=False):
+            try:
+                self.leases.heed(share=False)
+            finally:
+                self._busy.release()
 
     def borrow(self, length: int, sequence_id: int) -> list[PoolRank]:
         """Ranks for a sequence's backward, outside any forward: the lease there is, or a new one."""
-        if not (self.ranks or self.is_closed or self._is_forked):
+        if not (self.ranks or self.is_closed or self.leases.is_forked):
             self._activate(length, None)
-        self._live.update([sequence_id] if self.ranks else [])
+        self.leases.sequences.update([sequence_id] if self.ranks else [])
         return list(self.ranks)
 
     def watch(self, owner: object, sequence: SequenceState) -> weakref.finalize[Any, Any]:
@@ -313,19 +289,13 @@ class ResourceManager:
 
     def close(self) -> None:
         """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
-        if self.is_closed or self._is_forked:
+        if self.is_closed or self.leases.is_forked:
             return
         # A pooled forward in another thread ends first; one that was abandoned is not waited for long.
         waited = self._busy.acquire(timeout=self.config.timeout_s)
         try:
-            if self.ranks:
-                self._release("closed")
             self.threads.take_back()
-            self.state = "closed"
-            if self._finalizer is not None and self._pool is not None:
-                self._finalizer.detach()
-                self._pool.close()
-            self._pool = None
+            self.leases.close()
             self.closing.close()
             self.counters.log("closed", "close() was called")
         finally:
@@ -334,66 +304,17 @@ class ResourceManager:
 
     def _sequence_ended(self, sequence_id: int) -> None:
         # Called by the garbage collector at any moment: the ranks are only told between two forwards.
-        if not self._is_forked:
+        if not self.leases.is_forked:
             self._ended.append(sequence_id)
             self.reap()
 
     def _reap(self) -> None:
         while self._ended:
             sequence_id = self._ended.pop()
-            if sequence_id in self._live:
-                self._live.discard(sequence_id)
-                for rank, name in product(list(self.ranks), names(sequence_id, self.config.kv_redundancy)):
-                    with self.guard(rank):
-                        rank.tell(Op.FREE, name)
-                if not self._live and self.ranks:
-                    self._release("the last long sequence ended")
+            self.leases.end_sequence(sequence_id, names(sequence_id, self.config.kv_redundancy))
 
     def _activate(self, length: int, sequence: SequenceState | None) -> None:
-        for rank in list(self.ranks):
-            if rank.link.lost:
-                self.lose(rank, rank.link.lost)
-                # It died between two forwards: reason enough to borrow again, not to give up.
-                self._failed_for = None
-        if self.ranks or (sequence is not None and self._failed_for == sequence.id):
-            return
-        self.state = "activating"
-        self.counters.log("activating", f"a sequence of {length} tokens, threshold {self.threshold}")
-        began = time.perf_counter()
-        try:
-            pool, self._acquired = self.make_pool(), True
-            links = pool.acquire(_log.info, self.advisor.device)
-            if busy := lease(pool, links, self.config.pool_ranks, self.ranks, self.counters, self.guard):
-                self.counters.log("busy", f"{busy} pool rank(s) are leased by other jobs")
-            for rank in self.ranks:
-                self.advisor.look_at(rank)
-        except (RuntimeError, OSError, FAPoolConfigError) as error:
-            self.counters.log("fault", f"no pool rank could be had: {error}")
-            if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
-                warnings.warn(f"fa_pool: no pool rank, computing locally: {cause}", RuntimeWarning, stacklevel=2)
-        except BaseException:
-            for rank in self.ranks:  # or the next lease would find them busy
-                with suppress(LinkLost):
-                    rank.tell(Op.RELEASE)
-            self.ranks, self.state = [], "idle"
-            raise
-        if not self.ranks:
-            self._failed_for = sequence.id if sequence is not None else None
-            self.state = "idle"
-            return
-        self._failed_for = None
-        self.counters.activations += 1
-        self.state = "active"
-        took_ms = (time.perf_counter() - began) * 1e3
-        self.counters.log("active", f"{len(self.ranks)} pool rank(s) leased in {took_ms:.0f} ms")
-
-    def _release(self, reason: str) -> None:
-        self.state = "draining"
-        self.counters.log("draining", reason)
-        for rank in list(self.ranks):
-            with self.guard(rank):
-                rank.tell(Op.RELEASE)
-        self.ranks, self._live = [], set()
-        self.counters.releases += 1
-        self.state = "idle"
-        self.counters.log("idle", "the lease was given back")
+        why = f"a sequence of {length} tokens, threshold {self.threshold}"
+        # Keys that have owners stay where they are.
+        more = sequence is not None and sequence.owned is None
+        self.leases.take(why, sequence.id if sequence is not None else None, more=more)

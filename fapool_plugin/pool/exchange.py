@@ -45,7 +45,7 @@ _UNCLAIMED, _QUEUED = 64, 4096
 
 
 class Inbox:
-    """What a worker's links receive into. Introductions are heeded at once, all else waits.
+    """What a worker's links receive into. Introductions are heeded, and jobs refused, at once; all else waits.
 
     Args:
         loop: serves all links of the worker.
@@ -57,6 +57,8 @@ class Inbox:
         self.loop, self.patience_s, self._key = loop, patience_s, key
         self.steps = 0
         """What the worker has done so far; its links tell it."""
+        self.refusal: Callable[[Link, Header], Header | None] = lambda link, asked: None
+        """Answers a HELLO that is refused: whoever asks does not wait for what the worker computes."""
         self._waiting: deque[Arrived] = deque()
         self._exchanges: dict[Link, Exchange] = {}
         self._unclaimed: dict[int, tuple[Link, list[Arrived]]] = {}
@@ -73,6 +75,9 @@ class Inbox:
                 self._claimed(item.header.extra, link)
             else:
                 self._introduce(link, item)
+            return
+        elif item.header.op == Op.HELLO and (answer := self.refusal(link, item.header)) is not None:
+            link.send(answer)
             return
         elif len(self._waiting) >= _QUEUED:
             link.fail(f"{_QUEUED} messages wait already")

@@ -1,4 +1,5 @@
-"""What a worker tells of itself to the process that watches it: a few numbers in a file that both have mapped.
+"""What a worker tells of itself to the process that watches it, a few numbers in a file that both have, and the one
+thing that it is told there: to leave.
 
 The worker never waits for its watcher, and the watcher asks nothing of the worker, so one that stands still can be
 looked at, too. Imports no torch: a watcher computes nothing.
@@ -12,7 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-_NUMBERS = struct.Struct("<5q")
+_NUMBERS, _LEAVES = struct.Struct("<5q"), struct.Struct("<q")
+_BYTES = _NUMBERS.size + _LEAVES.size
 
 
 class Told(NamedTuple):
@@ -37,7 +39,11 @@ class Report:
         self._told, self._map = Told(), None
         if path is not None:
             with open(path, "r+b") as file:
-                self._map = mmap.mmap(file.fileno(), _NUMBERS.size)
+                self._map = mmap.mmap(file.fileno(), _BYTES)
+
+    def is_leaving(self) -> bool:
+        """Whether the worker is told to leave."""
+        return self._map is not None and _LEAVES.unpack_from(self._map, _NUMBERS.size) != (0,)
 
     def answered(self, took_ns: int) -> None:
         """One more request."""
@@ -55,7 +61,14 @@ class Report:
 def make(path: Path) -> None:
     """A file for a worker that is started next; only this user may read it."""
     path.touch(mode=0o600)
-    path.write_bytes(bytes(_NUMBERS.size))
+    path.write_bytes(bytes(_BYTES))
+
+
+def leave(path: Path) -> None:
+    """Tells the worker to leave."""
+    with open(path, "r+b") as file:
+        file.seek(_NUMBERS.size)
+        file.write(_LEAVES.pack(1))
 
 
 def read(path: Path) -> Told:

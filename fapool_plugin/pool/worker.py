@@ -3,9 +3,9 @@
     receive ── compute, band by band ── sent                                      on a CPU
     receive ── launch ── copy begun ── the next one launched ── copy awaited ── sent     on a device
 
-It owns its own lease: one job at a time, over as many links as the job has base ranks. It knows links, prefixes and
-kernels, but no model, no plan and no weights; how it works together with other pool ranks is in exchange. When its
-links or its parent are gone it ends.
+It serves one job at a time, over as many links as the job has base ranks; which, its lease says. It knows links,
+prefixes and kernels, but no model, no plan and no weights; how it works together with other pool ranks is in exchange.
+When its links or its parent are gone it ends.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fapool_plugin.kernels.forward import attend
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.bands import Bands
 from fapool_plugin.pool.exchange import Inbox
+from fapool_plugin.pool.lease import Lease
 from fapool_plugin.pool.report import Report
 from fapool_plugin.pool.request import TileRequest, check_header, fetched, stored
 from fapool_plugin.pool.store import CallStore, KeptTile
@@ -79,8 +80,9 @@ class Worker:
         self.inbox, self.device, self.node = inbox, device, node
         self.prefixes = PrefixStore(memory_limit, block)
         self.calls = CallStore(self.prefixes)
-        self.lease: int | None = None
-        self._holders: set[Link] = set()
+        self.lease = Lease(self._report.is_leaving)
+        self._at_work = False
+        inbox.refusal = self._refusal
         self.clock, self.copies = Clock(device), Copies() if device.type == "cuda" else None
         self._span: tuple[Moment, Moment] | None = None
         """When the last answer's computation began and ended."""
@@ -92,17 +94,19 @@ class Worker:
         """A base rank's, or another pool rank's, connection; lost when it is silent for so long."""
         return Link(
             sock, self.inbox.loop, name="base", timeout_s=silence_s, asks=False, into=self.inbox.put,
-            steps=lambda: self.inbox.steps, check=lambda header: check_header(header, self.prefixes.limit_bytes),
+            steps=lambda: self.inbox.steps, wishes=self.lease.wishes,
+            check=lambda header: check_header(header, self.prefixes.limit_bytes),
         )  # fmt: skip
 
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
         alive = set(links)
-        self._report.tell(self.lease is not None, self.prefixes.nbytes)
+        self._report.tell(self.lease.token is not None, self.prefixes.nbytes)
         while alive or stay:
             if not self.inbox.has_work:
                 self._let_leave()
             link, item = self.inbox.get()
+            self._at_work = True
             if isinstance(item, LinkLost):
                 alive.discard(link)
                 self._leave(link)
@@ -114,9 +118,12 @@ class Worker:
                     # Whatever it was about, the base learns that this was not computed, and others are served on.
                     link.fail(first_line(error))
                 self.inbox.steps += 1
+                if item.header.token == self.lease.token:
+                    self.lease.used()
                 if item.header.op in (Op.ATTEND, Op.BACKWARD):
                     self._report.answered(time.perf_counter_ns() - began)
-            self._report.tell(self.lease is not None, self.prefixes.nbytes)
+            self._at_work = False
+            self._report.tell(self.lease.token is not None, self.prefixes.nbytes)
             del item  # a body that waits for the next message would be kept
 
     def _handle(self, link: Link, message: Message) -> None:
@@ -126,8 +133,9 @@ class Worker:
         if header.op == Op.HELLO:
             answer = self._hello(link, header)
             link.send(answer, attached=link.agree(message.attached) if answer.status == Status.OK else None)
-        elif self.lease is None or header.token != self.lease:
-            if header.op in (Op.ATTEND, Op.BACKWARD, Op.FETCH):
+        elif header.token != self.lease.token:
+            # What goes to another rank is missed there; the base has not asked for it.
+            if header.op in (Op.ATTEND, Op.BACKWARD, Op.FETCH) and not header.peer:
                 link.send(header._replace(status=Status.STALE))
         elif header.op in (Op.ATTEND, Op.BACKWARD):
             if header.op == Op.ATTEND and header.keep == 2:
@@ -201,25 +209,32 @@ class Worker:
             except Exception as error:
                 leaving.link.fail(first_line(error))
 
+    def _refusal(self, link: Link, asked: Header) -> Header | None:
+        """Asked for by the loop while this computes."""
+        if asked.version != PROTOCOL_VERSION:
+            return None
+        return self.lease.refusal(link, asked, at_work=self._at_work or self.inbox.has_work)
+
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:
             return Header(op=Op.HELLO, status=Status.VERSION)
-        if self.lease is not None and self.lease != header.token:
-            return Header(op=Op.HELLO, status=Status.BUSY, token=header.token)
-        self.lease = header.token
-        self._holders.add(link)
+        if (refused := self.lease.refusal(link, header)) is not None:
+            return refused
+        if self.lease.token not in (None, header.token):
+            for holder in self.lease.recall():
+                self._leave(holder)
+        self.lease.grant(link, header)
         limit, clock = self.prefixes.limit_bytes, time.perf_counter_ns()
         answer = Header(op=Op.HELLO, status=Status.OK, token=header.token, extra=limit, clock=clock)
         return answer._replace(number=self.node, peer=identity(self.device))
 
     def _leave(self, link: Link) -> None:
         """One base rank gives the lease back; with the last one everything it left here goes."""
-        self._holders.discard(link)
+        free = self.lease.leave(link)
         self.inbox.leave(link)
         for sequence in self._kept_for.pop(link, ()):
             self.calls.free(sequence)
-        if not self._holders:
-            self.lease = None
+        if free:
             self.prefixes.clear()
             self.calls.clear()
 

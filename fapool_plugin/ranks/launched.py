@@ -6,7 +6,6 @@ they are started, and not what they are asked to do.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -16,16 +15,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from fapool_plugin.base.lease import Outstanding, RanksStarting
+from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.launch import Launch, link_key
+from fapool_plugin.ranks.linked import linked
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
-from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import connect
-from fapool_plugin.wire.watch import watch_process
 
 _OPERATION_S = 10.0
 """For single operations of the store; every wait of ours is a loop of them."""
@@ -51,7 +49,7 @@ class LaunchedPool:
 
     launch: Launch
     config: FAPoolConfig
-    shared: ClassVar[bool] = False
+    look: ClassVar[None] = None
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
     """Ranks that have been here once: one that is not ready again yet is not waited for."""
@@ -132,18 +130,7 @@ class LaunchedPool:
             if not address.startswith("unix:" if self.launch.one_machine else "tcp:"):
                 raise LinkLost("it is not where ranks of this launch listen")
             sock = connect(address, limit, self._key, worker)
-            link = Link(
-                sock,
-                self._loop,
-                name=f"pool rank {number}",
-                timeout_s=self.config.timeout_s,
-                asks=True,
-                check=Outstanding(),
-                address=address,
-                ring_bytes=0 if self.config.carrier == "inline" else RING_BYTES,
-            )
-            if self.launch.one_machine:
-                watch_process(self._loop, pid, functools.partial(link.fail, f"its process {pid} has ended"))
+            link = linked(sock, self._loop, self.config, number, pid if self.launch.one_machine else None, address)
             link.wait_until_heard(limit)
         except (OSError, LinkLost) as error:
             if link is not None:

@@ -7,7 +7,6 @@ start and end them; what they are asked to do is not known here.
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 import socket
@@ -17,18 +16,16 @@ from collections.abc import Callable
 
 import torch
 
-from fapool_plugin.base.lease import Outstanding
 from fapool_plugin.config import FAPoolConfig, check_machine
 from fapool_plugin.devices.gpu import CPU, rank_device, sharers
 from fapool_plugin.observe.available_memory import left_for_job
 from fapool_plugin.pool.process import Process, arguments, end, environment, start
 from fapool_plugin.ranks.forked import ForkServer
+from fapool_plugin.ranks.linked import linked
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
-from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import pair
-from fapool_plugin.wire.watch import watch_process
 
 
 class LocalPool:
@@ -39,7 +36,7 @@ class LocalPool:
         gpus: counts this machine's.
     """
 
-    shared = False
+    look = None
 
     def __init__(self, config: FAPoolConfig, gpus: Callable[[], int] = torch.cuda.device_count) -> None:
         self.config, self._owner, self._loop, self._gpus = config, os.getpid(), Loop(), gpus
@@ -123,20 +120,7 @@ class LocalPool:
         with its:
             together = sharers(self._base, rank, self.config.pool_ranks, gpus)
             process = self._processes[rank] = self._process(its, str(device), together)
-        link = self._links[rank] = Link(
-            mine,
-            self._loop,
-            name=f"pool rank {rank}",
-            timeout_s=self.config.timeout_s,
-            asks=True,
-            check=Outstanding(),
-            ring_bytes=0 if self.config.carrier == "inline" else RING_BYTES,
-        )
-        ended = f"its process {process.pid} has ended"
-        try:
-            watch_process(self._loop, process.pid, functools.partial(link.fail, ended))
-        except ProcessLookupError:
-            link.fail(ended)
+        self._links[rank] = linked(mine, self._loop, self.config, rank, process.pid)
 
     def _process(self, sock: socket.socket, device: str, together: int) -> Process:
         if self._server is not None:

@@ -46,7 +46,7 @@ def open_manager(config: FAPoolConfig, agree: Agree | None = None, base_ranks: i
     weakref.finalize(manager, _close, manager.closing, os.getpid())
     try:
         if config.pool == "ray" or (config.pool == "local" and config.warm_start):
-            manager.make_pool()
+            manager.leases.make_pool()
         if config.trace is not None:
             manager.timeline.trace = manager.closing.enter_context(Trace(config.trace))
         if config.metrics_port is not None:

@@ -1,36 +1,40 @@
 """The ranks of a standing pool as a model's own: found by name, linked to, leased if no other job has them.
 
     job: which ranks stand? ── where? ── link ── lease, keys, answers: over the link, never through Ray
+         asked at the first long sequence, and again beside the job while it has fewer ranks than it may have
 
 What lets a job reach a rank on another machine is the key file that both have. Knows no call.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 import os
 import secrets
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from fapool_plugin.base.lease import Outstanding, RanksStarting
+from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.directory import join, pools, standing, told
 from fapool_plugin.ranks.launch import job_token, link_key
+from fapool_plugin.ranks.linked import linked
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
-from fapool_plugin.wire.ring import RING_BYTES
 from fapool_plugin.wire.sockets import connect, machine
-from fapool_plugin.wire.watch import watch_process
 
 _PATIENCE_S = 10.0
 """For a link, at least."""
+_LOOK_S = 1.0
+"""Between two looks for ranks that have come."""
 
 
 @dataclass
@@ -49,11 +53,15 @@ class RayPool:
     """
 
     config: FAPoolConfig
-    shared: ClassVar[bool] = True
     _ranks: dict[int, _Rank] = field(default_factory=dict)
+    _here: dict[int, bool] = field(default_factory=dict)
+    """Whether a rank is on this machine."""
     _token: int | None = field(default_factory=job_token)
     _owner: int = field(default_factory=os.getpid)
     _loop: Loop = field(default_factory=Loop)
+    _finding: threading.Lock = field(default_factory=threading.Lock)
+    _looked: float = -math.inf
+    _closed: bool = False
 
     def __post_init__(self) -> None:
         self._ray = join(self.config.ray_address)
@@ -65,38 +73,68 @@ class RayPool:
     def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         """Links to every rank that stands, those on this machine first; the pool has said where they compute. Raises
         RuntimeError if there is none, FAPoolConfigError if there is no cluster."""
-        # A script may have left the cluster; asked anything then, Ray would start a cluster of its own.
-        self._ray = join(self.config.ray_address)
+        with self._finding:
+            # A script may have left the cluster; asked anything then, Ray would start a cluster of its own.
+            self._ray = join(self.config.ray_address)
+            problems, said = self._find(announce, ())
+            if not self._ranks:
+                if any(one["state"] == "starting" for one in said.values()):
+                    raise RanksStarting(f"the ranks of pool {self.config.pool_name!r} are being started")
+                known = ", ".join(pools(self._ray)) or "none"
+                raise RuntimeError(
+                    f"no rank of pool {self.config.pool_name!r} can be had"
+                    f" ({'; '.join(problems) or 'it has none'}; pools here: {known}): start it with "
+                    f"`fapool pool up --name {self.config.pool_name}`"
+                )
+        return self._links()
+
+    def look(self, leased: Collection[int]) -> dict[int, Link]:
+        """Links to the ranks that are known. Others are looked for meanwhile, which may take Ray a while."""
+        now = time.monotonic()
+        if now - self._looked > _LOOK_S and not self._finding.locked() and self._ray.is_initialized():
+            self._looked = now
+            threading.Thread(target=self._look, args=(leased,), name="fapool ranks", daemon=True).start()
+        return self._links()
+
+    def _look(self, leased: Collection[int]) -> None:
+        # What it may meet, the next lease meets too, and tells; the loop may have been closed meanwhile.
+        with self._finding, suppress(RuntimeError, OSError, ValueError):
+            if not self._closed and self._ray.is_initialized():
+                self._find(lambda text: None, leased)
+            if self._closed:
+                for number in list(self._ranks):
+                    self._part(number, "closed")
+
+    def _links(self) -> dict[int, Link]:
+        """Those that stand, near ones first."""
+        found = {number: rank.link for number, rank in list(self._ranks.items()) if not rank.link.lost}
+        return dict(sorted(found.items(), key=lambda one: (not self._here.get(one[0], False), one[0])))
+
+    def _find(
+        self, announce: Callable[[str], object], leased: Collection[int]
+    ) -> tuple[list[str], dict[int, dict[str, Any]]]:
+        """Links to ranks that have come, and gives up those that are gone, but for leased ones, of which whoever has
+        leased them learns. Returns (why some have no link, what all said). Raises RuntimeError."""
         try:
             actors = standing(self._ray, self.config.pool_name)
             said = told(self._ray, actors)
         except self._ray.exceptions.RayError as error:
             raise RuntimeError(f"the Ray cluster does not answer: {first_line(error)}") from error
         for number, rank in list(self._ranks.items()):
-            if rank.link.lost or number not in actors:
+            if number not in leased and (rank.link.lost or number not in actors):
                 self.discard(number, rank.link.lost or "it left the pool")
         problems = [f"pool rank {number} does not answer" for number in actors if number not in said]
+        here = machine()
         for number, one in said.items():
-            if one["state"] == "leaving" and number in self._ranks:
-                self._part(number, "it leaves the pool")
-            if one["state"] in ("free", "leased") and number not in self._ranks:
+            self._here[number] = one["machine"] == here
+            # One that leaves says so itself, to the job that has its lease.
+            if one["state"] in ("free", "leased") and number not in self._ranks and not self._closed:
                 announce(f"linking to pool rank {number}")
                 try:
                     self._ranks[number] = _Rank(actors[number], one["pid"], self._linked(number, one))
                 except (OSError, LinkLost, FAPoolConfigError) as error:
                     problems.append(f"pool rank {number} opened no link: {first_line(error)}")
-        if not self._ranks:
-            if any(one["state"] == "starting" for one in said.values()):
-                raise RanksStarting(f"the ranks of pool {self.config.pool_name!r} are being started")
-            known = ", ".join(pools(self._ray)) or "none"
-            raise RuntimeError(
-                f"no rank of pool {self.config.pool_name!r} can be had"
-                f" ({'; '.join(problems) or 'it has none'}; pools here: {known}): start it with "
-                f"`fapool pool up --name {self.config.pool_name}`"
-            )
-        here = machine()
-        near = sorted(self._ranks, key=lambda number: (said.get(number, {}).get("machine") != here, number))
-        return {number: self._ranks[number].link for number in near}
+        return problems, said
 
     def discard(self, rank: int, reason: str) -> str:
         """Gives up a lost rank; its actor ends the worker, if it stands still, and starts another."""
@@ -112,9 +150,13 @@ class RayPool:
         """Says goodbye to all; they stay for others. Does nothing in a forked child, whose links they are not."""
         if os.getpid() != self._owner:
             return
+        self._closed = True
+        waited = self._finding.acquire(timeout=_LOOK_S)  # Ray may be slow to answer, and who looks is not waited for
         for number in list(self._ranks):
             self._ranks.pop(number).link.close()
         self._loop.close()
+        if waited:
+            self._finding.release()
 
     def _part(self, number: int, reason: str) -> _Rank | None:
         known = self._ranks.pop(number, None)
@@ -134,20 +176,9 @@ class RayPool:
             )
         key = None if near else link_key(self.config, address)
         limit_s = min(self.config.start_timeout_s, max(_PATIENCE_S, self.config.timeout_s))
-        link = Link(
-            connect(address, limit_s, key, f"{self.config.pool_name}/{number}"),
-            self._loop,
-            name=f"pool rank {number}",
-            timeout_s=self.config.timeout_s,
-            asks=True,
-            check=Outstanding(),
-            address=address,
-            ring_bytes=RING_BYTES if near and self.config.carrier != "inline" else 0,
-        )
+        sock = connect(address, limit_s, key, f"{self.config.pool_name}/{number}")
+        link = linked(sock, self._loop, self.config, number, said["pid"] if near else None, address)
         try:
-            if near:
-                ended = f"its process {said['pid']} has ended"
-                watch_process(self._loop, said["pid"], functools.partial(link.fail, ended))
             link.wait_until_heard(limit_s)
         except (OSError, LinkLost):
             link.close()

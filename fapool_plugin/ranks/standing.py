@@ -93,10 +93,12 @@ class StandingRank:
                 end(self._process, 0.0)
 
     def leave(self, patience_s: float) -> None:
-        """Jobs are told, and take no new lease; the rank ends once the one that it has is given back, at the latest
-        after ``patience_s``. Returns when it has ended."""
+        """The worker takes no new lease and tells the job that has one, which gives it back at its next forward; the
+        rank ends then, at the latest after ``patience_s``. Returns when it has ended."""
         with self._lock:
             self._leaves_by = time.monotonic() + patience_s
+            if self._process is not None:
+                report.leave(self._report)
         self._ended.wait(patience_s + 2 * _WORD_S)
 
     def _state(self, told: report.Told) -> str:

@@ -3,7 +3,7 @@
       base ── request ──▶ rank          sends never wait: what the socket does not take is sent later
       base ◀── reply ──── rank          received ahead, into a queue
       base ── beat ─────▶ rank          each timeout_s / 5
-      base ◀── steps ──── rank          how much it has done so far
+      base ◀── steps ──── rank          how much it has done so far, and what it wishes
 
 What messages mean is not known here. Tensors on other devices are copied to host memory.
 """
@@ -32,6 +32,7 @@ from fapool_plugin.wire.messages import (
     Packed,
     Payload,
     Status,
+    Wishes,
     body_memory,
     header_bytes,
     header_of,
@@ -59,6 +60,7 @@ class Link:
         asks: whether this end asks for heartbeats; the other one answers them.
         into: called with all that arrives, when several links share a queue; None for one of its own.
         steps: what this end has done so far, for its answers to heartbeats.
+        wishes: what they say beside that.
         address: where other ranks reach the other end; empty: nowhere.
         check: called with every header before its body is received; raises LinkLost.
         ring_bytes: of the memory for bodies that it offers to an end on this machine; 0: none is offered.
@@ -74,12 +76,13 @@ class Link:
         asks: bool,
         into: Callable[[tuple[Link, Message | LinkLost]], object] | None = None,
         steps: Callable[[], int] = int,
+        wishes: Callable[[Link], Wishes] = lambda link: Wishes(),
         address: str = "",
         check: Callable[[Header], object] = lambda header: None,
         ring_bytes: int = 0,
     ) -> None:
         self.name, self.loop, self.timeout_s, self.address = name, loop, timeout_s, address
-        self._socket, self._asks, self._steps = sock, asks, steps
+        self._socket, self._asks, self._steps, self._wishes = sock, asks, steps, wishes
         sock.setblocking(False)
         self.is_local = sock.family == socket.AF_UNIX
         if not self.is_local:
@@ -95,6 +98,8 @@ class Link:
         """Whether the other end has said anything yet."""
         self.moved = self._alive = time.monotonic()
         """When the other end last got on with something."""
+        self.wishes = Wishes()
+        """What its last heartbeat said."""
         self.bytes_sent = self.bytes_received = 0
         self._beat_at = 0.0
         self._answered_steps = -1
@@ -108,11 +113,20 @@ class Link:
         self._begin_message()
         loop.add(self)
         if not asks:
-            self._say(Header(op=Op.BEAT, status=Status.OK, clock=steps()))  # it is ready
+            self.beat()  # it is ready
 
     def fileno(self) -> int:
         """Its descriptor."""
         return self._socket.fileno()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the other end was last heard, heartbeats included."""
+        return time.monotonic() - self._alive
+
+    def beat(self) -> None:
+        """Says at once what an answer to a heartbeat would."""
+        self._say(self._wishes(self).beat(self._steps()))
 
     def send(self, header: Header, tensors: Payload = (), attached: Attached = None, *, answer_bytes: int = 0) -> None:
         """Sends without waiting: what cannot go at once is copied and goes later.
@@ -360,10 +374,11 @@ class Link:
 
     def _beaten(self, header: Header) -> None:
         if self._asks:
+            self.wishes = Wishes.of(header)
             if header.clock != self._answered_steps:
                 self._answered_steps, self.moved = header.clock, self._alive
         elif header.status == Status.REQUEST:
-            self._say(Header(op=Op.BEAT, status=Status.OK, clock=self._steps()))
+            self.beat()
 
 
 def first_line(error: BaseException) -> str:

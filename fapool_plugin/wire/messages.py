@@ -18,7 +18,7 @@ import torch
 
 from fapool_plugin.wire.descriptor import Descriptor
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 TILE_FIELDS, PART_FIELDS = 11, 4
 HEADER_BYTES = 256
 """Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""
@@ -96,20 +96,24 @@ class Header(NamedTuple):
     scale_bits: int = 0
     softcap_bits: int = 0
     extra: int = 0
-    """Requests: a kept call's number, 0 for none. PEER: the link's name. HELLO's reply: the rank's memory limit in
-    bytes. Other replies: nanoseconds spent computing."""
+    """Requests: a kept call's number, 0 for none. PEER: the link's name. HELLO: nanoseconds without a request after
+    which the lease may go to another job, 0 for never; its reply: the rank's memory limit in bytes, or for how many
+    nanoseconds another job has had the lease. BEAT's reply: 1 if the rank leaves. Other replies: nanoseconds spent
+    computing."""
     clock: int = 0
     """Replies: the rank's clock, in nanoseconds, when it began to compute, or to answer a HELLO. BEAT's reply: steps
-    that the rank has done so far."""
+    that the rank has done so far. HELLO: nanoseconds without a word after which the lease may go to another job."""
     merge: int = 0
     """The attention call, by one number at all pool ranks that work on it together; 0: each works alone."""
     number: int = 0
-    """PEER: the receiving rank's number. HELLO's reply: the node that the rank is on."""
+    """PEER: the receiving rank's number. HELLO's reply: the node that the rank is on. BEAT's reply: jobs that wait for
+    the rank."""
     peer: int = 0
     """ATTEND: 1 + number of the rank that the answer goes to, 0 for the base. PEER: number of the other rank. HELLO's
     reply: names the GPU that the rank computes on, 0 for none."""
     peers: int = 0
-    """Ranks listed: those whose answers are merged into ATTEND's. SELECT: rows listed."""
+    """Ranks listed: those whose answers are merged into ATTEND's. SELECT: rows listed. HELLO: ranks that the job has.
+    BEAT's reply: the fewest that one of the jobs has that wait."""
     parts: int = 0
     """Merged answers: how many ranks' parts they report on."""
     address: int = 0
@@ -122,6 +126,29 @@ class Header(NamedTuple):
     """Requests: where in the sender's ring there is room for the answer's body."""
     answer_bytes: int = 0
     """How much; 0: none, the body follows the answer's header."""
+
+
+class Wishes(NamedTuple):
+    """What a pool rank says with every heartbeat of the lease that the other end has, or had."""
+
+    waiting: int = 0
+    """Jobs that asked for the rank lately, and were refused."""
+    least: int = 0
+    """The fewest ranks that one of them has."""
+    leaving: int = 0
+    """1: the rank leaves as soon as the lease is given back."""
+    recalled: int = 0
+    """The token of a lease that was taken from the other end, 0 for none."""
+
+    @classmethod
+    def of(cls, beat: Header) -> Wishes:
+        """Said by an answer to BEAT."""
+        return cls(beat.number, beat.peers, beat.extra, beat.token)
+
+    def beat(self, steps: int) -> Header:
+        """The answer to BEAT that says so."""
+        said = {"number": self.waiting, "peers": self.least, "extra": self.leaving, "token": self.recalled}
+        return Header(op=Op.BEAT, status=Status.OK, clock=steps, **said)
 
 
 _WITH_BODY = frozenset((Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT, Op.STORE))

@@ -79,7 +79,7 @@ def planned(folder: Path, profile: Profile | None = None, /, **settings: Any) ->
         settings["profile"] = str(path)
     defaults: dict[str, Any] = {"activation": "cost", "pool_ranks": 1, "blocks": None}
     model = load_pooled(folder, **defaults | settings)
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     with model.fa_pool:
         yield model
 
@@ -120,7 +120,7 @@ def test_where_links_are_dear_nothing_is_borrowed(folder: Path, monkeypatch: pyt
         assert len(ours) >= LAYERS, "not our kernel"
         assert_close(step, reference(more, past_key_values=expected.past_key_values).logits)
         assert calls(model) == {"prefill": (0, LAYERS), "decode": (0, LAYERS)}
-        assert (kinds(model), model.fa_pool._pool) == ([], None)
+        assert (kinds(model), model.fa_pool.leases.pool) == ([], None)
         stats = model.fa_pool.stats()
     assert stats["local_reasons"] == {
         f"the plan: {phase} is predicted to be faster without pool ranks": 1 for phase in ("prefill", "decode")

@@ -104,7 +104,7 @@ def test_without_ranks_the_order_of_blocks_stays(folder: Path, blocks: int) -> N
 
     reference, ids = eager(folder), random_ids(1, LONG)
     with planned(folder, activation="length", blocks=blocks) as model, torch.no_grad():
-        model.fa_pool._agree, model.fa_pool._make_pool = Other(), no_pool
+        model.fa_pool._agree, model.fa_pool.leases.source = Other(), no_pool
         with pytest.warns(RuntimeWarning, match="no ranks here"):
             got = model(ids).logits
         assert_close(got, reference(ids).logits)

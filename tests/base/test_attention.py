@@ -187,7 +187,7 @@ def test_a_rank_that_evicted_the_keys_answers_stale_and_is_sent_them_again(
     manager = managers(pool_ranks=1)
     stream = Stream(manager, (0,))
     check(*stream.call(40), 2e-5)
-    pool = manager._pool
+    pool = manager.leases.pool
     assert isinstance(pool, ThreadPool)
     pool.workers[0].prefixes.clear()
     before = manager.counters.rank(0).stale
@@ -244,7 +244,7 @@ def test_replies_that_an_earlier_lease_gave_up_are_not_taken_for_later_ones() ->
                     Stream(manager, (0,)).call(40)
             finally:
                 Requests._gather = original  # type: ignore[method-assign]
-            manager._release("test")
+            manager.leases.release("test")
         check(*Stream(manager, (0,)).call(40), 2e-5)
         assert manager.ranks[0].memory_limit == 64 * 2**20
         assert manager.counters.prefill.pooled_calls == 1

@@ -99,7 +99,7 @@ def test_a_rank_killed_in_the_middle_of_a_body_changes_no_token(
         nonlocal seen
         seen += 1
         if seen == piece:
-            os.kill(model.fa_pool._pool.pids()[0], signal.SIGKILL)
+            os.kill(model.fa_pool.leases.pool.pids()[0], signal.SIGKILL)
         return real(*arguments)
 
     monkeypatch.setattr(home, name, strike)

@@ -30,7 +30,7 @@ PREFILL_CALL, DECODE_CALL = 2, 8
 
 
 def pids(manager: ResourceManager) -> dict[int, int]:
-    pool = manager._pool
+    pool = manager.leases.pool
     assert isinstance(pool, LocalPool)
     return pool.pids()
 

@@ -97,7 +97,7 @@ def test_ranks_that_are_struck_at_random_change_nothing(
         def step(rank: PoolRank, *arguments: Any) -> Any:
             struck["seen"] += 1
             if struck["seen"] == struck["at"]:
-                pid = struck["model"].fa_pool._pool.pids().get(rank.number)
+                pid = struck["model"].fa_pool.leases.pool.pids().get(rank.number)
                 if pid is not None:
                     struck["way"](rank, pid)
             return real[name](rank, *arguments)
@@ -116,7 +116,7 @@ def test_ranks_that_are_struck_at_random_change_nothing(
         struck.update(model=model, way=way, at=at, seen=0)
         with model.fa_pool, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            model.fa_pool.make_pool().acquire(lambda text: None)  # starting is another test's
+            model.fa_pool.leases.make_pool().acquire(lambda text: None)  # starting is another test's
             began = time.monotonic()
             for number, (got, expected) in enumerate(zip(work(model), want, strict=True)):
                 assert_close(got, expected, what=f"{case}: result {number}")

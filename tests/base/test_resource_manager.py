@@ -64,7 +64,7 @@ def test_a_short_prompt_never_looks_at_masks_or_starts_anything(manager: Resourc
         raise AssertionError("looked")
 
     manager.end(manager.begin("prefill", 100, look, SequenceState()))
-    assert manager._pool is None
+    assert manager.leases.pool is None
     assert kinds(manager) == []
 
 
@@ -93,7 +93,7 @@ def test_the_lease_is_given_back_when_the_last_sequence_ends(manager: ResourceMa
     del owners[0]
     assert state_of(manager) == "idle"
     assert "ended" in manager.stats()["events"][-2]["reason"]
-    pool = manager._pool
+    pool = manager.leases.pool
     assert isinstance(pool, ThreadPool)
     assert len(pool.links) == 2, "ranks stay warm between leases"
 
@@ -142,7 +142,7 @@ def test_when_every_rank_is_lost_the_next_sequence_borrows_again(manager: Resour
     assert forward(manager, 200, state)
     for rank in list(manager.ranks):
         with pytest.warns(RuntimeWarning, match=f"pool rank {rank.number} lost: test"):
-            manager.lose(rank, "test")
+            manager.leases.lose(rank, "test")
     assert not forward(manager, 201, state), "not tried again at every step"
     assert forward(manager, 200)
     assert manager.counters.faults == 2

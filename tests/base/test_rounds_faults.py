@@ -148,7 +148,7 @@ class Striker:
 
     @property
     def pids(self) -> dict[int, int]:
-        pool = self.model.fa_pool._pool
+        pool = self.model.fa_pool.leases.pool
         assert isinstance(pool, LocalPool)
         return pool.pids()
 
@@ -289,7 +289,7 @@ original = PoolRank.ask
 def ask(rank, header, tensors, expected):
     asked[0] += 1
     if me == victim and asked[0] == 4 + 2:
-        os.kill(model.fa_pool._pool.pids()[0], signal.SIGKILL)
+        os.kill(model.fa_pool.leases.pool.pids()[0], signal.SIGKILL)
         rank.link.loop.wait(lambda: rank.link.lost)
     return original(rank, header, tensors, expected)
 

@@ -162,7 +162,7 @@ def test_a_model_in_blocks(tmp_path: Path, kv_home: str) -> None:
     folder, ids = save_model("llama", tmp_path, max_position_embeddings=1024), random_ids(2, 300)
     reference = eager(folder)
     with in_blocks(folder, 4, pool_ranks=2, kv_home=kv_home) as model, torch.no_grad():
-        model.fa_pool._make_pool, model.fa_pool.copies = RecordedPool, Copies(Recorder())
+        model.fa_pool.leases.source, model.fa_pool.copies = RecordedPool, Copies(Recorder())
         got, want = model(ids), reference(ids)
         assert_close(got.logits, want.logits)
         token = ids[:, :1]
@@ -183,7 +183,7 @@ def test_the_next_request_is_launched_before_the_last_answer_is_awaited(monkeypa
         link = Link(base, base_loop, name="rank", timeout_s=5.0, asks=True)
         inbox = Inbox(pool_loop, 1.0)
         worker = Worker(inbox, 2**20, torch.device("cpu"))
-        worker.copies, worker.clock._events, worker.lease = Copies(recorder), Ticks(0.001), 7
+        worker.copies, worker.clock._events, worker.lease.token = Copies(recorder), Ticks(0.001), 7
         worker.clock.move_to(GPU)
         real = worker.attend
 

@@ -104,7 +104,7 @@ def test_a_rank_that_fails_at_any_place_costs_time_only(
             assert [rank.number for rank in manager.ranks] == [rank for rank in range(5) if rank != victim]
         else:
             assert manager.counters.faults == 0
-        manager._release("test")
+        manager.leases.release("test")
         monkeypatch.undo()
         stream = Stream(manager, (0,))
         for new in (40, 1, 30):
@@ -175,7 +175,7 @@ def test_two_bases_may_use_the_same_ranks_at_once() -> None:
         links = [pool.acquire(print), *pool.more]
 
         class Shared:
-            shared = False
+            look = None
 
             def __init__(self, mine: dict[int, Any]) -> None:
                 self.mine = mine
@@ -233,12 +233,12 @@ def test_stopped_and_killed_processes_at_any_place_cost_time_only() -> None:
         went_well(manager)
         for victim, how, new in ((1, signal.SIGSTOP, 1), (1, signal.SIGSTOP, 100), (2, signal.SIGKILL, 1)):
             if not manager.ranks or len(manager.ranks) < 3:
-                manager._release("test")
+                manager.leases.release("test")
                 stream = Stream(manager, (0,))
                 for first in (200, 1):
                     check(*stream.call(first), 2e-5)
-            assert isinstance(manager._pool, LocalPool)
-            os.kill(manager._pool.pids()[victim], how)
+            assert isinstance(manager.leases.pool, LocalPool)
+            os.kill(manager.leases.pool.pids()[victim], how)
             faults, began = manager.counters.faults, time.monotonic()
             for later in (new, 1, 50, 1):
                 check(*stream.call(later), 2e-5)

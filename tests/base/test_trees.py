@@ -48,8 +48,8 @@ def manager_of(**keys: Any) -> ResourceManager:
 
 
 def pool_of(manager: ResourceManager) -> ThreadPool:
-    assert isinstance(manager._pool, ThreadPool)
-    return manager._pool
+    assert isinstance(manager.leases.pool, ThreadPool)
+    return manager.leases.pool
 
 
 def went_well(manager: ResourceManager) -> None:
@@ -201,7 +201,7 @@ def test_a_lease_that_was_given_back_leaves_no_links(managers: Make) -> None:
         between = [peer._link for exchange in links_between(pool) for peer in exchange._peers.values()]
         assert len(between) == 4, "0-1 and 0-2 of the tree, two ends each"
         went_well(manager)
-        manager._release("test")
+        manager.leases.release("test")
         for end in between:
             assert end is not None
             deadline = time.monotonic() + 5

@@ -85,7 +85,7 @@ def test_the_trace_shows_both_sides_inside_the_forwards(folder: Path, tmp_path: 
 def test_a_trace_is_completed_without_close(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     model = load_pooled(folder, trace=str(path))
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     with torch.no_grad():
         model(random_ids(1, LENGTH))
     assert not path.read_text().endswith("]\n")
@@ -99,7 +99,7 @@ def test_metrics_end_with_their_model(folder: Path) -> None:
     """A served model that is not closed does not live as long as its server."""
     pytest.importorskip("prometheus_client")
     model = load_pooled(folder, metrics_port=0)
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     (served,) = [event["reason"] for event in model.fa_pool.stats()["events"] if event["kind"] == "metrics"]
     url = f"http://127.0.0.1:{served.split()[-1]}/metrics"
     with torch.no_grad():

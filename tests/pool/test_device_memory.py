@@ -41,7 +41,7 @@ def test_it_refuses_and_the_base_computes(monkeypatch: pytest.MonkeyPatch, name:
     with manager_of() as manager, torch.no_grad():
         first, second = Stream(manager, (0, 0)), Stream(manager, (0,))
         check(*first.call(30), 2e-5)
-        held = manager._pool.workers[0].prefixes  # type: ignore[union-attr]
+        held = manager.leases.pool.workers[0].prefixes  # type: ignore[union-attr]
         full.append(True)
         check(*second.call(30), 2e-5)
         assert (manager.counters.faults, len(manager.ranks)) == (0, 1), "it was given up"
@@ -77,7 +77,7 @@ def test_copies_for_others_are_dropped_whole(monkeypatch: pytest.MonkeyPatch) ->
     with manager_of() as manager, torch.no_grad():
         stream = Stream(manager, (0,))
         stream.call(30)
-        worker = manager._pool.workers[0]  # type: ignore[union-attr]
+        worker = manager.leases.pool.workers[0]  # type: ignore[union-attr]
         assert stream.state.id in worker.prefixes
         full_at(monkeypatch, "onto", lambda: True)
         key = torch.zeros(1, 1, 1, 8)

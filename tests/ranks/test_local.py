@@ -142,7 +142,7 @@ def test_a_lease_that_is_interrupted_leaves_no_rank_busy(monkeypatch: pytest.Mon
 def test_a_manager_is_warm_when_it_is_opened_and_cold_if_asked() -> None:
     for warm in (True, False):
         with open_manager(config(warm_start=warm)) as manager:
-            assert (manager._pool is not None) == warm
+            assert (manager.leases.pool is not None) == warm
             assert not workers(), "a rank is started by a long sequence only"
 
 

@@ -263,7 +263,7 @@ def test_a_script_that_leaves_the_cluster_loses_no_token(
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "init", refused)
         monkeypatch.setattr(ray.actor.ActorMethod, "remote", lambda *_, **__: pytest.fail("Ray would start a cluster"))
-        os.kill(model.fa_pool._pool._ranks[0].pid, signal.SIGKILL)
+        os.kill(model.fa_pool.leases.pool._ranks[0].pid, signal.SIGKILL)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             assert_same_tokens(model.generate(ids, past_key_values=cache, **greedily(NEW)), plain)

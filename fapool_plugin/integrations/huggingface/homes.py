@@ -172,6 +172,7 @@ class Homes:
         owned, manager = cache.state.owned, self.manager
         if owned is None:
             return
+        manager.heed()
         gone = owned.gone(manager.ranks)
         if manager.base_ranks > 1 and not manager.agree((int(not gone), 0))[0]:
             gone = gone or _ANOTHERS

@@ -86,7 +86,7 @@ def test_where_attention_never_rules_nothing_is_pooled(folder: Path, activation:
         for length in (LENGTH, 256):
             run(model, length)
         assert calls(model)["prefill"] == (0, 2 * LAYERS)
-        assert model.fa_pool._pool is None
+        assert model.fa_pool.leases.pool is None
 
 
 def test_an_automatic_threshold_measures_at_load_if_there_is_no_profile(folder: Path, measuring: Measuring) -> None:
@@ -191,7 +191,7 @@ def test_where_no_rank_can_be_had_it_is_tried_once(folder: Path, measuring: Meas
             raise RuntimeError("no ranks here")
 
     with planned(folder) as model, torch.no_grad():
-        model.fa_pool._make_pool = NoPool
+        model.fa_pool.leases.source = NoPool
         with pytest.warns(RuntimeWarning, match="no ranks here"):
             cache = model(random_ids(1, LENGTH)).past_key_values
         with warnings.catch_warnings():

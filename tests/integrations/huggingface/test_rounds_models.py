@@ -107,7 +107,7 @@ class Twins:
     def keys_are_gone(self) -> bool:
         """Whether the pool ranks soon hold nothing: they are told, and do not answer."""
         deadline = time.monotonic() + 5.0
-        while (held := [w.prefixes.nbytes for w in self.model.fa_pool._pool.workers.values()]) and any(held):
+        while (held := [w.prefixes.nbytes for w in self.model.fa_pool.leases.pool.workers.values()]) and any(held):
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.01)

@@ -63,8 +63,8 @@ def keeping(**keys: Any) -> ResourceManager:
 
 
 def workers(manager: Any) -> list[Any]:
-    assert isinstance(manager._pool, ThreadPool)
-    return [worker for _, worker in sorted(manager._pool.workers.items())]
+    assert isinstance(manager.leases.pool, ThreadPool)
+    return [worker for _, worker in sorted(manager.leases.pool.workers.items())]
 
 
 def counted(manager: Any) -> tuple[int, int, int]:
@@ -81,7 +81,7 @@ def settle(manager: Any) -> list[int]:
     for rank in manager.ranks:
         rank.open()
     deadline = time.monotonic() + 5
-    while not manager.ranks and any(worker.lease is not None for worker in workers(manager)):
+    while not manager.ranks and any(worker.lease.token is not None for worker in workers(manager)):
         assert time.monotonic() < deadline, "a lease that was given back has not ended"
         time.sleep(0.01)
     return [worker.prefixes.reserved for worker in workers(manager)]
@@ -202,9 +202,9 @@ def test_what_a_rank_kept_goes_with_it(how: str) -> None:
 
         def gone() -> None:
             if how == "lost":
-                manager._pool.links[0].fail("killed")  # type: ignore[union-attr]
+                manager.leases.pool.links[0].fail("killed")  # type: ignore[union-attr]
             else:
-                manager._release("test")
+                manager.leases.release("test")
 
         out = pooled(manager, geometry, lost=gone)(*given_)
         dout = torch.randn(out.shape, dtype=out.dtype)

@@ -51,7 +51,7 @@ def model(folder: Path) -> Iterator[Any]:
 
 def wrapped(net: Any, **settings: Any) -> Any:
     model = FAPoolForCausalLM.wrap(net, SHORT | settings)
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     return model
 
 
@@ -319,7 +319,7 @@ def test_embedding_and_reward_models(folder: Path) -> None:
                 assert_close(net(one)[field], reference(one)[field], what=field)
             assert net.fa_pool.stats()["prefill"]["pooled_calls"] > 0
         again = pickle.loads(pickle.dumps(net))
-        again.fa_pool._make_pool = ThreadPool
+        again.fa_pool.leases.source = ThreadPool
         with again.fa_pool, torch.no_grad():
             assert_close(again(ids[:1])[field], reference(ids[:1])[field], what=field)
             assert again.fa_pool.stats()["prefill"]["pooled_calls"] > 0

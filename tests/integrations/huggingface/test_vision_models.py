@@ -60,7 +60,7 @@ def built(name: str) -> Any:
 def pooled(name: str) -> Any:
     settings = {"pool_ranks": 1, "threshold": THRESHOLD, "activation": "length", "kv_block": 4, "memory_limit_mib": 64}
     model = FAPoolForCausalLM.wrap(built(name), settings)
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     return model
 
 
@@ -120,7 +120,7 @@ def test_gradients_through_what_is_made_outside_the_decoder(rows: int) -> None:
     found, ids = [], prompt(rows)
     settings = {"pool_ranks": 1, "threshold": THRESHOLD, "activation": "length", "kv_block": 4, "memory_limit_mib": 64}
     model = FAPoolForCausalLM.wrap(survey.build("gemma4"), settings).train()
-    model.fa_pool._make_pool = ThreadPool
+    model.fa_pool.leases.source = ThreadPool
     with model.fa_pool:
         for net in (model, survey.build("gemma4", "eager").train()):
             net(input_ids=ids, labels=ids).loss.backward()

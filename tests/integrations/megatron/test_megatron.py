@@ -289,8 +289,8 @@ def test_a_killed_pool_rank_changes_nothing(folder: Path, groups: Any, reference
     model, ids, context = mm.build(folder, groups), random_ids(2, 80), StaticInferenceContext(2, 100)
     with model.fa_pool as pool:
         mm.steps(model, context, [ids[:, :70]])
-        assert isinstance(pool._pool, LocalPool)
-        os.kill(pool._pool.pids()[0], signal.SIGKILL)
+        assert isinstance(pool.leases.pool, LocalPool)
+        os.kill(pool.leases.pool.pids()[0], signal.SIGKILL)
         with pytest.warns(RuntimeWarning, match="pool rank 0"):
             found = mm.steps(model, context, [ids[:, 70:71], ids[:, 71:72]])
         for logits, stop in zip(found, (71, 72), strict=True):

@@ -1,0 +1,232 @@
+"""Jobs that share a standing pool: ranks join and leave in the middle of sequences, and no logit changes."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fapool_plugin.base import leases
+from fapool_plugin.pool import lease as ranks_lease
+from tests.models import one_thread, save_model
+from tests.standing_pool import TIMEOUT_S, Standing, jobs
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("quick", "silence")]
+HOMES = pytest.mark.parametrize("home", ["base", "pool"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs ask at every forward, and give ranks to others at once."""
+    monkeypatch.setattr(leases, "_LOOK_S", 0.0)
+    monkeypatch.setattr(leases, "_HOLD_S", 0.0)
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def silence() -> Iterator[None]:
+    """Nothing that happens here is worth a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "fa_pool")
+        yield
+
+
+def until(done: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@HOMES
+def test_ranks_that_come_join_a_sequence_or_the_next(folder: Path, home: str) -> None:
+    ranks = Standing(1)
+    with jobs(folder, ranks, {"kv_home": home}) as [job]:
+        job.prompt()
+        assert job.ranks == [0]
+        ranks.grow()
+        job.steps()
+        assert job.ranks == ([0, 1] if home == "base" else [0]), job.events()
+        job.steps()
+        assert (ranks.workers[1].prefixes.nbytes > 0) == (home == "base"), "keys that have owners stay where they are"
+        job.prompt()
+        assert job.ranks == [0, 1], job.events()
+        assert ranks.workers[1].prefixes.nbytes, "it is used"
+        job.steps()
+        assert job.kinds("joined") == (["joined"] if home == "base" else [])
+
+
+@HOMES
+def test_a_rank_leaves_in_the_middle_of_a_sequence(folder: Path, home: str) -> None:
+    ranks = Standing(2)
+    with jobs(folder, ranks, {"kv_home": home}) as [job]:
+        job.prompt()
+        job.steps()
+        ranks.leave(0)
+        until(lambda: job.leases.ranks[0].link.wishes.leaving, "a heartbeat says so")
+        job.steps(2)
+        assert job.ranks == [1], job.events()
+        assert job.kinds("left", "replay")[:2] == (["left"] if home == "base" else ["left", "replay"])
+        until(lambda: ranks.workers[0].lease.token is None, "it is given back")
+        assert ranks.workers[0].prefixes.nbytes == 0
+        ranks.leave(1)
+        until(lambda: job.leases.ranks[0].link.wishes.leaving, "a heartbeat says so")
+        job.steps(2)
+        assert job.ranks == [], job.events()
+        ranks.grow()
+        job.steps(2)
+        job.prompt()
+        assert job.ranks == [2], job.events()
+
+
+@HOMES
+def test_a_refused_job_asks_again(folder: Path, home: str) -> None:
+    """In the middle of its sequence: its keys are still all its own."""
+    ranks = Standing(1)
+    with jobs(folder, ranks, {"kv_home": home}, {"kv_home": home}) as [first, second]:
+        first.prompt()
+        time.sleep(0.2)
+        second.prompt()
+        (busy,) = [one for one in second.events() if one.startswith("busy")]
+        assert float(busy.split("up to ")[1].split(" s ")[0]) >= 0.2, busy
+        second.steps(3)
+        assert (first.ranks, second.ranks) == ([0], []), second.events()
+        first.prompt()
+        assert first.ranks == [], "who has waited is first"
+        second.steps(2)
+        assert second.ranks == [0], second.events()
+        assert ranks.workers[0].prefixes.nbytes
+        assert second.kinds("joined") == ["joined"]
+        first.steps()
+        assert first.ranks == []
+        second.prompt()
+        first.steps()
+        assert (first.ranks, second.ranks) == ([0], []), "turn by turn"
+
+
+def test_who_has_more_gives_to_who_has_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_HOLD_S", 0.6)
+    monkeypatch.setattr(ranks_lease, "_WAITS_S", 0.4)
+    ranks = Standing(4)
+    with jobs(folder, ranks, {}, {}) as [first, second]:
+        first.prompt()
+        assert first.ranks == [0, 1, 2, 3]
+        second.prompt()
+        assert second.ranks == []
+        first.steps()
+        assert first.ranks == [0, 1, 2, 3], "not so soon"
+        time.sleep(0.6)
+        second.steps()
+        until(lambda: first.leases.ranks[0].link.wishes.waiting, "a heartbeat says so")
+        first.steps(2)
+        assert first.ranks == [0, 1], first.events()
+        second.steps(2)
+        assert second.ranks == [2, 3], second.events()
+        assert first.kinds("shared") == ["shared"] * 2
+        for _ in range(3):  # both want more, and have the same
+            first.steps()
+            second.steps()
+            time.sleep(TIMEOUT_S / 4)
+        assert (first.ranks, second.ranks) == ([0, 1], [2, 3]), [first.events(), second.events()]
+
+
+def test_keys_that_have_owners_are_shared_between_sequences_only(folder: Path) -> None:
+    ranks = Standing(2)
+    with jobs(folder, ranks, {"kv_home": "pool"}, {}) as [first, second]:
+        first.prompt()
+        second.prompt()
+        until(lambda: first.leases.ranks[0].link.wishes.waiting, "a heartbeat says so")
+        first.steps(2)
+        assert first.ranks == [0, 1], first.events()
+        first.prompt()
+        second.steps()
+        first.steps()
+        assert (first.ranks, second.ranks) == ([1], [0]), [first.events(), second.events()]
+
+
+@HOMES
+def test_idle_keys_are_recalled_for_another_job(folder: Path, home: str) -> None:
+    ranks = Standing(1)
+    settings: dict[str, Any] = {"kv_home": home, "idle_keys_s": 0.3}
+    with jobs(folder, ranks, settings, settings) as [first, second]:
+        first.prompt()
+        first.steps()
+        second.prompt()
+        assert second.ranks == [], "it has been used just now"
+        time.sleep(0.4)
+        second.steps()
+        assert second.ranks == [0], second.events()
+        first.steps(2)
+        assert first.ranks == [], first.events()
+        assert first.kinds("recalled", "replay")[:1] == ["recalled"]
+        time.sleep(0.4)
+        first.steps(2)
+        assert first.ranks == [0], "it may have it again"
+        second.steps(2)
+        assert second.kinds("recalled") == ["recalled"]
+
+
+def test_idle_keys_are_kept_while_none_asks_or_if_the_job_says_so(folder: Path) -> None:
+    ranks = Standing(1)
+    with jobs(folder, ranks, {"idle_keys_s": 0.1}, {}) as [first, second]:
+        first.prompt()
+        time.sleep(0.3)
+        first.steps()
+        assert first.kinds("recalled") == []
+        first.model.fa_pool.leases.release("test")
+        second.prompt()
+        time.sleep(0.3)
+        first.prompt()
+        assert (first.ranks, second.ranks) == ([], [0]), "60 s are not over"
+
+
+@HOMES
+def test_a_job_that_stands_still_loses_its_lease_to_one_that_asks(folder: Path, home: str) -> None:
+    ranks = Standing(1)
+    with jobs(folder, ranks, {"kv_home": home, "timeout_s": 0.5}, {}) as [first, second]:
+        first.prompt()
+        first.steps()
+        second.prompt()
+        with first.leases.pool.loop.alone():  # type: ignore[union-attr]
+            time.sleep(0.4)
+            second.steps()
+            assert second.ranks == [], second.events()
+            time.sleep(0.4)
+            second.steps()
+            assert second.ranks == [0], second.events()
+        first.steps(2)
+        assert (first.ranks, first.kinds("recalled")) == ([], ["recalled"]), first.events()
+
+
+def test_a_refusal_does_not_wait_for_what_the_rank_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Standing(1)
+    with jobs(folder, ranks, {}, {"timeout_s": 30.0}) as [first, second]:
+        first.prompt()
+        worker, free = ranks.workers[0], [False]
+        monkeypatch.setattr(worker, "_handle", lambda *_: until(lambda: free[0], "let go"))
+        first.leases.ranks[0].tell(leases.Op.FREE, 1)
+        until(lambda: worker._at_work, "it computes")
+        second.prompt()
+        assert second.kinds("busy") == ["busy"], second.events()
+        free[0] = True
+
+
+def test_a_wish_is_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_lease, "_WAITS_S", 0.2)
+    ranks = Standing(1)
+    with jobs(folder, ranks, {}, {}) as [first, second]:
+        first.prompt()
+        second.prompt()
+        time.sleep(0.3)
+        first.prompt()
+        assert first.ranks == [0], "the other does not ask any more"
