@@ -132,10 +132,12 @@ def launched(folder: Path, command: Sequence[str], environment: Mapping[str, str
             process.stdout.close()
 
 
-def run(folder: Path, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Launched:
+def run(
+    folder: Path, command: Sequence[str], environment: Mapping[str, str] | None = None, limit_s: float = LIMIT_S
+) -> Launched:
     """A launch from beginning to end."""
     with launched(folder, command, environment) as launch:
-        return launch.wait()
+        return launch.wait(limit_s)
 
 
 @dataclass

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import Message
 from tests.models import eager, load_pooled, random_ids
+from tests.strikes import held_main_thread
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120)]
 
@@ -154,44 +154,23 @@ def test_a_rank_killed_in_the_middle_of_its_reply_changes_no_token(
     generate_with_one_fault(model, expected, lambda: struck[0])
 
 
-_HOLD = """
-import ctypes, os, sys
-pid, trace = int(sys.argv[1]), ctypes.CDLL(None).ptrace
-trace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-SEIZE, INTERRUPT = 0x4206, 0x4207
-held = trace(SEIZE, pid, None, None) == 0 and trace(INTERRUPT, pid, None, None) == 0
-print("held" if held else "not allowed", flush=True)
-while held and not os.WIFSIGNALED(os.waitpid(pid, 0x40000000)[1]):
-    pass
-"""
-"""Holds the main thread of a process, and no other one, until it is killed."""
-
-
 def test_a_rank_whose_main_thread_stands_still_changes_no_token(
     model: Any, expected: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its heartbeats are answered all the time, as when a page of a file does not come, or a lock is not given back."""
+    """Its heartbeats are answered all the time."""
     struck: list[int] = []
-    holders: list[subprocess.Popen[str]] = []
 
     def victim(rank: PoolRank) -> None:
         struck.append(pids(model.fa_pool)[rank.number])
-        command = [sys.executable, "-c", _HOLD, str(struck[0])]
-        holders.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        assert holders[0].stdout is not None
-        if holders[0].stdout.readline() != "held\n":
+        if not held_main_thread(struck[0], afterwards):
             pytest.skip("this machine does not let a process hold a thread of another")
 
     strike(monkeypatch, "ask", DECODE_CALL, victim)
-    began = time.monotonic()
-    try:
+    with ExitStack() as afterwards:
+        began = time.monotonic()
         generate_with_one_fault(model, expected, lambda: struck[0])
         took = time.monotonic() - began
         assert took < 3 * 2.0 + 5, f"it held the base for {took:.1f} s"
-    finally:
-        for holder in holders:
-            holder.kill()
-            holder.communicate()
 
 
 def test_all_ranks_lost_and_the_next_lease_has_new_ones(
