@@ -92,6 +92,13 @@ def pools(ray: Any) -> list[str]:
     return sorted({name.rpartition("/")[0] for name in named})
 
 
+class _Rank(StandingRank):
+    """A rank that knows Ray's name of the node it is on."""
+
+    def described(self) -> dict[str, Any]:
+        return super().described() | {"node": library().get_runtime_context().get_node_id()[:8]}
+
+
 def add(ray: Any, pool: str, numbers: Iterable[int], settings: FAPoolConfig, wanted: Request) -> list[Any]:
     """Asks for ranks with these numbers; each comes when Ray has room for it."""
     made = []
@@ -110,7 +117,7 @@ def add(ray: Any, pool: str, numbers: Iterable[int], settings: FAPoolConfig, wan
         options |= {"label_selector": dict(wanted.labels)} if wanted.labels else {}
         device = "cuda:0" if wanted.gpus else "cpu"  # Ray shows a process only its own
         told = settings.to_dict(), device, ray.get_runtime_context().gcs_address, asdict(wanted)
-        made.append(ray.remote(StandingRank).options(**options).remote(*told))
+        made.append(ray.remote(_Rank).options(**options).remote(*told))
     return made
 
 

@@ -10,19 +10,17 @@ sockets; neither who made it nor what its worker is asked.
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from fapool_plugin.config import MIB, FAPoolConfig
 from fapool_plugin.pool import report
 from fapool_plugin.pool.process import end, start
+from fapool_plugin.ranks.own_folder import OwnFolder
 from fapool_plugin.wire.sockets import address_towards, listen, machine
 
 _LOOK_S = 0.1
@@ -31,7 +29,6 @@ _SHORT_LIVES = 5
 """A worker that dies so often within ``_SHORT_S`` of its start is not started again."""
 _WORD_S = 1.0
 """A worker that is told to end gets so long to do it."""
-_LONG_PATH = 80
 
 
 class StandingRank:
@@ -52,9 +49,7 @@ class StandingRank:
         host, _, port = towards.rpartition(":")
         is_open = towards and (self._config.link_key_file is not None or self._config.insecure)
         self._host = address_towards(host, int(port)) if is_open else ""
-        # Of mode 0700; the path of a Unix socket may have 107 bytes.
-        where = None if len(tempfile.gettempdir()) < _LONG_PATH else "/tmp"
-        self._folder = Path(tempfile.mkdtemp(prefix="fapool-", dir=where))
+        self._folder = OwnFolder()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._addresses: list[str] = []
@@ -116,10 +111,10 @@ class StandingRank:
         """Starts a worker; jobs that connect before it serves wait."""
         self._lives += 1
         self._began = time.monotonic()
-        self._report = self._folder / f"{self._lives}.report"
+        self._report = self._folder.path / f"{self._lives}.report"
         report.make(self._report)
         with ExitStack() as mine:
-            wanted = [f"unix:{self._folder}/{self._lives}", *([f"tcp:{self._host}:0"] if self._host else [])]
+            wanted = [f"unix:{self._folder.path}/{self._lives}", *([f"tcp:{self._host}:0"] if self._host else [])]
             listeners, addresses = zip(*(listen(address) for address in wanted), strict=True)
             for listener in listeners:
                 mine.enter_context(listener)
@@ -145,7 +140,7 @@ class StandingRank:
             if not leased or time.monotonic() > self._leaves_by:
                 if process is not None:
                     end(process, _WORD_S)
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._folder.remove()
                 self._process, self._addresses = None, []
                 self._ended.set()
         elif process is not None and process.poll() is not None:

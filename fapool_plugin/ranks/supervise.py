@@ -6,23 +6,21 @@ computing. It knows processes and a few keys of the launch's store.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from types import FrameType
 
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.pool.process import end, start
 from fapool_plugin.ranks.launch import Launch
+from fapool_plugin.ranks.own_folder import OwnFolder
 from fapool_plugin.wire.sockets import listen
 
 _LOOK_S = 0.25
 _STORE_S = 5.0
 """A store that does not answer for so long is gone."""
-_LONG_PATH = 80
 _SHORT_S = 5.0
 _SHORT_LIVES = 5
 """A worker that dies so often within ``_SHORT_S`` of its start is not started again."""
@@ -36,8 +34,7 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
     lives, short_lives = 0, 0
     process: subprocess.Popen[bytes] | None = None
     worker, began = "", 0.0
-    # Of mode 0700; the path of a Unix socket may have 107 bytes.
-    folder = tempfile.mkdtemp(prefix="fapool-", dir=None if len(tempfile.gettempdir()) < _LONG_PATH else "/tmp")
+    folder = OwnFolder()
     try:
         while store.add(launch.over_key, 0) < launch.base_ranks:
             if process is not None and store.check([f"{worker}/discarded"]):
@@ -53,7 +50,7 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
             if process is None and short_lives < _SHORT_LIVES:
                 lives += 1
                 worker, began = f"{key}.{lives}", time.monotonic()
-                process, address = _start(launch, config, f"{folder}/{lives}")
+                process, address = _start(launch, config, f"{folder.path}/{lives}")
                 store.set(f"{worker}/ready", f"{process.pid} {address}")
                 store.set(key, worker)
             time.sleep(_LOOK_S)
@@ -65,7 +62,7 @@ def supervise(launch: Launch, config: FAPoolConfig) -> None:
     finally:
         if process is not None:
             end(process, 1.0)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
 
 
 def _start(launch: Launch, config: FAPoolConfig, path: str) -> tuple[subprocess.Popen[bytes], str]:

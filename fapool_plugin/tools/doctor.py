@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError, check_machine
 from fapool_plugin.observe.available_memory import left_for_job
+from fapool_plugin.ranks import directory
 
 _NEEDED = ("torch", "links", "transformers")
 _PATIENCE_S = 10.0
@@ -54,6 +56,7 @@ def examine() -> list[Check]:
         _installed("accelerate", "accelerate", "hf"),
         _installed("gguf", "gguf", "hf"),
         _installed("ray", "ray", "ray"),
+        _pools(),
         _memory(),
         _cores(),
         _shared_memory(),
@@ -180,6 +183,33 @@ def _installed(name: str, module: str, extra: str, *, needs_cuda: bool = False) 
     if not found:
         return Check(name, version, False, f"not installed: pip install fapool-plugin[{extra}]")
     return Check(name, version, True, "installed, not tried")
+
+
+def _pools() -> Check:
+    """Asks the Ray cluster of this machine, as a driver of it."""
+    if importlib.util.find_spec("ray") is None:
+        return Check("standing pools", "", False, "need Ray")
+    try:
+        ray = directory.library()
+        was_in = ray.is_initialized()
+        directory.join(None)
+        try:
+            found = [_standing(ray, name) for name in directory.pools(ray)]
+        finally:
+            if not was_in:
+                ray.shutdown()
+    except Exception as error:  # whatever Ray raises, it is the answer
+        return Check("standing pools", "", False, " ".join(str(error).split())[:300])
+    if not found:
+        return Check("standing pools", "", False, "none on the Ray cluster of this machine: fapool pool up")
+    return Check("standing pools", "", True, ", ".join(found))
+
+
+def _standing(ray: Any, name: str) -> str:
+    actors = directory.standing(ray, name)
+    said = directory.told(ray, actors, _PATIENCE_S)
+    up = sum(one["state"] in ("free", "leased") for one in said.values())
+    return f"{name} ({up} of {len(actors)} ranks stand)"
 
 
 def _transformers() -> Check:

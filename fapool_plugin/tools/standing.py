@@ -5,6 +5,7 @@ Says what was done and what stands. How ranks are placed and what they do is not
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from rich.live import Live
 from rich.table import Table
 
 from fapool_plugin.config import MIB, FAPoolConfig, FAPoolConfigError
+from fapool_plugin.observe.prometheus import HOST, of_standing_ranks, serve
 from fapool_plugin.ranks import directory as standing
 from fapool_plugin.tools.options import check_counts, one_line_errors
 
 _LOOK_S = 0.2
 _WATCH_S = 1.0
+_NO_PLACE = {"state": "waiting"}
 app = typer.Typer(help="A standing pool on Ray, whose ranks jobs share.", no_args_is_help=True)
 
 
@@ -77,9 +80,7 @@ def up(
         _wait(ray, name, ranks, start_timeout_s)
         if is_ours:
             typer.echo(f"a Ray cluster of this machine runs as long as this command: fapool pool down {name} ends both")
-            with suppress(KeyboardInterrupt):
-                while standing.standing(ray, name):
-                    time.sleep(_WATCH_S)
+            _while_it_stands(ray, name)
             _end(ray, name, standing.standing(ray, name), 0.0)
             ray.shutdown()
 
@@ -89,14 +90,31 @@ def status(
     name: Name = "fapool",
     ray_address: Address = None,
     watch: Annotated[bool, typer.Option("--watch", help="Again every second, until it is interrupted.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all that ranks say.")] = False,
+    prometheus: Annotated[
+        int | None,
+        typer.Option(metavar="PORT", help="Serve the figures on this port (0: any), until the pool is down."),
+    ] = None,
 ) -> None:
     """Say what each rank of a pool does. Exit codes: 0 done, 2 an error, as where there is no such pool."""
-    with one_line_errors():
+    with one_line_errors(ModuleNotFoundError):
+        if watch + as_json + (prometheus is not None) > 1:
+            raise ValueError("give one of --watch, --json and --prometheus")
         ray = standing.join(ray_address)
-        with suppress(KeyboardInterrupt), Live(_table(ray, name), console=Console(), refresh_per_second=2) as live:
-            while watch:
-                time.sleep(_WATCH_S)
-                live.update(_table(ray, name))
+        ranks = _ranks(ray, name)
+        if as_json:
+            typer.echo(json.dumps({"pool": name, "ranks": ranks}, indent=1))
+        elif prometheus is not None:
+            with serve(lambda: _ranks(ray, name), prometheus, of_standing_ranks) as server:
+                typer.echo(f"http://{HOST}:{server.port}/metrics")
+                _while_it_stands(ray, name)
+        elif watch:
+            with suppress(KeyboardInterrupt), Live(_table(ranks), refresh_per_second=2) as live:
+                while True:
+                    time.sleep(_WATCH_S)
+                    live.update(_table(_ranks(ray, name)))
+        else:
+            Console().print(_table(ranks))
 
 
 @app.command()
@@ -165,6 +183,12 @@ def _there(ray: Any, name: str) -> dict[int, Any]:
     return there
 
 
+def _while_it_stands(ray: Any, name: str) -> None:
+    with suppress(KeyboardInterrupt):
+        while standing.standing(ray, name):
+            time.sleep(_WATCH_S)
+
+
 def _wait(ray: Any, name: str, ranks: int, within_s: float) -> None:
     """Until so many ranks stand. Raises FAPoolConfigError for those that have no place within a time."""
 
@@ -207,17 +231,25 @@ def _until(done: Callable[[], bool], within_s: float, text: Callable[[], str]) -
     return True
 
 
-def _table(ray: Any, name: str) -> Table:
+def _ranks(ray: Any, name: str) -> list[dict[str, Any]]:
+    """What each rank of a pool says, without how it was made; those that say nothing wait for a place."""
     actors = _there(ray, name)
     found = standing.told(ray, actors)
-    table = Table("rank", "node", "state", "lease, s", "requests", "busy, s", "keys, MiB", "pid", box=box.SIMPLE_HEAD)
-    for number in actors:
-        one = found.get(number)
-        if one is None:
-            table.add_row(str(number), "", "waits for a place", "", "", "", "", "")
+    hidden = {"settings", "wanted", "addresses", "machine"}
+    return [
+        {"rank": number, **{key: value for key, value in found.get(number, _NO_PLACE).items() if key not in hidden}}
+        for number in actors
+    ]
+
+
+def _table(ranks: list[dict[str, Any]]) -> Table:
+    table = Table("rank", "node", "state", "lease, s", "keys, MiB", "requests", "busy, s", "pid", box=box.SIMPLE_HEAD)
+    for one in ranks:
+        if "pid" not in one:
+            table.add_row(str(one["rank"]), "", one["state"])
             continue
         lease = f"{one['leased_s']:.1f}" if one["leased_s"] else ""
         held = f"{one['held_bytes'] / MIB:.0f} of {one['memory_bytes'] / MIB:.0f}"
-        cells = one["state"], lease, str(one["requests"]), f"{one['busy_s']:.1f}", held, str(one["pid"])
-        table.add_row(str(number), one["host"], *cells)
+        cells = one["state"], lease, held, str(one["requests"]), f"{one['busy_s']:.1f}", str(one["pid"])
+        table.add_row(str(one["rank"]), f"{one['host']} {one['node']}", *cells)
     return table

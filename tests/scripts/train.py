@@ -74,6 +74,7 @@ for step in range(arguments.steps):
     engine.backward(loss)
     engine.step()
     losses.append(float(loss))
+    (arguments.out / f"steps{rank}").write_text(str(len(losses)))
     time.sleep(arguments.pause)
 step = -2  # what follows is no step
 engine.eval()
