@@ -7,14 +7,15 @@ works for b base ranks in turn, so it is 1/b as fast for each.
     base rank   1 .. b   each to p pool ranks:   its NIC carries p messages at a time
     pool rank   1 .. p   each from b base ranks: its NIC carries b of them (incast)
 
-Flows share NICs fairly, so a flow has 1 / max(p, b) of a link, and nothing else contends. Fabrics that block, lost
-packets and Python are not known here; ``ask_s`` is the place for the latter.
+Flows share NICs fairly, so a flow has 1 / max(p, b) of a link; between leaf switches less, by the oversubscription.
+Collisions inside a fabric, lost packets and Python are not known here; ``ask_s`` is the place for the latter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from fapool_plugin.plan.clocks import Cores, Prefill, Way
@@ -81,6 +82,8 @@ class Cluster:
     link: str
     ask_s: float = 0.0
     """What asking one pool rank costs the base, beside bytes."""
+    oversubscription: float = 1.0
+    """How many NICs share one link out of a leaf switch: flows between leaves get so much less when all send."""
     _linear: dict[tuple[float, float, int], float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,11 +97,15 @@ class Cluster:
         if self.link not in self.hardware.links:
             known = ", ".join(self.hardware.links)
             raise ValueError(f"{self.hardware.name} has no link {self.link!r}; give one of {known}")
+        if not 1 <= self.oversubscription < inf:
+            raise ValueError(f"an oversubscription of {self.oversubscription} is none; give 1 or more")
         self.hardware.all_reduce_s(self.base, 1)
 
     @property
     def wire(self) -> Link:
-        return self.hardware.links[self.link]
+        """As fast as it is between leaves, if there is oversubscription."""
+        link = self.hardware.links[self.link]
+        return link.model_copy(update={"bytes_per_s": link.bytes_per_s / self.oversubscription})
 
     def shape(self, gpus: int | None = None) -> Shape:
         """One base rank's part of the model. Fewer KV heads than ranks are copied."""
