@@ -84,7 +84,7 @@ class Cluster:
     """What asking one pool rank costs the base, beside bytes."""
     oversubscription: float = 1.0
     """How many NICs share one link out of a leaf switch: flows between leaves get so much less when all send."""
-    _linear: dict[tuple[float, float, int], float] = field(default_factory=dict, init=False, repr=False)
+    _linear: dict[tuple[float, float, int], tuple[float, float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         model = self.model
@@ -121,8 +121,9 @@ class Cluster:
             parameters=model.parameters // ranks,
         )
 
-    def linear_s(self, tokens: float, sequences: float, gpus: int | None = None) -> float:
-        """All layers without attention, and the head for one position of each sequence."""
+    def linear_s(self, tokens: float, sequences: float, gpus: int | None = None, products: float = 1.0) -> float:
+        """All layers without attention, and the head for one position of each sequence. ``products``: how often what
+        is multiplied and moved is, a backward pass twice; all-reduces are two a layer either way."""
         ranks = gpus or self.base
         key = tokens, sequences, ranks
         if key not in self._linear:
@@ -130,15 +131,16 @@ class Cluster:
             width, ffn = shape.heads * model.head_dim, model.intermediate // ranks
             qkv = width + 2 * shape.kv_heads * model.head_dim
             first = 2 * ffn if model.gated else ffn
-            products = ((qkv, model.hidden), (model.hidden, width), (first, model.hidden), (model.hidden, ffn))
-            layer = sum(gpu.gemm_s(tokens, n, k) for n, k in products)
-            layer += 2 * gpu.all_reduce_s(ranks, tokens * model.hidden * ELEMENT_BYTES)
+            sides = ((qkv, model.hidden), (model.hidden, width), (first, model.hidden), (model.hidden, ffn))
+            layer = sum(gpu.gemm_s(tokens, n, k) for n, k in sides)
             # Two norms with their residual, rotary embedding of q and k, activation: numbers read and written.
             moved = (4 * model.hidden, 4 * model.hidden, 2 * qkv, first + ffn)
             layer += sum(gpu.moving_s(tokens * numbers * ELEMENT_BYTES) for numbers in moved)
             head = gpu.gemm_s(sequences, model.vocab / ranks, model.hidden)
-            self._linear[key] = model.layers * layer + head
-        return self._linear[key]
+            reduced = 2 * gpu.all_reduce_s(ranks, tokens * model.hidden * ELEMENT_BYTES)
+            self._linear[key] = model.layers * layer + head, model.layers * reduced
+        computed, reduced = self._linear[key]
+        return products * computed + reduced
 
     def attention(self, kind: Kind, batch: float, gpus: int | None = None) -> Cost:
         """One layer's attention of one base rank's heads."""

@@ -22,12 +22,14 @@ def ring_s(cluster: Cluster, tokens: float, groups: int) -> float:
     return cluster.linear_s(tokens / groups, 1) + ring_attention_s(cluster, tokens, groups)
 
 
-def ring_attention_s(cluster: Cluster, tokens: float, groups: int, work: float = 1.0, moved: float = 1.0) -> float:
-    """All layers' attention of one sequence, with ``work`` times a forward's products and ``moved`` times its bytes."""
+def ring_attention_s(
+    cluster: Cluster, tokens: float, groups: int, batch: float = 1, work: float = 1.0, moved: float = 1.0
+) -> float:
+    """All layers' attention of a batch, with ``work`` times a forward's products and ``moved`` times its bytes."""
     shape, wire = cluster.shape(), cluster.wire
-    cost, part = cluster.attention("prefill", 1), tokens / groups
-    one = work * (cost.a + (cost.b * tokens + cost.c * tokens**2) / groups**2)
-    keys = moved * 2 * shape.kv_heads * shape.head_dim * part * ELEMENT_BYTES
+    cost, part = cluster.attention("prefill", batch), tokens / groups
+    one = work * (cost.a + batch * (cost.b * tokens + cost.c * tokens**2) / groups**2)
+    keys = moved * batch * 2 * shape.kv_heads * shape.head_dim * part * ELEMENT_BYTES
     return shape.layers * (one + (groups - 1) * max(one, wire.latency_s + keys / wire.bytes_per_s))
 
 
