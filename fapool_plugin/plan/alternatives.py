@@ -5,13 +5,7 @@ between groups. Formulas, with c groups of b GPUs:
 
 - *replicas*: c models, each with its part of the batch; a single prompt gains nothing but its place in the queue.
 - *data parallel*: every GPU a whole model with its part of the batch, no all-reduce.
-- *ring* (Liu, Zaharia and Abbeel 2023, with equal parts by Brandon et al. 2023): the prompt is cut into c parts;
-  c - 1 times keys and values of a part go on to the next group while attention of the last is computed.
-- *ulysses* (Jacobs et al. 2023): the same parts, but two all-to-alls a layer give each group whole heads.
-- *keys divided* (context parallelism in decode): each group holds a part of each sequence's keys and computes all of
-  what is linear; partial results with their LSE go to all others.
-
-Formulas take no more than full overlap and even parts for granted, so they are kind to alternatives.
+- context parallelism, by plan/context_parallel.py.
 """
 
 from __future__ import annotations
@@ -22,10 +16,9 @@ from math import ceil
 from typing import NamedTuple
 
 from fapool_plugin.plan.cluster import Cluster, Pooled
+from fapool_plugin.plan.context_parallel import keys_divided_s, ring_s, ulysses_s
 from fapool_plugin.plan.hardware import ELEMENT_BYTES, Kind
 from fapool_plugin.plan.memory import Room, fits
-
-_LSE_BYTES = 4
 
 
 class Other(NamedTuple):
@@ -120,14 +113,19 @@ class Outlook:
         found = []
         if groups > 1 and self.kind == "prefill":
             found.append(Other("replicas", self.alone_s / groups, self._holds(base, each), groups))
-            found.append(Other("ring", self._ring_s(groups), self._holds(base, self.batch, groups), groups))
+            found.append(
+                Other("ring", ring_s(cluster, self.tokens, groups), self._holds(base, self.batch, groups), groups)
+            )
             if cluster.shape().heads % groups == 0:
-                seconds = self._ulysses_s(groups)
+                seconds = ulysses_s(cluster, self.tokens, groups)
                 found.append(Other("ulysses", seconds, self._holds(base, self.batch, groups), groups))
         elif groups > 1:
             seconds = cluster.alone_s("decode", each, self.tokens)
             found.append(Other("replicas", seconds, self._holds(base, each), groups))
-            seconds, holds = self._keys_divided_s(groups), self._holds(base, self.batch, groups)
+            seconds, holds = (
+                keys_divided_s(cluster, self.batch, self.tokens, groups),
+                self._holds(base, self.batch, groups),
+            )
             found.append(Other("keys divided", seconds, holds, groups))
         if self.kind == "decode":
             each = ceil(self.batch / gpus)
@@ -147,27 +145,3 @@ class Outlook:
     def _holds(self, gpus: int, batch: int, parts: int = 1) -> bool:
         gpu = self.cluster.hardware
         return self._weights(gpus) + self._keys(gpus, batch) / parts + gpu.reserve_bytes <= gpu.memory_bytes
-
-    def _ring_s(self, groups: int) -> float:
-        cluster, shape, wire = self.cluster, self.cluster.shape(), self.cluster.wire
-        cost, part = cluster.attention("prefill", 1), self.tokens / groups
-        one = cost.a + (cost.b * self.tokens + cost.c * self.tokens**2) / groups**2
-        keys = 2 * shape.kv_heads * shape.head_dim * part * ELEMENT_BYTES
-        moved = wire.latency_s + keys / wire.bytes_per_s
-        return cluster.linear_s(part, 1) + shape.layers * (one + (groups - 1) * max(one, moved))
-
-    def _ulysses_s(self, groups: int) -> float:
-        cluster, shape, wire = self.cluster, self.cluster.shape(), self.cluster.wire
-        cost, part = cluster.attention("prefill", 1), self.tokens / groups
-        attention = cost.a + (cost.b * self.tokens + cost.c * self.tokens**2) / groups
-        numbers = (2 * shape.heads + 2 * max(shape.kv_heads, groups)) * shape.head_dim * part
-        moved = 2 * wire.latency_s + numbers * ELEMENT_BYTES * (groups - 1) / groups / wire.bytes_per_s
-        return cluster.linear_s(part, 1) + shape.layers * (attention + moved)
-
-    def _keys_divided_s(self, groups: int) -> float:
-        cluster, shape, wire = self.cluster, self.cluster.shape(), self.cluster.wire
-        cost = cluster.attention("decode", self.batch)
-        attention = cost.a + cost.b * self.batch * self.tokens / groups
-        result = self.batch * shape.heads * (shape.head_dim * ELEMENT_BYTES + _LSE_BYTES)
-        moved = wire.latency_s + (groups - 1) * result / wire.bytes_per_s
-        return self.linear_s + shape.layers * (attention + moved)

@@ -7,14 +7,15 @@ works for b base ranks in turn, so it is 1/b as fast for each.
     base rank   1 .. b   each to p pool ranks:   its NIC carries p messages at a time
     pool rank   1 .. p   each from b base ranks: its NIC carries b of them (incast)
 
-Flows share NICs fairly, so a flow has 1 / max(p, b) of a link, and nothing else contends. Fabrics that block, lost
-packets and Python are not known here; ``ask_s`` is the place for the latter.
+Flows share NICs fairly, so a flow has 1 / max(p, b) of a link; between leaf switches less, by the oversubscription.
+Collisions inside a fabric, lost packets and Python are not known here; ``ask_s`` is the place for the latter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from fapool_plugin.plan.clocks import Cores, Prefill, Way
@@ -81,7 +82,9 @@ class Cluster:
     link: str
     ask_s: float = 0.0
     """What asking one pool rank costs the base, beside bytes."""
-    _linear: dict[tuple[float, float, int], float] = field(default_factory=dict, init=False, repr=False)
+    oversubscription: float = 1.0
+    """How many NICs share one link out of a leaf switch: flows between leaves get so much less when all send."""
+    _linear: dict[tuple[float, float, int], tuple[float, float]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         model = self.model
@@ -94,11 +97,15 @@ class Cluster:
         if self.link not in self.hardware.links:
             known = ", ".join(self.hardware.links)
             raise ValueError(f"{self.hardware.name} has no link {self.link!r}; give one of {known}")
+        if not 1 <= self.oversubscription < inf:
+            raise ValueError(f"an oversubscription of {self.oversubscription} is none; give 1 or more")
         self.hardware.all_reduce_s(self.base, 1)
 
     @property
     def wire(self) -> Link:
-        return self.hardware.links[self.link]
+        """As fast as it is between leaves, if there is oversubscription."""
+        link = self.hardware.links[self.link]
+        return link.model_copy(update={"bytes_per_s": link.bytes_per_s / self.oversubscription})
 
     def shape(self, gpus: int | None = None) -> Shape:
         """One base rank's part of the model. Fewer KV heads than ranks are copied."""
@@ -114,8 +121,9 @@ class Cluster:
             parameters=model.parameters // ranks,
         )
 
-    def linear_s(self, tokens: float, sequences: float, gpus: int | None = None) -> float:
-        """All layers without attention, and the head for one position of each sequence."""
+    def linear_s(self, tokens: float, sequences: float, gpus: int | None = None, products: float = 1.0) -> float:
+        """All layers without attention, and the head for one position of each sequence. ``products``: how often what
+        is multiplied and moved is, a backward pass twice; all-reduces are two a layer either way."""
         ranks = gpus or self.base
         key = tokens, sequences, ranks
         if key not in self._linear:
@@ -123,15 +131,16 @@ class Cluster:
             width, ffn = shape.heads * model.head_dim, model.intermediate // ranks
             qkv = width + 2 * shape.kv_heads * model.head_dim
             first = 2 * ffn if model.gated else ffn
-            products = ((qkv, model.hidden), (model.hidden, width), (first, model.hidden), (model.hidden, ffn))
-            layer = sum(gpu.gemm_s(tokens, n, k) for n, k in products)
-            layer += 2 * gpu.all_reduce_s(ranks, tokens * model.hidden * ELEMENT_BYTES)
+            sides = ((qkv, model.hidden), (model.hidden, width), (first, model.hidden), (model.hidden, ffn))
+            layer = sum(gpu.gemm_s(tokens, n, k) for n, k in sides)
             # Two norms with their residual, rotary embedding of q and k, activation: numbers read and written.
             moved = (4 * model.hidden, 4 * model.hidden, 2 * qkv, first + ffn)
             layer += sum(gpu.moving_s(tokens * numbers * ELEMENT_BYTES) for numbers in moved)
             head = gpu.gemm_s(sequences, model.vocab / ranks, model.hidden)
-            self._linear[key] = model.layers * layer + head
-        return self._linear[key]
+            reduced = 2 * gpu.all_reduce_s(ranks, tokens * model.hidden * ELEMENT_BYTES)
+            self._linear[key] = model.layers * layer + head, model.layers * reduced
+        computed, reduced = self._linear[key]
+        return products * computed + reduced
 
     def attention(self, kind: Kind, batch: float, gpus: int | None = None) -> Cost:
         """One layer's attention of one base rank's heads."""

@@ -34,7 +34,7 @@ from fapool_plugin.plan.profile import AttentionCost, Profile
 
 
 class Layer(NamedTuple):
-    """Seconds of one layer of a decode step."""
+    """Seconds of one layer of a decode step, or of a pass of training."""
 
     linear_s: float
     asking_s: float
@@ -155,10 +155,14 @@ class Decode:
 
 def turns_s(parts: Sequence[Decode], way: Way) -> float:
     """Seconds of a step in these parts, one after the other in each layer."""
-    layers = [part.layer(way) for part in parts]
+    return alternate_s([part.layer(way) for part in parts], parts[0].profile.shape.layers)
+
+
+def alternate_s(layers: Sequence[Layer], count: int) -> float:
+    """Seconds of so many layers, in each of which these parts take turns."""
     base = ranks = 0.0
-    answered = [0.0] * len(parts)
-    for number in range(parts[0].profile.shape.layers):
+    answered = [0.0] * len(layers)
+    for number in range(count):
         for index, one in enumerate(layers):
             base = max(base, answered[index]) + (one.merging_s if number else 0.0)
             base += one.linear_s + one.asking_s

@@ -22,7 +22,7 @@ from fapool_plugin.plan.shares import MOST_BLOCKS
 from fapool_plugin.tools import cluster as clusters
 from fapool_plugin.tools import demo as screens
 from fapool_plugin.tools import doctor as examination
-from fapool_plugin.tools import fitting, planning, standing, traffic
+from fapool_plugin.tools import fitting, planning, standing, traffic, training
 from fapool_plugin.tools.bench import command as bench
 from fapool_plugin.tools.options import KVHome, check_counts, check_output, check_picture, numbers, one_line_errors
 
@@ -234,6 +234,12 @@ def plan(
     ask_us: Annotated[
         float, typer.Option(help="With --hardware: what asking one pool rank costs the base, in microseconds.")
     ] = 0.0,
+    train: Annotated[
+        bool, typer.Option("--train", help="With --hardware: a training step of --batch sequences.")
+    ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="With --train: activations are computed once more, not kept.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw times, ranks and shares into this picture.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all predictions to this file.")] = None,
 ) -> None:
@@ -242,7 +248,7 @@ def plan(
     With --kv-home pool: the largest batch of each length, and the longest of --batch sequences, that fit, by number of
     pool ranks; 0 is the base alone.
     With --hardware and --config: decode steps and prompts on a cluster, by public tables, and what the same GPUs could
-    do without a pool.
+    do without a pool; with --train a training step.
     Without a profile for this machine and model a quick one is measured first, in seconds.
     Exit codes: 0 done, 2 an error.
     """
@@ -250,6 +256,8 @@ def plan(
         sizes = numbers("--lengths", lengths)
         if (hardware is None) != (config is None):
             raise ValueError("--hardware and --config belong together: GPUs to plan on, and the model's numbers")
+        if (train and hardware is None) or (recompute and not train):
+            raise ValueError("--train needs --hardware and --config, and --recompute needs --train")
         if hardware is not None and config is not None:
             check_counts({"--batch": batch, "--base-ranks": base_ranks})
             check_output(json_file)
@@ -259,6 +267,11 @@ def plan(
             model_, ranks = clusters.read_model(config, base_ranks)
             made = Cluster(clusters.find_hardware(hardware), model_, ranks, link, ask_us * 1e-6)
             counts = [count for count in numbers("--pool-ranks", pool_ranks, least=0) if count]
+            if train:
+                if plot is not None:
+                    raise ValueError("--plot does not draw training steps; leave it out, or take --json")
+                training.report(training.predict(made, sizes, counts, batch, recompute), json_file)
+                return
             outlooks = clusters.predict(made, sizes, counts, batch)
             clusters.report(outlooks, json_file, plot)
             return

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fapool_plugin.plan.arrivals import Request, arrivals
 from fapool_plugin.plan.cluster import Cluster
-from fapool_plugin.plan.traffic import Outcome, Planned, Request, Setting, arrivals, percentiles
+from fapool_plugin.plan.lending import Wear
+from fapool_plugin.plan.outcome import Outcome, percentiles
+from fapool_plugin.plan.speeds import Divided, Planned, Speeds
+from fapool_plugin.plan.traffic import Setting
 from fapool_plugin.plan.traffic import simulate as serve
 from fapool_plugin.tools.cluster import find_hardware, read_model
-from fapool_plugin.tools.options import check_counts, check_output, numbers, one_line_errors
+from fapool_plugin.tools.options import check_counts, check_output, check_picture, numbers, one_line_errors
+from fapool_plugin.tools.traffic_plot import draw
 
 
 def simulate(
@@ -42,7 +48,25 @@ def simulate(
     seconds: Annotated[float, typer.Option(help="How long they come.")] = 600.0,
     long_part: Annotated[float, typer.Option(help="Part of them with 16,384 to 131,072 tokens.")] = 0.05,
     bursts: Annotated[float, typer.Option(help="Requests that come at once, in the mean.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same gives the same requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same gives the same requests and losses.")] = 0,
+    pools: Annotated[int, typer.Option(help="Pools of --pool-ranks each, which jobs are divided among.")] = 1,
+    mtbf_hours: Annotated[
+        float | None, typer.Option(help="Hours after which a pool rank is lost, in the mean; default: never.")
+    ] = None,
+    restart_s: Annotated[float, typer.Option(help="Seconds until a lost rank is there again.")] = 60.0,
+    joins: Annotated[
+        str | None, typer.Option(help="Ranks that come to each pool later, such as 600:8 for 8 after 600 seconds.")
+    ] = None,
+    leaf_gpus: Annotated[
+        int | None, typer.Option(help="GPUs under each leaf switch; default: all are under the same.")
+    ] = None,
+    oversubscription: Annotated[
+        float, typer.Option(help="NICs for each link out of a leaf switch: between leaves flows get so much less.")
+    ] = 1.0,
+    chunk: Annotated[int, typer.Option(help="Tokens of a prompt between two steps; 0: whole prompts.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw percentiles, and over time who computes and what is leased.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
 ) -> None:
     """Simulate traffic on a cluster of GPUs, by its plan: waiting, tokens and GPU hours, for each size of the pool.
@@ -50,34 +74,100 @@ def simulate(
     Exit codes: 0 done, 2 an error.
     """
     with one_line_errors():
-        check_counts({"--base-ranks": base_ranks, "--jobs": jobs, "--lease": lease, "--threshold": threshold})
+        check_counts({
+            "--base-ranks": base_ranks, "--jobs": jobs, "--lease": lease, "--threshold": threshold, "--pools": pools,
+            "--leaf-gpus": leaf_gpus,
+        })  # fmt: skip
         check_output(json_file)
+        check_picture(plot)
         if rate <= 0 or seconds <= 0 or not 0 <= long_part <= 1 or bursts < 1:
             raise ValueError(
                 f"--rate {rate}, --seconds {seconds}, --long-part {long_part}, --bursts {bursts}: give numbers above "
                 "0, a part of 0 to 1 and bursts of at least 1"
             )
+        wear, later = _wear(mtbf_hours, restart_s, seed), read_joins(joins)
+        if not 1 <= oversubscription < inf or (oversubscription > 1 and leaf_gpus is None):
+            raise ValueError(
+                f"--oversubscription is {oversubscription}: give at least 1, and --leaf-gpus, the GPUs under each leaf"
+            )
+        if chunk < 0:
+            raise ValueError(f"--chunk is {chunk}; give at least 0")
         sizes = numbers("--pool-ranks", pool_ranks, least=0)
         model, ranks = read_model(config, base_ranks)
-        speeds = Planned(Cluster(find_hardware(hardware), model, ranks, link))
+        cluster = Cluster(find_hardware(hardware), model, ranks, link)
         if trace is not None:
             requests = read_trace(trace)
         else:
             requests = arrivals(rate, seconds, seed, long_part=long_part, bursts=bursts)
-        rows = []
+        common: dict[str, Any] = {"threshold": threshold, "chunk": chunk, "base": ranks}
+        if leaf_gpus is not None:
+            common["leaf"] = leaf_gpus
+        rows, outcomes = [], []
         for pool in sizes:
-            asked = min(pool, lease or max(1, pool // jobs))
-            settings = [(str(pool), Setting(jobs, pool, asked, threshold))]
-            if pool >= ranks:
-                settings.append((f"{pool} as bases", Setting(jobs + pool // ranks, 0, 0, threshold)))
-            for name, setting in settings:
+            most = pool + sum(count for _, count in later if pool)
+            asked = min(most, lease or max(1, pool * pools // jobs))
+            elastic = Setting(jobs, pool, asked, pools=pools, joins=later if pool else (), wear=wear, **common)
+            ways = [
+                (str(pool), elastic, Planned(cluster, oversubscription)),
+                *others(elastic, cluster, oversubscription),
+            ]
+            for name, setting, speeds in ways:
                 began = time.perf_counter()
-                made = figures(serve(requests, setting, speeds), setting, ranks)
+                found = serve(requests, setting, speeds)
+                gpus = ranks * (speeds.groups if isinstance(speeds, Divided) else 1)
+                made = figures(found, setting, gpus)
+                outcomes.append(found)
                 rows.append({"name": name} | made | {"simulated_in_s": time.perf_counter() - began})
-        show(rows, f"{len(requests)} requests, {jobs} job(s) of {ranks} {speeds.cluster.hardware.name}")
+        show(rows, f"{len(requests)} requests, {jobs} job(s) of {ranks} {cluster.hardware.name}")
+        if plot is not None:
+            draw(plot, rows, outcomes)
         if json_file is not None:
             what = {"jobs": jobs, "base_ranks": ranks, "threshold": threshold, "link": link, "model": asdict(model)}
+            what |= {"pools_of_ranks": pools, "mtbf_hours": mtbf_hours, "restart_s": restart_s, "joins": later}
+            what |= {"leaf_gpus": leaf_gpus, "oversubscription": oversubscription, "chunk": chunk}
             json_file.write_text(json.dumps(what | {"pools": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def others(elastic: Setting, cluster: Cluster, oversubscription: float) -> list[tuple[str, Setting, Speeds]]:
+    """What else the GPUs of this pool could do: ranks of one job each, bases more, or context parallelism in each job
+    for every prompt. Only where there are enough of them; bases' GPUs are never lost."""
+    base, whole = cluster.base, elastic.pool * elastic.pools
+    each, found = elastic.each, list[tuple[str, Setting, Speeds]]()
+    alone = replace(elastic, pool=0, lease=0, joins=(), pools=1)
+    if each:
+        fixed = replace(elastic, lease=each, fixed=True, joins=())
+        found.append((f"{elastic.pool} fixed", fixed, Planned(cluster, oversubscription)))
+    if whole >= base:
+        more = replace(alone, jobs=elastic.jobs + whole // base)
+        found.append((f"{elastic.pool} as bases", more, Planned(cluster)))
+    if each >= base:
+        found.append((f"{elastic.pool} as CP", alone, Divided(cluster, 1 + each // base)))
+    return found
+
+
+def _wear(mtbf_hours: float | None, restart_s: float, seed: int) -> Wear:
+    if mtbf_hours is None:
+        return Wear()
+    if not 0 < restart_s < mtbf_hours * 3600 < inf:
+        raise ValueError(
+            f"--mtbf-hours {mtbf_hours}, --restart-s {restart_s}: give numbers above 0, and a time to restart that is "
+            "shorter than the mean time between losses"
+        )
+    return Wear(mtbf_hours * 3600, restart_s, seed)
+
+
+def read_joins(text: str | None) -> tuple[tuple[float, int], ...]:
+    """Ranks that come later, as (when, how many). Raises ValueError for other text."""
+    found = []
+    for part in text.split(",") if text else ():
+        try:
+            at, ranks = part.split(":")
+            found.append((float(at), int(ranks)))
+        except ValueError:
+            found.append((-1.0, 0))
+        if not 0 <= found[-1][0] < inf or found[-1][1] < 1:
+            raise ValueError(f"--joins {text}: {part!r} is no time with a number of ranks; give such as 600:8,1200:8")
+    return tuple(found)
 
 
 def read_trace(path: Path) -> list[Request]:
@@ -109,7 +199,9 @@ def read_trace(path: Path) -> list[Request]:
 
 def figures(found: Outcome, setting: Setting, base_ranks: int) -> dict[str, Any]:
     """What is shown of a simulation, as plain JSON values; percentiles are of 50, 95 and 99 %."""
-    pool = setting.pool
+    pool = setting.pool * setting.pools
+    later = setting.pools * sum(ranks * max(0.0, found.seconds - at) for at, ranks in setting.joins)
+    pool_s, leased_s = pool * found.seconds + later, found.leased_s
     tokens = sum(one.request.new for one in found.served)
     hours = setting.jobs * base_ranks * found.seconds / 3600
     kinds = {
@@ -130,14 +222,19 @@ def figures(found: Outcome, setting: Setting, base_ranks: int) -> dict[str, Any]
         **kinds,
         "refused": found.refused,
         "leases": found.leases,
+        "grown": found.grown,
         "unleased": found.unleased,
+        "losses": found.losses,
+        "replays": found.replays,
+        "evicted": found.evicted,
+        "lost_s": found.lost_s,
         "seconds": found.seconds,
         "tokens_per_s": tokens / found.seconds if found.seconds else 0.0,
         "bases_busy": found.base_busy_s / (setting.jobs * found.seconds) if found.seconds else 0.0,
-        "pool_leased": found.leased_s / (pool * found.seconds) if pool and found.seconds else 0.0,
+        "pool_leased": leased_s / pool_s if pool_s else 0.0,
         "gpu_hours_per_million": {
-            "whole_pool": (hours + pool * found.seconds / 3600) / max(1, tokens) * 1e6,
-            "leased": (hours + found.leased_s / 3600) / max(1, tokens) * 1e6,
+            "whole_pool": (hours + pool_s / 3600) / max(1, tokens) * 1e6,
+            "leased": (hours + (pool_s if setting.fixed else leased_s) / 3600) / max(1, tokens) * 1e6,
         },
     }
 
@@ -159,12 +256,19 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     Console().print(table)
     lines = [
         "TTFT in seconds and TPOT in ms, 50 % and 99 %; long: prompts of more than --threshold tokens",
-        "as bases: no pool, its GPUs are more jobs, with copies of the weights",
+        "fixed: each job has its part of the pool for good; as bases: its GPUs are more jobs; as CP: each job divides",
+        "every prompt and all keys over its part of them. Both need copies of the weights",
         "busy: bases' time; leased: the pool's; GPU h: of bases and leased ranks for a million new tokens",
     ]
     lines += [
-        f"{row['name']}: {row['refused']} refused, {row['unleased']} long ones found no ranks, "
+        f"{row['name']}: {row['refused']} refused, {row['unleased']} long ones found no ranks, {_losses(row)}"
         f"simulated in {row['simulated_in_s']:.1f} s"
         for row in rows
     ]
     Console().print("\n".join(lines), highlight=False)
+
+
+def _losses(row: dict[str, Any]) -> str:
+    if not row["losses"]:
+        return ""
+    return f"{row['losses']} ranks lost, {row['replays']} replays, {row['lost_s']:.1f} s of jobs lost by it, "

@@ -10,7 +10,9 @@ from statistics import mean
 import numpy as np
 import pytest
 
-from fapool_plugin.plan.traffic import Request, Setting, arrivals, percentiles, simulate
+from fapool_plugin.plan.arrivals import Request, arrivals
+from fapool_plugin.plan.outcome import percentiles
+from fapool_plugin.plan.traffic import Setting, simulate
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class Plain:
     most: float = inf
     more: float = inf
 
-    def prompt_s(self, tokens: int, ranks: int) -> float:
+    def prompt_s(self, tokens: int, ranks: int, far: bool = False) -> float:
         return tokens / 1000 / (2 if ranks else 1)
 
-    def step_s(self, rows: int, tokens: float, ranks: int) -> float:
+    def step_s(self, rows: int, tokens: float, ranks: int, far: bool = False) -> float:
         return 0.005 if ranks else 0.01
 
     def room(self, ranks: int) -> float:

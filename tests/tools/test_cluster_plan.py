@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from fapool_plugin.plan.alternatives import Outlook
 from fapool_plugin.plan.cluster import Cluster
 from fapool_plugin.plan.hardware import Hardware
+from fapool_plugin.plan.training import Training
 from fapool_plugin.tools import cli
 from fapool_plugin.tools.cluster import elsewhere, read_model
 
@@ -88,6 +89,9 @@ def test_a_models_own_configuration_and_a_file_of_hardware(tmp_path: Path) -> No
         (("--hardware", "a100-sxm", "--config", PAPER, "--link", "string"), "no link 'string'"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--ask-us", -1), "--ask-us is -1"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--batch", 0), "--batch is 0"),
+        (("--train",), "--train needs --hardware"),
+        (("--hardware", "a100-sxm", "--config", PAPER, "--recompute"), "--recompute needs --train"),
+        (("--hardware", "a100-sxm", "--config", PAPER, "--train", "--plot", "x.png"), "does not draw training steps"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--pool-ranks", "8,x"), "'x' is no whole number of at least 0"),
     ],
 )
@@ -118,3 +122,30 @@ def test_the_demos_last_lines_are_the_plans(tmp_path: Path) -> None:
         alone, pooled = (f"{seconds * 1e3:.3g}" for seconds in (row["alone_s"], row["pooled"]["seconds"]))
         assert f"takes {alone} ms alone and {pooled} with the pool" in line
         assert f"from {plans[kind]['thresholds']['8']} tokens on" in line
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_step(recompute: bool, tmp_path: Path) -> None:
+    out, more = tmp_path / "train.json", ["--recompute"] * recompute
+    args = ("--hardware", "a100-sxm", "--config", PAPER, "--batch", 8, "--lengths", "4096,32768", "--pool-ranks", 8)
+    done = invoke("plan", *args, "--train", *more, "--json", out)
+    assert done.exit_code == 0, done.output
+    values = json.loads(out.read_text())
+    assert (values["kind"], values["recompute"], values["base_ranks"]) == ("training", recompute, 8)
+    model, base = read_model(PAPER, None)
+    made = Cluster(Hardware.load(A100), model, base, "between-nodes")
+    assert [(row["pool_ranks"], row["tokens"]) for row in values["rows"]] == [
+        (p, n) for p in (0, 8) for n in (4096, 32_768)
+    ]
+    for row in values["rows"]:
+        ours = Training(made, 8, row["tokens"], row["pool_ranks"], recompute)
+        assert row["alone_s"] == ours.alone_s
+        assert row["holds"] == ours.holds
+        assert [other["name"] for other in row["others"]] == [other.name for other in ours.others()]
+        if ours.pooled:
+            assert row["pooled"]["seconds"] == ours.pooled.seconds
+            assert f"{ours.alone_s / ours.pooled.seconds:.2f}" in done.output
+    assert "32768~" in done.output
+    assert ("activations recomputed" in done.output) == recompute
+    assert "assumed: backward is twice" in done.output
+    assert "…" not in done.output, "a column does not fit"
