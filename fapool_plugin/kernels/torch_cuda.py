@@ -7,6 +7,9 @@ attention_backward.cu, flash_attn/flash_api.cpp and mem_eff_attention/kernel_{fo
 
 - Causal masks and windows of both count from the bottom-right diagonal (the second's: `custom_mask_type` 2).
 - lse is natural, fp32, [B, H, S]. The second pads S to a multiple of 32, with +inf; its backward wants strides of 8.
+- Lengths of its own for each sequence the first takes with `cum_seq_q` and `cum_seq_k` only, and without them does not
+  look at `seqused_k`. With it, of `cum_seq_k` only where sequences begin counts, in any order and with gaps
+  (`BlockInfo` in flash_attn/block_info.h); lse is then [H, sequences].
 - For one query the first makes rows of a group's heads, and cuts the keys for the multiprocessors, by itself.
 - Both backwards follow `torch.use_deterministic_algorithms`. The first sums a group's dk and dv rounded to half.
 - The second's fp32 products are sums of three TF32 products (`OpMultiplyAddFastF32`), as exact as fp32.
@@ -48,6 +51,24 @@ def flash(
         return out, lse
 
     return padded(run, q_BSHD, k_BTKD, v_BTKE, band)
+
+
+def flash_lanes(
+    q_LGD: Tensor,
+    k_N1D: Tensor,
+    v_N1D: Tensor,
+    q_begins: Tensor,
+    k_begins: Tensor,
+    lengths_L: Tensor,
+    longest: int,
+    softmax_scale: float,
+) -> OutAndLse:
+    """(out [L, G, D], lse [G, L]) of one query of each lane. Its keys are `lengths_L` of all, from `k_begins` on; both
+    begins have L + 1 numbers, int32 on the device."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q_LGD, k_N1D, v_N1D, q_begins, k_begins, 1, longest, 0.0, False, False, scale=softmax_scale, seqused_k=lengths_L
+    )
+    return out, lse
 
 
 def flash_backward(given: Given, softmax_scale: float, band: Band, softcap: float) -> Gradients:
