@@ -21,9 +21,16 @@ class Calls(list):
 def aten(calls: Calls) -> SimpleNamespace:
     """In place of ``torch.ops.aten``."""
 
-    def flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale, **window):
+    def flash(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale, seqused_k=None, **window):
+        assert (dropout, debug) == (0.0, False)
+        if cum_q is not None:
+            calls.append(("flash lanes", max_k))
+            assert not causal
+            assert not window
+            return *_lanes(q, k, v, cum_q, cum_k, max_q, max_k, seqused_k, scale), None, None, None
+        # Without `cum_seq_q` nobody looks at seqused_k.
         calls.append(("flash", k.shape[1]))
-        assert (cum_q, cum_k, max_q, max_k, dropout, debug) == (None, None, q.shape[1], k.shape[1], 0.0, False)
+        assert (cum_k, max_q, max_k) == (None, q.shape[1], k.shape[1])
         _one_dim(q, k, v)
         return *_attended(q, k, v, _mask(q, k, causal, *_aten_window(window)), scale), None, None, None
 
@@ -138,6 +145,26 @@ PACKAGES = {
     ("flash_attn.cute", "flash_attn_func"): flash_4,
     ("flash_attn.cute.interface", "_flash_attn_bwd"): flash_4_backward,
 }
+
+
+def _lanes(q, k, v, begins, k_begins, max_q, max_k, lengths, scale) -> tuple[Tensor, Tensor]:
+    """One query of each sequence; of the keys' begins only where sequences begin counts."""
+    (L, H, _), (positions, K, _) = q.shape, k.shape
+    for told, count in ((begins, L + 1), (k_begins, L + 1), (lengths, L)):
+        assert (told.dtype, tuple(told.shape), told.device) == (torch.int32, (count,), q.device)
+        assert told.is_contiguous()
+    assert H % K == 0
+    assert begins.tolist() == list(range(L + 1))
+    assert (max_q, max_k) == (1, int(lengths.max()))
+    _one_dim(q, k, v)
+    out, lse = torch.empty_like(q), torch.empty(H, L, dtype=torch.float64)
+    for lane, (begin, length) in enumerate(zip(k_begins.tolist(), lengths.tolist(), strict=False)):
+        assert 0 <= begin < begin + length <= positions
+        keys = slice(begin, begin + length)
+        one = q[None, lane : lane + 1], k[None, keys], v[None, keys]
+        (out[lane],), part = (x[0] for x in reference(*one, torch.ones(1, length, dtype=torch.bool), scale))
+        lse[:, lane] = part[:, 0]
+    return out, lse.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def _aten_window(window: dict[str, int]) -> tuple[int, int]:

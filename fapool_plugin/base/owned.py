@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fapool_plugin.base.lease import Expected, PoolRank
 from fapool_plugin.base.result import Result
-from fapool_plugin.kernels.forward import attend
+from fapool_plugin.kernels.lanes import Rectangle, attend_all, can_attend_together
 from fapool_plugin.plan.line import Row, Tile
 from fapool_plugin.plan.owners import Asked, Owners
 from fapool_plugin.plan.shares import Geometry
@@ -156,6 +156,7 @@ class OwnedKeys:
     def compute(self, asked: Sequence[Asked], layer: int, result: Result, *, at_once: bool) -> None:
         """The base's share of a call, after its new keys have been stored. What is not there, or does not fit, is told
         as :meth:`give_up` and :meth:`fill_up` do."""
+        there, parts = list[Asked](), list[Rectangle]()
         for one in asked:
             tile, start, stop, capacity = one.own
             where = self.sequence, layer, tile
@@ -168,13 +169,19 @@ class OwnedKeys:
             if self.own.length(*where) < tile.k_stop:
                 self.give_up("the base's own keys are not what they were", at_once=at_once)
                 continue
-            k, v = self.own.get(*where)
+            there.append(one)
+        if len(there) > 1 and can_attend_together(
+            result.q.transpose(1, 2), result.k.shape[3], result.v.shape[3], result.softcap
+        ):
+            self.own.together(self.sequence, layer, [one.own.tile for one in there])
+        for one in there:
+            tile = one.own.tile
+            k, v = self.own.get(self.sequence, layer, tile)
             q = result.q[slice(*one.place[:2]), result.heads(tile), result.geometry.q_slice(one.place)]
-            out, lse = attend(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                softmax_scale=result.softmax_scale, causal=True, q_offset=tile.q_start - tile.k_start,
-                softcap=result.softcap,
-            )  # fmt: skip
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            parts.append(Rectangle(q, k, v, tile.q_start - tile.k_start))
+        found = attend_all(parts, softmax_scale=result.softmax_scale, softcap=result.softcap)
+        for one, (out, lse) in zip(there, found, strict=True):
             result.take_own(one.place, out, lse)
 
     def give_up(self, reason: str, *, at_once: bool) -> None:

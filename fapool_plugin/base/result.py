@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.devices.copies import onto
-from fapool_plugin.kernels.forward import attend, fold_sinks, merge_
+from fapool_plugin.kernels.forward import fold_sinks, merge_
+from fapool_plugin.kernels.lanes import Rectangle, attend_all
 from fapool_plugin.plan.line import Tile, joined
 from fapool_plugin.plan.shares import Geometry, lane_runs, layout
 from fapool_plugin.wire.messages import LinkLost, Message
@@ -87,20 +88,20 @@ class Result:
         moved = sorted(map(self._moved, tiles), key=lambda tile: (tile[4:], tile))
         return joined((None, tile) for tile in moved)
 
-    def compute_in_columns(self, tiles: Iterable[Tile]) -> None:
+    def compute_in_columns(self, tiles: Sequence[Tile]) -> None:
         """Computes what :meth:`in_columns` has made of tiles."""
+        parts = list[Rectangle]()
         for tile in tiles:
             rows, heads, keys = slice(*tile[:2]), slice(*tile[2:4]), slice(tile.k_start, tile.k_stop)
-            out, lse = attend(
-                self.q[rows, self.heads(tile), self._queries(tile)].transpose(1, 2),
-                self.k[rows, heads, keys].transpose(1, 2),
-                self.v[rows, heads, keys].transpose(1, 2),
-                softmax_scale=self.softmax_scale,
-                causal=True,
-                q_offset=tile.q_start - tile.k_start,
-                softcap=self.softcap,
+            q, k, v = (
+                self.q[rows, self.heads(tile), self._queries(tile)],
+                self.k[rows, heads, keys],
+                self.v[rows, heads, keys],
             )
-            self._own.append((tile, out, lse))
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            parts.append(Rectangle(q, k, v, tile.q_start - tile.k_start))
+        found = attend_all(parts, softmax_scale=self.softmax_scale, softcap=self.softcap)
+        self._own += [(tile, *one) for tile, one in zip(tiles, found, strict=True)]
         if not self._side_by_side:
             self._take_own()
 

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MULTIPLE = 8
+"""Of head dims, for GPUs: 16 bytes in half precision."""
+
 
 class Band(NamedTuple):
     """What a rectangle's mask lets through: query i sees key j if i + low <= j <= i + high."""
@@ -99,11 +102,11 @@ class Given(NamedTuple):
 
 OutAndLse = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
+RunPart = Callable[[Tensor, Tensor, Tensor, Part], OutAndLse]
+RunGiven = Callable[[Given, Part], Gradients]
 
 
-def part_by_part(
-    run: Callable[[Tensor, Tensor, Tensor, Part], OutAndLse], q: Tensor, k: Tensor, v: Tensor, band: Band
-) -> OutAndLse:
+def part_by_part(run: RunPart, q: Tensor, k: Tensor, v: Tensor, band: Band) -> OutAndLse:
     """(out, lse) of a rectangle by an operator that computes bottom-right parts. No two have queries in common."""
     parts = band.bottom_right(q.shape[1], k.shape[1])
     found = [run(q[:, part.queries], k[:, part.keys], v[:, part.keys], part) for part in parts]
@@ -113,7 +116,7 @@ def part_by_part(
     return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
 
 
-def gradients_part_by_part(run: Callable[[Given, Part], Gradients], given: Given, band: Band) -> Gradients:
+def gradients_part_by_part(run: RunGiven, given: Given, band: Band) -> Gradients:
     """(dq, dk, dv) likewise, in the operator's dtype. Where there are two parts, those of keys are summed in fp32."""
     T, parts = given.k_BTKD.shape[1], band.bottom_right(given.q_BSHD.shape[1], given.k_BTKD.shape[1])
     if len(parts) == 1:
@@ -128,6 +131,30 @@ def gradients_part_by_part(run: Callable[[Given, Part], Gradients], given: Given
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of lse, of merges and of sums of gradients."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def padded(run: RunPart, q: Tensor, k: Tensor, v: Tensor, band: Band, *, own_v_dim: bool = False) -> OutAndLse:
+    """(out, lse) of a rectangle by an operator for GPUs that computes bottom-right parts: head dims are made multiples
+    of 8, and one, unless values may have one of their own."""
+    E = v.shape[3]
+    q, k, v = _head_dims([q, k], [v], own_v_dim)
+    out, lse = part_by_part(run, q, k, v, band)
+    return out[..., :E], lse
+
+
+def gradients_padded(run: RunGiven, given: Given, band: Band, *, own_v_dim: bool = False) -> Gradients:
+    """(dq, dk, dv) likewise, of operators that know one dtype: q's."""
+    dtype, D, E = given.q_BSHD.dtype, given.q_BSHD.shape[3], given.v_BTKE.shape[3]
+    dout, out = given.dout_BSHE.to(dtype), given.out_BSHE.to(dtype)
+    q, k, v, dout, out = _head_dims([given.q_BSHD, given.k_BTKD], [given.v_BTKE, dout, out], own_v_dim)
+    dq, dk, dv = gradients_part_by_part(run, Given(dout, q, k, v, out, given.lse_BHS), band)
+    return dq[..., :D], dk[..., :D], dv[..., :E]
+
+
+def _head_dims(of_keys: list[Tensor], of_values: list[Tensor], own_v_dim: bool) -> list[Tensor]:
+    if own_v_dim:
+        return one_head_dim(*of_keys, multiple=MULTIPLE) + one_head_dim(*of_values, multiple=MULTIPLE)
+    return one_head_dim(*of_keys, *of_values, multiple=MULTIPLE)
 
 
 def one_head_dim(*tensors: Tensor, multiple: int) -> list[Tensor]:

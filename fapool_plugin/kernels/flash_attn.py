@@ -37,12 +37,12 @@ from fapool_plugin.kernels.band import (
     Gradients,
     OutAndLse,
     Part,
-    gradients_part_by_part,
-    one_head_dim,
-    part_by_part,
+    RunGiven,
+    RunPart,
+    gradients_padded,
+    padded,
 )
 
-_MULTIPLE = 8  # of head dims
 FLASH_2, FLASH_3, FLASH_4 = "flash_attn", "flash_attn_interface", "flash_attn.cute"
 _ONLY_FORWARD = "fa3_fwd_interface"
 
@@ -80,35 +80,15 @@ def flash_2(
     q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: Band, softcap: float
 ) -> OutAndLse:
     """(out, lse) of a trimmed rectangle (Dao 2023, FlashAttention-2)."""
-    attend = _there(function(FLASH_2))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, part: Part) -> OutAndLse:
-        out, lse, _ = attend(
-            q, k, v, softmax_scale=softmax_scale, causal=part.causal, window_size=part.window, softcap=softcap,
-            return_attn_probs=True,
-        )  # fmt: skip
-        return out, lse
-
-    q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=_MULTIPLE)
-    out, lse = part_by_part(run, q, k, v, band)
-    return out[..., : v_BTKE.shape[3]], lse
+    told = {"softmax_scale": softmax_scale, "softcap": softcap, "return_attn_probs": True}
+    return padded(_forward(function(FLASH_2), told), q_BSHD, k_BTKD, v_BTKE, band)
 
 
 def flash_2_backward(given: Given, softmax_scale: float, band: Band, softcap: float) -> Gradients:
     """(dq, dk, dv) of a trimmed rectangle in the dtype of q."""
-    backward = _there(function("flash_attn.flash_attn_interface", "_flash_attn_backward"))
-
-    def run(given: Given, part: Part) -> Gradients:
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[1:4])
-        left, right = part.window
-        backward(
-            *given[:5], given.lse_BHS.contiguous(), dq, dk, dv, dropout_p=0.0, softmax_scale=softmax_scale,
-            causal=part.causal, window_size_left=left, window_size_right=right, softcap=softcap, alibi_slopes=None,
-            deterministic=_deterministic(),
-        )  # fmt: skip
-        return dq, dk, dv
-
-    return _padded(run, given, band)
+    backward = function("flash_attn.flash_attn_interface", "_flash_attn_backward")
+    told = {"softmax_scale": softmax_scale, "softcap": softcap, "dropout_p": 0.0, "alibi_slopes": None}
+    return gradients_padded(_backward(backward, "causal", told), given, band)
 
 
 def flash_3(
@@ -116,81 +96,75 @@ def flash_3(
 ) -> OutAndLse:
     """(out, lse) of a trimmed rectangle, on Hopper (Shah et al. 2024, FlashAttention-3)."""
     attend = _there(_flash_3())
-    told: dict[str, Any] = {"softcap": softcap} if softcap else {}
+    told: dict[str, Any] = {"softmax_scale": softmax_scale, "num_splits": 0}
+    # What some builds do not know is left out where it says nothing.
+    if softcap:
+        told["softcap"] = softcap
     if "return_attn_probs" in inspect.signature(attend).parameters:
         told["return_attn_probs"] = True
-
-    def run(q: Tensor, k: Tensor, v: Tensor, part: Part) -> OutAndLse:
-        window = {"window_size": part.window} if part.left >= 0 else {}
-        out, lse, *_ = attend(q, k, v, softmax_scale=softmax_scale, causal=part.causal, num_splits=0, **window, **told)
-        return out, lse
-
-    q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=_MULTIPLE)
-    out, lse = part_by_part(run, q, k, v, band)
-    return out[..., : v_BTKE.shape[3]], lse
+    return padded(_forward(attend, told), q_BSHD, k_BTKD, v_BTKE, band)
 
 
 def flash_3_backward(given: Given, softmax_scale: float, band: Band, softcap: float) -> Gradients:
     """(dq, dk, dv) of a trimmed rectangle in the dtype of q."""
-    backward = _there(function(FLASH_3, "_flash_attn_backward"))
-
-    def run(given: Given, part: Part) -> Gradients:
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[1:4])
-        left, right = part.window
-        backward(
-            *given[:5], given.lse_BHS.contiguous(), dq=dq, dk=dk, dv=dv, softmax_scale=softmax_scale,
-            is_causal=part.causal, window_size_left=left, window_size_right=right, softcap=softcap,
-            deterministic=_deterministic(),
-        )  # fmt: skip
-        return dq, dk, dv
-
-    return _padded(run, given, band)
+    told = {"softmax_scale": softmax_scale, "softcap": softcap}
+    return gradients_padded(_backward(function(FLASH_3, "_flash_attn_backward"), "is_causal", told), given, band)
 
 
 def flash_4(
     q_BSHD: Tensor, k_BTKD: Tensor, v_BTKE: Tensor, softmax_scale: float, band: Band, softcap: float
 ) -> OutAndLse:
     """(out, lse) of a trimmed rectangle; values may have a head dim of their own."""
-    attend = _there(function(FLASH_4))
-
-    def run(q: Tensor, k: Tensor, v: Tensor, part: Part) -> OutAndLse:
-        out, lse, *_ = attend(
-            q, k, v, softmax_scale=softmax_scale, causal=part.causal, window_size=_open(part), return_lse=True
-        )
-        return out, lse
-
-    q, k = one_head_dim(q_BSHD, k_BTKD, multiple=_MULTIPLE)
-    (v,) = one_head_dim(v_BTKE, multiple=_MULTIPLE)
-    out, lse = part_by_part(run, q, k, v, band)
-    return out[..., : v_BTKE.shape[3]], lse
+    run = _forward(function(FLASH_4), {"softmax_scale": softmax_scale, "return_lse": True}, no_limit=None)
+    return padded(run, q_BSHD, k_BTKD, v_BTKE, band, own_v_dim=True)
 
 
 def flash_4_backward(given: Given, softmax_scale: float, band: Band, softcap: float) -> Gradients:
     """(dq, dk, dv) of a trimmed rectangle in the dtype of q."""
     backward = _there(function("flash_attn.cute.interface", "_flash_attn_bwd"))
-    half, D, E = given.q_BSHD.dtype, given.q_BSHD.shape[3], given.v_BTKE.shape[3]
 
     def run(given: Given, part: Part) -> Gradients:
         dout, q, k, v, out, lse = given
-        left, right = _open(part)
         dq, dk, dv = backward(
             q, k, v, out, dout, lse.contiguous(), softmax_scale=softmax_scale, causal=part.causal,
-            window_size_left=left, window_size_right=right, deterministic=_deterministic(),
+            deterministic=_deterministic(), **_sides(part, no_limit=None),
         )  # fmt: skip
         return dq, dk, dv
 
-    q, k = one_head_dim(given.q_BSHD, given.k_BTKD, multiple=_MULTIPLE)
-    dout, v, out = one_head_dim(given.dout_BSHE.to(half), given.v_BTKE, given.out_BSHE.to(half), multiple=_MULTIPLE)
-    dq, dk, dv = gradients_part_by_part(run, Given(dout, q, k, v, out, given.lse_BHS), band)
-    return dq[..., :D], dk[..., :D], dv[..., :E]
+    return gradients_padded(run, given, band, own_v_dim=True)
 
 
-def _padded(run: Callable[[Given, Part], Gradients], given: Given, band: Band) -> Gradients:
-    """By an operator that knows one head dim and one dtype."""
-    half, D, E = given.q_BSHD.dtype, given.q_BSHD.shape[3], given.v_BTKE.shape[3]
-    dout, q, k, v, out = one_head_dim(*(x.to(half) for x in given[:5]), multiple=_MULTIPLE)
-    dq, dk, dv = gradients_part_by_part(run, Given(dout, q, k, v, out, given.lse_BHS), band)
-    return dq[..., :D], dk[..., :D], dv[..., :E]
+def _forward(attend: Callable[..., Any] | None, told: dict[str, Any], no_limit: int | None = -1) -> RunPart:
+    """A function of a package, as it is asked for a part. A window that hides nothing is not mentioned: builds may
+    lack windows."""
+    attend = _there(attend)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, part: Part) -> OutAndLse:
+        window = {"window_size": tuple(_sides(part, no_limit).values())} if part.left >= 0 else {}
+        out, lse, *_ = attend(q, k, v, causal=part.causal, **window, **told)
+        return out, lse
+
+    return run
+
+
+def _backward(backward: Callable[..., Any] | None, causal: str, told: dict[str, Any]) -> RunGiven:
+    """Versions 2 and 3, which write gradients where they are told to."""
+    backward = _there(backward)
+
+    def run(given: Given, part: Part) -> Gradients:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[1:4])
+        backward(
+            *given[:5], given.lse_BHS.contiguous(), dq=dq, dk=dk, dv=dv, deterministic=_deterministic(),
+            **{causal: part.causal}, **_sides(part), **told,
+        )  # fmt: skip
+        return dq, dk, dv
+
+    return run
+
+
+def _sides(part: Part, no_limit: int | None = -1) -> dict[str, int | None]:
+    left, right = (no_limit if side < 0 else side for side in part.window)
+    return {"window_size_left": left, "window_size_right": right}
 
 
 def _flash_3() -> Callable[..., Any] | None:
@@ -200,13 +174,6 @@ def _flash_3() -> Callable[..., Any] | None:
 def _there(found: Callable[..., Any] | None) -> Callable[..., Any]:
     assert found is not None, "the table of operators lets nothing here that is not installed"
     return found
-
-
-def _open(part: Part) -> tuple[int | None, int | None]:
-    """A window as version 4 wants it: None for no limit."""
-    if part.left < 0:
-        return None, None
-    return part.left, 0 if part.causal else None
 
 
 def _deterministic() -> bool:

@@ -68,7 +68,7 @@ def available_kernels(device: torch.device | str, dtype: torch.dtype, head_dim: 
     Best first: "flash_attn_3", "flash_attn_4", "flash_attn_2" (CUDA, if installed), "torch_flash" (torch's own, CPU and
     CUDA), "torch_efficient" (CUDA), "dense" (all).
     """
-    return tuple(operator.name for operator in able(_case(device, dtype, head_dim)))
+    return tuple(operator.name for operator in able(case_of(device, dtype, head_dim)))
 
 
 def pick_kernel(
@@ -84,10 +84,11 @@ def pick_kernel(
 
     Raises ValueError if `kernel` is unknown, unavailable for this device, dtype and head dim, or unable.
     """
-    return _pick(_case(device, dtype, head_dim)._replace(left_window=left_window, softcap=softcap), kernel)
+    return _pick(case_of(device, dtype, head_dim)._replace(left_window=left_window, softcap=softcap), kernel)
 
 
-def _case(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Case:
+def case_of(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> Case:
+    """A plain forward there, on the current device of its type if it has no number."""
     where = torch.device(device)
     return Case(where.type, capability(where), dtype, head_dim, head_dim)
 

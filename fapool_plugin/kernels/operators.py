@@ -55,6 +55,8 @@ class Operator:
     attend_backward: Callable[[Given, float, Band, float], Gradients]
     own_v_dim: bool = False
     """Whether values may have a head dim of their own; others are given padded ones, and cost more."""
+    attend_lanes: Callable[..., OutAndLse] | None = None
+    """Of lanes with keys of unequal number (`lanes`), if it can."""
 
 
 def _can_flash_3(case: Case) -> bool:
@@ -93,7 +95,9 @@ OPERATORS = (
     Operator("flash_attn_3", _can_flash_3, flash_attn.flash_3, flash_attn.flash_3_backward),
     Operator("flash_attn_4", _can_flash_4, flash_attn.flash_4, flash_attn.flash_4_backward, own_v_dim=True),
     Operator("flash_attn_2", _can_flash_2, flash_attn.flash_2, flash_attn.flash_2_backward),
-    Operator("torch_flash", _can_flash_cuda, torch_cuda.flash, torch_cuda.flash_backward),
+    Operator(
+        "torch_flash", _can_flash_cuda, torch_cuda.flash, torch_cuda.flash_backward, attend_lanes=torch_cuda.flash_lanes
+    ),
     Operator("torch_efficient", _can_efficient, torch_cuda.efficient, torch_cuda.efficient_backward, own_v_dim=True),
     Operator("torch_flash", _can_flash_cpu, torch_flash.attend, torch_flash.attend_backward),
     Operator("dense", lambda _: True, dense.attend, dense.attend_backward),

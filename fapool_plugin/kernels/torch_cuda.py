@@ -7,6 +7,9 @@ attention_backward.cu, flash_attn/flash_api.cpp and mem_eff_attention/kernel_{fo
 
 - Causal masks and windows of both count from the bottom-right diagonal (the second's: `custom_mask_type` 2).
 - lse is natural, fp32, [B, H, S]. The second pads S to a multiple of 32, with +inf; its backward wants strides of 8.
+- Lengths of its own for each sequence the first takes with `cum_seq_q` and `cum_seq_k` only, and without them does not
+  look at `seqused_k`. With it, of `cum_seq_k` only where sequences begin counts, in any order and with gaps
+  (`BlockInfo` in flash_attn/block_info.h); lse is then [H, sequences].
 - For one query the first makes rows of a group's heads, and cuts the keys for the multiprocessors, by itself.
 - Both backwards follow `torch.use_deterministic_algorithms`. The first sums a group's dk and dv rounded to half.
 - The second's fp32 products are sums of three TF32 products (`OpMultiplyAddFastF32`), as exact as fp32.
@@ -19,17 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fapool_plugin.kernels.band import (
+    MULTIPLE,
     Band,
     Given,
     Gradients,
     OutAndLse,
     Part,
+    gradients_padded,
     gradients_part_by_part,
     one_head_dim,
+    padded,
     part_by_part,
 )
 
-_MULTIPLE = 8  # of head dims: 16 bytes in half precision
 _FROM_BOTTOM_RIGHT = 2
 _LSE_MULTIPLE = 32
 
@@ -45,14 +50,29 @@ def flash(
         )
         return out, lse
 
-    q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=_MULTIPLE)
-    out, lse_BHS = part_by_part(run, q, k, v, band)
-    return out[..., : v_BTKE.shape[3]], lse_BHS
+    return padded(run, q_BSHD, k_BTKD, v_BTKE, band)
+
+
+def flash_lanes(
+    q_LGD: Tensor,
+    k_N1D: Tensor,
+    v_N1D: Tensor,
+    q_begins: Tensor,
+    k_begins: Tensor,
+    lengths_L: Tensor,
+    longest: int,
+    softmax_scale: float,
+) -> OutAndLse:
+    """(out [L, G, D], lse [G, L]) of one query of each lane. Its keys are `lengths_L` of all, from `k_begins` on; both
+    begins have L + 1 numbers, int32 on the device."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q_LGD, k_N1D, v_N1D, q_begins, k_begins, 1, longest, 0.0, False, False, scale=softmax_scale, seqused_k=lengths_L
+    )
+    return out, lse
 
 
 def flash_backward(given: Given, softmax_scale: float, band: Band, softcap: float) -> Gradients:
     """(dq, dk, dv) of a trimmed rectangle in the dtype of q."""
-    half, D, E = given.q_BSHD.dtype, given.q_BSHD.shape[3], given.v_BTKE.shape[3]
 
     def run(given: Given, part: Part) -> Gradients:
         S, T = given.q_BSHD.shape[1], given.k_BTKD.shape[1]
@@ -63,9 +83,7 @@ def flash_backward(given: Given, softmax_scale: float, band: Band, softcap: floa
         )  # fmt: skip
         return dq, dk, dv
 
-    dout, q, k, v, out = one_head_dim(*(x.to(half) for x in given[:5]), multiple=_MULTIPLE)
-    dq, dk, dv = gradients_part_by_part(run, Given(dout, q, k, v, out, given.lse_BHS), band)
-    return dq[..., :D], dk[..., :D], dv[..., :E]
+    return gradients_padded(run, given, band)
 
 
 def efficient(
@@ -80,8 +98,8 @@ def efficient(
         )
         return out, lse[..., : q.shape[1]]
 
-    q, k = one_head_dim(q_BSHD, k_BTKD, multiple=_MULTIPLE)
-    (v,) = one_head_dim(v_BTKE, multiple=_MULTIPLE)
+    q, k = one_head_dim(q_BSHD, k_BTKD, multiple=MULTIPLE)
+    (v,) = one_head_dim(v_BTKE, multiple=MULTIPLE)
     group = q.shape[2] // K
     out, lse = part_by_part(run, _groups(q, K), _lanes(k, group), _lanes(v, group), band)
     return _heads(out, B)[..., :E], lse.unflatten(0, (B, K)).flatten(1, 2)
@@ -101,8 +119,8 @@ def efficient_backward(given: Given, softmax_scale: float, band: Band, softcap: 
         )  # fmt: skip
         return dq, dk.sum(2, keepdim=True), dv.sum(2, keepdim=True)
 
-    q, k = one_head_dim(given.q_BSHD, given.k_BTKD, multiple=_MULTIPLE)
-    dout, v, out = one_head_dim(given.dout_BSHE.to(dtype), given.v_BTKE, given.out_BSHE.to(dtype), multiple=_MULTIPLE)
+    q, k = one_head_dim(given.q_BSHD, given.k_BTKD, multiple=MULTIPLE)
+    dout, v, out = one_head_dim(given.dout_BSHE.to(dtype), given.v_BTKE, given.out_BSHE.to(dtype), multiple=MULTIPLE)
     dout, q, out = (_groups(x, K) for x in (dout, q, out))
     k, v = (_lanes(x, H // K) for x in (k, v))
     lse = given.lse_BHS.unflatten(1, (K, H // K)).flatten(0, 1)

@@ -1,5 +1,13 @@
 """What one way of computing a forward takes: two clocks, the base's and the busiest pool rank's, played through.
 
+    on CPUs      base  linear | ask | own | linear ...       rank  take, compute | send | take, compute ...
+    on devices   base  linear | own ...... | linear ...      rank  take, compute | take, compute ...
+                 host         | ask ..| hands over           copy                | send ..|
+
+On devices asking is the host's and goes on beside the own share, which is launched before, and answers are copied on a
+stream of their own, in order: a third clock. The host launches the next block when both are done with this one's
+messages; a rank launches one request beside the copy of the answer before it, and no more.
+
 A way is a number of ranks, blocks in flight and a part for the base. Lanes are cut as they really are, but anywhere
 and not at multiples; bytes are also counted from real tiles, payloads only. Which way is best is not known here.
 """
@@ -147,9 +155,10 @@ class Prefill:
         mine = layers * max(0.0, way.base_share - moved) * side.base_s
         theirs = layers * max(0.0, 1 - way.base_share - moved) * side.ranks_s
         asking, merging = (layers * way.blocks * seconds for seconds in self._messages_s(way))
+        mine = beside_own(asking, mine, on_devices=self.profile.on_devices)
         if way.blocks == 1:
-            return linear + merging + max(mine + asking, theirs)
-        return max(linear + mine + asking + merging, theirs)
+            return linear + merging + max(mine, theirs)
+        return max(linear + mine + merging, theirs)
 
     def play(self, way: Way) -> Played:
         """Both clocks through the forward.
@@ -177,13 +186,14 @@ class Prefill:
         for block in cuts:
             linears.append((side.block_s + (side.linear_s - side.block_s) * block.tokens / self.tokens) / layers)
             mine_s = block.calls(own) * side.base_call_s + block.pairs(own) * side.base_s / self.line.work
-            owns.append(asking + bool(own) * call.own_s + mine_s)
+            owns.append(beside_own(asking, bool(own) * call.own_s + mine_s, on_devices=self.profile.on_devices))
             pools.append([
                 bool(mine) * call.rank_s + message.taking
                 + block.calls(mine) * side.rank_call_s + block.pairs(mine) * pair_s
                 for mine, pair_s, message in zip(pieces, per_pair, messages, strict=True)
             ])  # fmt: skip
         base, free, replies = 0.0, [0.0] * way.ranks, [0.0] * way.blocks
+        left = [0.0] * way.ranks  # when each rank's last answer was copied
         merge, at_hand = 0.0, [rank for rank, mine in enumerate(pieces) if mine]
         before: list[float] = []
         for layer in range(layers):
@@ -191,25 +201,28 @@ class Prefill:
                 posted = max(base, replies[turn]) + merge + linear
                 for rank in at_hand:
                     message, busy = messages[rank], pools[turn][rank]
-                    done = max(free[rank], posted + message.arrives) + busy
-                    free[rank] = done + message.sending
-                    replies[turn] = max(replies[turn], done + link.to_base.at(message.back))
+                    leaves = max(max(free[rank], posted + message.arrives) + busy, left[rank])
+                    left[rank] = leaves + message.sending
+                    free[rank] = leaves if self.profile.on_devices else left[rank]
+                    replies[turn] = max(replies[turn], leaves + link.to_base.at(message.back))
                 base = posted + owns[turn]
             merge = merging
-            clocks = [base, *(free[rank] for rank in at_hand), *(replies if at_hand else ())]
+            clocks = [base, *(x[rank] for x in (free, left) for rank in at_hand), *(replies if at_hand else ())]
             steps = [now - then for now, then in zip(clocks, before, strict=False)]
             if steps and max(steps) - min(steps) <= _SAME * max(steps):
                 # All clocks go on by as much: so they do in every layer that is left.
                 rest = (layers - 1 - layer) * steps[0]
-                base, free, replies = base + rest, [x + rest for x in free], [x + rest for x in replies]
+                base += rest
+                left, replies = [x + rest for x in left], [x + rest for x in replies]
                 break
             before = clocks
         for reply in replies:
             base = max(base, reply) + merging
-        sending = [message.sending * way.blocks for message in messages]
+        # Beside what a device computes.
+        sending = [0.0 if self.profile.on_devices else message.sending * way.blocks for message in messages]
         busiest = max(sum(block) + last for *block, last in zip(*pools, sending, strict=True))
         busy = layers * (sum(linears) + sum(owns) + way.blocks * merging)
-        return Played(max(base, *free), busy, layers * busiest)
+        return Played(max(base, *left), busy, layers * busiest)
 
     def real_bytes(self, way: Way) -> tuple[int, int]:
         """Bytes of all layers to and from all ranks, of the tiles that :func:`partition` gives. Keys of the past
@@ -269,6 +282,11 @@ def attention_costs(profile: Profile, cores: Cores, ranks: int) -> tuple[Attenti
     """What attention costs the base while it has ``ranks`` pool ranks, and one of them."""
     base = profile.attention_for(cores.base(ranks))
     return base, profile.attention_for(cores.per_rank) if cores.per_rank else base
+
+
+def beside_own(asking_s: float, own_s: float, *, on_devices: bool) -> float:
+    """Seconds from asking ranks to having computed the own share."""
+    return max(asking_s, own_s) if on_devices else asking_s + own_s
 
 
 def rank_speeds(ranks: int, slowdown: Sequence[float]) -> list[float]:

@@ -146,6 +146,11 @@ class Profile(_Measured):
         ge=1,
         description="How much longer the linear part takes while a pool rank of this machine computes.",
     )
+    on_devices: bool = Field(
+        default=False,
+        description="Base and ranks compute on GPUs of their own: no threads move, and messages are copied beside what "
+        "is computed.",
+    )
     activation_s: float = Field(ge=0, description="Seconds from wanting ranks that run already to having them.")
     start_s: float = Field(default=0.0, ge=0, description="Seconds to start local pool ranks the first time.")
 

@@ -6,7 +6,8 @@
            ranks                 a ──────────────────│  b ──────────────────│
 
 In turns the base computes what is linear for one part while ranks attend for another. That pays where a part is large
-enough to use the base well: what is bound by reading weights reads them for each part. Knows numbers only.
+enough to use the base well: what is bound by reading weights reads them for each part. On devices asking is the host's,
+beside the own share, and answers leave one after the other beside what is computed (`clocks`). Knows numbers only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fapool_plugin.plan.clocks import (
     Sides,
     Way,
     attention_costs,
+    beside_own,
     parts_of,
     payload_bytes,
     rank_speeds,
@@ -44,6 +46,8 @@ class Layer(NamedTuple):
     """From the last request to the last answer."""
     rank_s: float
     """The busiest rank works so long."""
+    leaving_s: float
+    """An answer is copied so long beside that; 0 where that is the rank's own work."""
     merging_s: float
 
 
@@ -102,26 +106,31 @@ class Decode:
     def play(self, way: Way) -> Played:
         """Both clocks through the step: the base asks, computes its own keys, and waits for the slowest reply."""
         side, layers, one = self._sides(way.ranks), self.profile.shape.layers, self.layer(way)
-        step = max(one.asking_s + one.own_s, one.asking_s + one.away_s, one.rank_s) + one.merging_s
-        busy = one.asking_s + one.own_s + one.merging_s
+        mine = beside_own(one.asking_s, one.own_s, on_devices=self.profile.on_devices)
+        step = max(mine, one.asking_s + one.away_s, one.rank_s) + one.merging_s
+        busy = mine + one.merging_s
         return Played(side.linear_s + layers * step, side.linear_s + layers * busy, layers * one.rank_s)
 
     def layer(self, way: Way) -> Layer:
         """What one layer takes of whom."""
         side, link, call = self._sides(way.ranks), self.profile.link, self.profile.call
         *pieces, own = self._pieces(way)
-        asking = merging = slowest = busiest = 0.0
+        asking = merging = slowest = busiest = leaving = 0.0
         for mine, missing in zip(pieces, self._missing(way), strict=True):
             if not mine:
                 continue
             out, back = payload_bytes(self.profile, self._block.lanes(mine), missing / self.steps)
             work = call.rank_s + self._block.calls(mine) * side.rank_call_s + (1 - way.base_share) * side.ranks_s
             slowest = max(slowest, asking + link.to_rank.at(out) + work + link.to_base.at(back) + call.away_s)
-            busiest = max(busiest, link.take.at(out) + work + link.send.at(back))
+            sending = link.send.at(back)
+            if self.profile.on_devices:
+                leaving, sending = max(leaving, sending), 0.0
+            busiest = max(busiest, link.take.at(out) + work + sending)
             asking += call.ask_s + link.send.at(out)
             merging += call.merge_s + link.take.at(back)
         mine_s = bool(own) * call.own_s + self._block.calls(own) * side.base_call_s + way.base_share * side.base_s
-        return Layer(side.linear_s / self.profile.shape.layers, asking, mine_s, slowest - asking, busiest, merging)
+        linear = side.linear_s / self.profile.shape.layers
+        return Layer(linear, asking, mine_s, slowest - asking, busiest, leaving, merging)
 
     def _pieces(self, way: Way) -> list[list[Piece | Runs]]:
         return self.line.pieces(parts_of(way, self.slowdown))
@@ -155,20 +164,21 @@ class Decode:
 
 def turns_s(parts: Sequence[Decode], way: Way) -> float:
     """Seconds of a step in these parts, one after the other in each layer."""
-    return alternate_s([part.layer(way) for part in parts], parts[0].profile.shape.layers)
+    profile = parts[0].profile
+    return alternate_s([part.layer(way) for part in parts], profile.shape.layers, on_devices=profile.on_devices)
 
 
-def alternate_s(layers: Sequence[Layer], count: int) -> float:
+def alternate_s(layers: Sequence[Layer], count: int, *, on_devices: bool = False) -> float:
     """Seconds of so many layers, in each of which these parts take turns."""
-    base = ranks = 0.0
+    base = ranks = last = 0.0
     answered = [0.0] * len(layers)
     for number in range(count):
         for index, one in enumerate(layers):
-            base = max(base, answered[index]) + (one.merging_s if number else 0.0)
-            base += one.linear_s + one.asking_s
-            begun = max(base, ranks)
-            answered[index], ranks = begun + one.away_s, begun + one.rank_s
-            base += one.own_s
+            base = max(base, answered[index]) + (one.merging_s if number else 0.0) + one.linear_s
+            begun = max(base + one.asking_s, ranks)
+            answered[index] = last = max(begun + one.away_s, last + one.leaving_s)
+            ranks = begun + one.rank_s
+            base += beside_own(one.asking_s, one.own_s, on_devices=on_devices)
     for index, one in enumerate(layers):
         base = max(base, answered[index]) + one.merging_s
     return base

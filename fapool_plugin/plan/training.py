@@ -205,5 +205,6 @@ class Training:
             away_s=2 * wire.latency_s + (out + back) * a_byte + rank_s,
             # What the next part waits for: a rank, or either way of a NIC.
             rank_s=max(rank_s, out * a_byte, back * a_byte),
+            leaving_s=0.0,
             merging_s=0.0,
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from fapool_plugin.devices.gpu import identity
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.band import exact_dtype
 from fapool_plugin.kernels.forward import attend
+from fapool_plugin.kernels.lanes import Rectangle, attend_all, can_attend_together
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.bands import Bands
 from fapool_plugin.pool.exchange import Inbox
@@ -246,24 +248,35 @@ class Worker:
                 known = self.calls.get(asked.sequence, asked.extra)
                 return self._attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
-        request, computed = TileRequest(message, self.device), []
+        request, keys = TileRequest(message, self.device), list[tuple[Tensor, Tensor]]()
+        where = asked.sequence, asked.layer
         for tile, key_start, key_stop, capacity in request.entries:
             new_k, new_v = request.keys(tile, key_stop - key_start)
             if asked.keep not in (1, 3):
-                keys = slice(tile.k_start - key_start, tile.k_stop - key_start)
-                k, v = new_k[:, :, keys], new_v[:, :, keys]
-            else:
-                where = asked.sequence, asked.layer, tile
-                owned = asked.keep == 3
-                stored = key_stop == key_start or self.prefixes.put(
-                    *where, new_k, new_v, key_start, capacity, owned=owned
-                )
-                if not stored or self.prefixes.length(*where) < max(tile.k_stop, key_start):
-                    full = owned and not stored and (not key_start or self.prefixes.length(*where) >= key_start)
-                    return asked._replace(status=Status.FULL if full else Status.STALE), ()
-                k, v = self.prefixes.get(*where)
-            q, k, v = (x.transpose(1, 2) for x in (request.queries(tile), k, v))
-            computed.append(KeptTile(q, k, v, *self._attend(request, tile, q, k, v)))
+                there = slice(tile.k_start - key_start, tile.k_stop - key_start)
+                keys.append((new_k[:, :, there], new_v[:, :, there]))
+                continue
+            owned = asked.keep == 3
+            stored = key_stop == key_start or self.prefixes.put(
+                *where, tile, new_k, new_v, key_start, capacity, owned=owned
+            )
+            if not stored or self.prefixes.length(*where, tile) < max(tile.k_stop, key_start):
+                full = owned and not stored and (not key_start or self.prefixes.length(*where, tile) >= key_start)
+                return asked._replace(status=Status.FULL if full else Status.STALE), ()
+        tiles = [tile for tile, *_ in request.entries]
+        queries = [request.queries(tile).transpose(1, 2) for tile in tiles]
+        if asked.keep in (1, 3):
+            dims = asked.head_dim, asked.v_head_dim
+            if len(tiles) > 1 and can_attend_together(queries[0], *dims, request.softcap):
+                self.prefixes.together(*where, tiles)
+            keys = [self.prefixes.get(*where, tile) for tile in tiles]
+        parts = [
+            Rectangle(q, k.transpose(1, 2), v.transpose(1, 2), tile.q_start - tile.k_start)
+            for tile, q, (k, v) in zip(tiles, queries, keys, strict=True)
+        ]
+        alone = partial(self._attend, request)
+        found = attend_all(parts, softmax_scale=request.scale, softcap=request.softcap, alone=alone)
+        computed = [KeptTile(*part[:3], *one) for part, one in zip(parts, found, strict=True)]
         if asked.keep == 2 and not self.calls.put(asked.sequence, asked.call, computed):
             asked = asked._replace(keep=0)
         return self._attended(asked, computed, began)
@@ -338,14 +351,13 @@ class Worker:
         self._span = began, (ended := self.clock.now())
         return header._replace(extra=round((ended.since(began) or 0.0) * 1e9), clock=began.ns)
 
-    def _attend(self, request: TileRequest, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, request: TileRequest, part: Rectangle) -> tuple[Tensor, Tensor]:
         """(out, lse) of a tile, in bands of queries."""
-        outs, lses = [], []
+        (q, k, v, q_offset), outs, lses = part, list[Tensor](), list[Tensor]()
         for band in self._bands.cut(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
             out, lse = attend(
                 q[:, band], k, v,
-                softmax_scale=request.scale, causal=True, q_offset=tile.q_start - tile.k_start + band.start,
-                softcap=request.softcap,
+                softmax_scale=request.scale, causal=True, q_offset=q_offset + band.start, softcap=request.softcap,
             )  # fmt: skip
             outs.append(out)
             lses.append(lse)

@@ -6,8 +6,9 @@ tensors and lanes, but no model, no link and no plan.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from fapool_plugin.plan.box import Box
 from fapool_plugin.plan.line import Tile, round_up
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Prefixes:
     """Resident keys of a box of lanes: ``k`` (rows, heads, capacity, D), ``v`` (rows, heads, capacity, E), and how many
     positions of each lane there are, ``lengths`` (rows, heads)."""
@@ -40,6 +41,8 @@ class Prefixes:
 
 
 _Rows = dict[int, list[Prefixes]]
+_FEW = 8
+"""Boxes of which one may lie apart from the others."""
 
 
 class PrefixStore:
@@ -126,6 +129,25 @@ class PrefixStore:
         (prefixes,) = self._meeting(sequence, layer, box)
         at = *box.inside(prefixes.box), slice(tile.k_start, tile.k_stop)
         return prefixes.k[at], prefixes.v[at]
+
+    def together(self, sequence: int, layer: int, tiles: Iterable[Tile]) -> None:
+        """Brings the boxes of these tiles into one storage of keys, and one of values laid out alike, each box as it
+        is: then a kernel can read all in one call. Few that lie apart, since they have grown, are left until they are
+        more; so are all, if memory does not suffice for both copies meanwhile."""
+        boxes = list(dict.fromkeys(one for tile in tiles for one in self._meeting(sequence, layer, tile.box)))
+        storages = Counter(one.k.untyped_storage()._cdata for one in boxes)
+        apart = len(boxes) - max(storages.values(), default=0)
+        wanted = sum(one.nbytes for one in boxes)
+        if apart <= len(boxes) // _FEW or self.nbytes + self.reserved + wanted > self.limit_bytes:
+            return
+        with torch.inference_mode(False), torch.no_grad(), suppress(torch.OutOfMemoryError):
+            k, v = (x.new_empty(wanted // x.element_size() // 2) for x in (boxes[0].k, boxes[0].v))
+            at = 0
+            for one in boxes:
+                used, room = slice(int(one.lengths.max())), slice(at, at := at + one.k.numel())
+                moved_k, moved_v = k[room].view(one.k.shape), v[room].view(one.v.shape)
+                moved_k[:, :, used], moved_v[:, :, used] = one.k[:, :, used], one.v[:, :, used]
+                one.k, one.v = moved_k, moved_v
 
     def select(self, sequence: int, layer: int, rows: Sequence[int]) -> None:
         """Row i of a layer becomes a copy of row ``rows[i]``, if both are here. For that they are brought into one box;

@@ -284,6 +284,7 @@ def plan(
             fitting.show(fitting.outlook(shape, sizes, batch, setting.pool_ranks, memory_limit_mib, base_memory_mib))
             return
         known = planning.find_profile(model, profile, setting)
+        setting = setting.as_measured(known)
         found = planning.outlooks(known, sizes, setting)
         planning.show_plan(found)
         if json_file is not None:

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class Setting:
         """Numbers of threads that a plan asks costs of."""
         moving = [self.cores.base(ranks) for ranks in self.pool_ranks]
         return sorted({self.cores.total, *moving, self.cores.per_rank or self.cores.total})
+
+    def as_measured(self, profile: Profile) -> Setting:
+        """No threads move where a profile says that ranks compute on GPUs, whatever was told."""
+        return replace(self, cores=replace(self.cores, per_rank=0)) if profile.on_devices else self
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def find_profile(model: Path | None, given: Path | None, setting: Setting, scree
         _note("the profile was taken in a hurry; fapool calibrate measures a better one")
     _note_poor(found)
     for part, known in (("attention", found.attention), ("linear", found.linear)):
+        if found.on_devices:
+            break  # a GPU's host has nothing to compute
         if missing := sorted(set(setting.threads) - {cost.threads for cost in known}):
             nearest = sorted({cost.threads for cost in known})
             _note(f"{part} was measured with {nearest} threads; the nearest stands for {missing}")

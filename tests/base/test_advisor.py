@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from fapool_plugin.base import result
 from fapool_plugin.base.advisor import Advisor
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.integrations.huggingface.linear import shape_of
+from fapool_plugin.kernels import lanes
 from fapool_plugin.measure.calibrate import machine
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.plan.forecast import Choice
@@ -114,8 +114,8 @@ def test_where_links_are_dear_nothing_is_borrowed(folder: Path, monkeypatch: pyt
         first, expected = model(ids), reference(ids)
         assert torch.equal(first.logits, expected.logits), (first.logits - expected.logits).abs().max()
         ours: list[int] = []
-        attend = result.attend
-        monkeypatch.setattr(result, "attend", lambda *args, **keys: ours.append(1) or attend(*args, **keys))  # type: ignore[func-returns-value]
+        attend = lanes.attend
+        monkeypatch.setattr(lanes, "attend", lambda *args, **keys: ours.append(1) or attend(*args, **keys))  # type: ignore[func-returns-value]
         step = model(more, past_key_values=first.past_key_values).logits
         assert len(ours) >= LAYERS, "not our kernel"
         assert_close(step, reference(more, past_key_values=expected.past_key_values).logits)

@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fapool_plugin.base import gradients, result
+from fapool_plugin.base import gradients
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.devices.copies import Copies
+from fapool_plugin.kernels import lanes
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.worker import Worker
@@ -65,7 +66,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recorder], None]:
     """Writes down what the host launches and sends, too."""
 
     def into(recorder: Recorder) -> None:
-        for module, name in ((result, "attend"), (gradients, "attend_backward")):
+        for module, name in ((lanes, "attend"), (gradients, "attend_backward")):
             real = getattr(module, name)
 
             def launched(*args: Any, real: Any = real, **keys: Any) -> Any:

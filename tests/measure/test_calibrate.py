@@ -290,6 +290,7 @@ def test_calibrate_a_model(tmp_path: Path, name: str, kernel: str) -> None:
     # What is a difference of two times may be lost in a busy machine's.
     assert sum(value > 0 for value in seconds) >= len(seconds) - 3, seconds
     assert profile.beside >= 1
+    assert not profile.on_devices
     assert {stage.split(":")[0] for stage in stages} >= {"loading the model", "starting a pool rank", "link", "linear"}
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile

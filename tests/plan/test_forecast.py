@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 from fapool_plugin.plan.clocks import Prefill, Way
 from fapool_plugin.plan.forecast import SLACK, Choice, Cores, auto_threshold, choose_decode, choose_prefill
-from fapool_plugin.plan.line import Row, Tile, partition
+from fapool_plugin.plan.line import Row, partition
 from fapool_plugin.plan.profile import (
     AttentionCost,
     CallCost,
@@ -23,10 +21,9 @@ from fapool_plugin.plan.profile import (
     Machine,
     Profile,
     Shape,
-    share_s,
 )
+from tests.walked_plan import GROUP, HEAD_DIM, KV_HEADS, LAYERS, V_HEAD_DIM, blocks_of, bytes_of, walked_s
 
-KV_HEADS, GROUP, HEAD_DIM, V_HEAD_DIM, LAYERS = 3, 2, 16, 8, 4
 FREE = LinkCost(to_rank=Fit(), to_base=Fit())
 SLOW = LinkCost(to_rank=Fit(b=1e3), to_base=Fit(b=1e3))
 DEVICES = Cores(total=1, per_rank=0)
@@ -97,43 +94,6 @@ LENGTHS = st.lists(st.integers(1, 6000), min_size=1, max_size=3)
 CORES = st.builds(Cores, total=st.integers(1, 4), per_rank=st.integers(0, 2))
 
 
-def blocks_of(rows: list[Row], blocks: int) -> list[list[Row]]:
-    """Written anew: edges at 64s of the longest row, the others' ends aligned with it."""
-    columns = max(row.q_stop - row.q_start for row in rows)
-    units = (columns + 63) // 64
-    edges = [64 * (i * units // blocks) for i in range(blocks)] + [columns]
-    parts = []
-    for start, stop in pairwise(edges):
-        part = []
-        for row in rows:
-            shift = row.q_stop - columns
-            first, last = max(row.q_start, shift + start), max(row.q_start, shift + stop)
-            part.append(Row(first, last, last))
-        parts.append(part)
-    return parts
-
-
-def tiles_of(rows: list[Row], ranks: int, blocks: int, share: float) -> list[list[tuple[Tile, ...]]]:
-    """For each block the shares of all ranks and, last, the base."""
-    speeds = [(1 - share) / ranks] * ranks + [share]
-    return [partition(part, KV_HEADS, speeds, block=1, whole=rows) for part in blocks_of(rows, blocks)]
-
-
-def bytes_of(shares: list[list[tuple[Tile, ...]]], rank: int) -> tuple[int, int]:
-    """Bytes of one layer to and from a rank, position by position: a key is sent when it is first needed."""
-    sent = received = 0
-    known: set[tuple[int, int, int]] = set()
-    for block in shares:
-        for tile in block[rank]:
-            for lane in product(range(*tile[:2]), range(*tile[2:4])):
-                sent += (tile.q_stop - tile.q_start) * GROUP * HEAD_DIM * 2
-                received += (tile.q_stop - tile.q_start) * GROUP * (V_HEAD_DIM * 2 + 4)
-                needed = {(*lane, key) for key in range(tile.k_stop)} - known
-                sent += len(needed) * (HEAD_DIM + V_HEAD_DIM) * 2
-                known |= needed
-    return sent, received
-
-
 def prompts_of(lengths: Sequence[int]) -> list[Row]:
     return [Row(0, n, n) for n in lengths]
 
@@ -141,50 +101,6 @@ def prompts_of(lengths: Sequence[int]) -> list[Row]:
 def steps_of(lengths: Sequence[int]) -> list[Row]:
     """One new token after a past."""
     return [Row(n - 1, n, n) for n in lengths]
-
-
-def walked_s(told: Profile, rows: list[Row], ranks: int, blocks: int, share: float, cores: Cores) -> float:
-    """Seconds of a forward by following every event back to what it waits for, with every rank's real tiles."""
-    shares, cuts = tiles_of(rows, ranks, blocks, share), blocks_of(rows, blocks)
-    threads = cores.base(ranks)
-    base_cost, rank_cost = told.attention_for(threads), told.attention_for(cores.per_rank or threads)
-    linear, tokens = told.linear_for(threads).prefill, sum(row.q_stop - row.q_start for row in rows)
-    link, call = told.link, told.call
-    out, back = zip(*(bytes_of(shares, rank) for rank in range(ranks)), strict=True)
-    ask = [call.ask_s + link.send.at(nbytes / blocks) for nbytes in out]
-    merge = [call.merge_s + link.take.at(nbytes / blocks) for nbytes in back]
-    slower = told.beside if cores.per_rank else 1.0
-
-    @functools.cache
-    def posted(step: int) -> float:
-        layer, block = divmod(step, blocks)
-        new = sum(row.q_stop - row.q_start for row in cuts[block])
-        work = slower * (linear.a + (linear.at(tokens) - linear.a) * new / tokens) / LAYERS
-        ready = left(step - 1) if step else 0.0
-        if not layer:
-            return ready + work
-        return max(ready, *(replied(step - blocks, rank) for rank in range(ranks))) + sum(merge) + work
-
-    @functools.cache
-    def left(step: int) -> float:
-        own = shares[step % blocks][ranks]
-        return posted(step) + sum(ask) + (call.own_s if share else 0.0) + share_s(base_cost, KV_HEADS, own)
-
-    @functools.cache
-    def computed(step: int, rank: int) -> float:
-        free = computed(step - 1, rank) + link.send.at(back[rank] / blocks) if step else 0.0
-        start = max(free, posted(step) + sum(ask[:rank]) + link.to_rank.at(out[rank] / blocks))
-        work = call.rank_s + share_s(rank_cost, KV_HEADS, shares[step % blocks][rank])
-        return start + link.take.at(out[rank] / blocks) + work
-
-    def replied(step: int, rank: int) -> float:
-        return computed(step, rank) + link.to_base.at(back[rank] / blocks)
-
-    last = LAYERS * blocks - 1
-    base = left(last)
-    for step in range(last - blocks + 1, last + 1):
-        base = max(base, *(replied(step, rank) for rank in range(ranks))) + sum(merge)
-    return max(base, *(computed(last, rank) + link.send.at(back[rank] / blocks) for rank in range(ranks)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

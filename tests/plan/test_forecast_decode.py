@@ -12,15 +12,11 @@ from tests.plan.test_forecast import (
     ATTENTION,
     DEVICES,
     FREE,
-    GROUP,
-    HEAD_DIM,
-    KV_HEADS,
-    LAYERS,
     LINEAR,
-    V_HEAD_DIM,
     profile,
     steps_of,
 )
+from tests.walked_plan import GROUP, HEAD_DIM, KV_HEADS, LAYERS, V_HEAD_DIM
 
 
 def test_a_decode_step_is_the_longer_of_two_clocks() -> None:

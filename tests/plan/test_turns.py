@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from fapool_plugin.plan.clocks import Way
 from fapool_plugin.plan.profile import Fit
 from fapool_plugin.plan.step import Decode, turns_s
-from tests.plan.test_forecast import ATTENTION, DEVICES, FREE, LAYERS, LINEAR, profile, steps_of
+from tests.plan.test_forecast import ATTENTION, DEVICES, FREE, LINEAR, profile, steps_of
+from tests.walked_plan import LAYERS
 
 KEYS = 3000
 

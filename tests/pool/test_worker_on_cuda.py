@@ -3,13 +3,16 @@ until it is sent, and nothing on the way waits. Requests and answers themselves 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from fapool_plugin.kernels import lanes, torch_cuda
+from fapool_plugin.kernels.operators import able
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.partial_results import PartialResults
@@ -72,3 +75,47 @@ def test_partial_results_are_merged_where_they_are() -> None:
         shapes = out.shape, (ROWS, KV_HEADS * GROUP, QUERIES)
         for x, shape in zip((outs[0], lses[0]), shapes, strict=True):
             assert (x.shape, x.dtype, x.is_cuda) == (shape, torch.float32, True)
+
+
+def test_a_step_of_unequal_rows_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows come one by one, as prompts of unequal lengths do, and are read where they then lie."""
+    lengths = (50, 20, 33)
+    calls = []
+    flash = torch_cuda.flash_lanes
+
+    def counted(*args: Any) -> Any:
+        calls.append(args[6])
+        return flash(*args)
+
+    monkeypatch.setattr(
+        lanes, "able", lambda case: [replace(one, attend_lanes=counted) for one in able(case) if one.attend_lanes]
+    )
+    header = Header(
+        op=Op.ATTEND, token=1, call=9, sequence=5, layer=0, keep=1, group=GROUP, head_dim=D, v_head_dim=D,
+        dtype=dtype_code(torch.bfloat16), scale_bits=float_bits(0.1),
+    )  # fmt: skip
+
+    def message(new: int, table: Tensor) -> Message:
+        queries, keys = len(table) * KV_HEADS * GROUP, len(table) * KV_HEADS * new
+        told = header._replace(tiles=len(table), q_elements=queries * D, k_elements=keys * D, v_elements=keys * D)
+        return Message(told, [table, *(torch.zeros(room.shape, dtype=room.dtype) for room in rooms(told)[0][1:])])
+
+    prompts = [torch.tensor([[row, row + 1, 0, KV_HEADS, n - 1, n, 0, n, 0, n, 64]]) for row, n in enumerate(lengths)]
+    steps = [
+        torch.tensor([[row, row + 1, 0, KV_HEADS, n, n + 1, 0, n + 1, n, n + 1, 64] for row, n in enumerate(at)])
+        for at in (lengths, [n + 1 for n in lengths])
+    ]
+    with fake_cuda() as called:
+        inbox = cast(Inbox, SimpleNamespace(steps=0, step=lambda: None))
+        worker = Worker(inbox, 2**24, torch.device("cuda"))
+        worker.clock._events = Ticks()
+        for n, prompt in zip(lengths, prompts, strict=True):
+            assert worker.attend(message(n, prompt))[0].status == Status.OK
+        assert not calls, "a single rectangle is a call as ever"
+        for step in steps:
+            reply, (outs, lses) = worker.attend(message(1, step))
+            assert reply.status == Status.OK
+            assert [x.shape for x in outs] == [(1, 1, KV_HEADS * GROUP, D)] * 3
+            assert [x.shape for x in lses] == [(1, KV_HEADS * GROUP, 1)] * 3
+    assert calls == [51, 52]
+    assert "aten._flash_attention_forward" in called

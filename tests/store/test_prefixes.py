@@ -88,3 +88,54 @@ def test_rows_of_two_boxes_that_do_not_fit_into_one_are_forgotten() -> None:
     store.select(1, 0, [1, 0])
     assert 1 not in store
     assert store.nbytes == 0
+
+
+def one_storage(store: PrefixStore, tiles: list[Tile]) -> bool:
+    found = [store.get(1, 0, one) for one in tiles]
+    return all(len({x.untyped_storage().data_ptr() for x in kind}) == 1 for kind in zip(*found, strict=True))
+
+
+def test_boxes_come_together_as_they_are() -> None:
+    """Rows of unequal lengths in one storage, with no room for padding; what grows is left apart until it is more."""
+    lengths = (5, 17, 9, 30, 12, 8, 25, 11, 6)
+    store = PrefixStore(10_000 * POSITION, block=10)
+    tiles, held = [tile((row, row + 1), (0, 2), n) for row, n in enumerate(lengths)], []
+    for row, one in enumerate(tiles):
+        held.append(keys(1, 2, lengths[row], seed=row))
+        assert store.put(1, 0, one, *held[row], 0)
+    nbytes = store.nbytes
+    assert not one_storage(store, tiles)
+    store.together(1, 0, tiles)
+    assert one_storage(store, tiles)
+    assert store.nbytes == nbytes
+    positions = [x[0].storage_offset() for x in (store.get(1, 0, one) for one in tiles)]
+    assert positions == [x[1].storage_offset() for x in (store.get(1, 0, one) for one in tiles)], "laid out alike"
+    # The first grows out of its room, and the rest stays where it is; so it does while one in eight is apart.
+    more = keys(1, 2, 8, seed=99)
+    tiles[0] = tile((0, 1), (0, 2), 13)
+    assert store.put(1, 0, tiles[0], *more, 5)
+    store.together(1, 0, tiles)
+    assert not one_storage(store, tiles)
+    assert one_storage(store, tiles[1:])
+    tiles[1] = tile((1, 2), (0, 2), 25)
+    assert store.put(1, 0, tiles[1], *more, 17)
+    store.together(1, 0, tiles)
+    assert one_storage(store, tiles)
+    for row, one in enumerate(tiles):
+        for got, first, second in zip(store.get(1, 0, one), held[row], more, strict=True):
+            expected = torch.cat([first, second], 2) if row < 2 else first
+            assert torch.equal(got, expected), f"row {row}: {(got - expected).abs().max():.3g}"
+    store.free(1)
+    assert store.nbytes == 0
+
+
+def test_boxes_stay_apart_where_memory_is_short() -> None:
+    store = PrefixStore(45 * POSITION, block=10)
+    tiles = [tile((row, row + 1), (0, 1), 10 * (1 + row)) for row in range(2)]
+    for row, one in enumerate(tiles):
+        assert store.put(1, 0, one, *keys(1, 1, 10 * (1 + row), seed=row), 0)
+    store.together(1, 0, tiles)  # 30 positions, and 30 more meanwhile
+    assert not one_storage(store, tiles)
+    store.limit_bytes = 60 * POSITION
+    store.together(1, 0, tiles)
+    assert one_storage(store, tiles)

@@ -205,3 +205,21 @@ def test_a_picture_needs_its_library(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"fapool-plugin\[plot\]"):
         options.check_picture(tmp_path / "plan.png")
+
+
+def test_a_profile_of_gpus_moves_no_threads(profile: Profile, config_only: Path, tmp_path: Path) -> None:
+    """Found out from the profile, whatever `--threads-per-rank` says."""
+    on_gpus, found = profile.model_copy(update={"on_devices": True}), []
+    for name, told, per_rank in (("gpus", on_gpus, 2), ("elsewhere", profile, 0)):
+        path, written = tmp_path / f"{name}.json", tmp_path / f"{name}-plan.json"
+        told.save(path)
+        result = invoke(
+            "plan", "--profile", path, "--lengths", "512,4096", "--pool-ranks", 2, "--threads", 2,
+            "--threads-per-rank", per_rank, "--json", written,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(written.read_text()))
+    for plan in found:
+        assert plan["threads_per_rank"] == 0
+    # This profile's messages cost no processor time, so that nothing else differs.
+    assert found[0]["plans"] == found[1]["plans"]

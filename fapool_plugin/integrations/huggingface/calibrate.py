@@ -105,6 +105,7 @@ def make_profile(
         linear=linear,
         link=link,
         beside=beside,
+        on_devices=model.device.type == "cuda" and rank.gpu != 0,
         activation_s=activation_s,
         start_s=start_s,
     )
