@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from fapool_plugin.plan.attention_table import AttentionTable, Points
 from fapool_plugin.plan.cluster import Model
-from fapool_plugin.plan.hardware import AttentionTable, GemmTable, Hardware, Link
-from fapool_plugin.plan.profile import Fit
+from fapool_plugin.plan.hardware import GemmTable, Hardware, Link
 
 PAIR_S, KEY_S, PRODUCT_S, REDUCED_S = 1e-8, 4e-8, 1e-10, 1e-10
 """Of a pair of positions and of a key for one lane, of a product of two numbers, of a byte of an all-reduce."""
@@ -19,8 +19,10 @@ LANES = MODEL.heads // BASE
 
 
 def simple(kv_heads: int = 4) -> Hardware:
-    def fits(**all_lanes: float) -> dict[int, Fit]:
-        return {batch: Fit(**{key: batch * 4 * value for key, value in all_lanes.items()}) for batch in (1, 2, 1024)}
+    def points(power: int, lane_s: float) -> Points:
+        lengths = [2**at for at in range(31)]
+        micros = {batch: [batch * 4 * lane_s * 1e6 * n**power for n in lengths] for batch in (1, 2, 1024)}
+        return Points(lengths=lengths, micros=micros)
 
     sides = [2, 1 << 17]
     micros = [[[m * n * k * PRODUCT_S * 1e6 for k in sides] for n in sides] for m in [1, 1 << 20]]
@@ -41,9 +43,8 @@ def simple(kv_heads: int = 4) -> Hardware:
                 heads=4,
                 kv_heads=kv_heads,
                 head_dim=64,
-                prefill=fits(c=PAIR_S / 2),
-                decode=fits(b=KEY_S),
-                most={"prefill": 1 << 30, "decode": 1 << 30},
+                prefill=points(2, PAIR_S / 2),
+                decode=points(1, KEY_S),
             )
         ],
         gemm=GemmTable(m=[1, 1 << 20], n=sides, k=sides, micros=micros),

@@ -1,36 +1,31 @@
-"""What one kind of GPU takes: fits and tables made from public measurements, for any model's shape.
+"""What one kind of GPU takes: tables made from public measurements, for any model's shape.
 
-Attention is fitted over lengths for each batch; products of matrices and all-reduces are tables with steps in them, so
-they are interpolated. Beyond the tables both are scaled, and :meth:`Hardware.marks` says so. Nothing here knows who
-computes what, nor of models beyond their numbers.
+Attention, products of matrices and all-reduces have steps in them, so they are tables, and interpolated. Beyond them
+they are scaled, and :meth:`Hardware.marks` says so. Nothing here knows who computes what, nor of models beyond their
+numbers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from bisect import bisect_left
-from collections.abc import Sequence
 from math import exp, log
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, PrivateAttr, ValidationError
 
-from fapool_plugin.plan.profile import Fit, ProfileError
+from fapool_plugin.plan.attention_table import AttentionTable, Kind, Positive, Table, between
+from fapool_plugin.plan.profile import Fit, ProfileError, least_squares
+
+__all__ = ["ELEMENT_BYTES", "Cost", "GemmTable", "Hardware", "Kind", "Link"]
 
 ELEMENT_BYTES = 2
 """Tables are of bf16."""
 _MEMORY_USED = 0.8
 _LAUNCH_S = 3e-6
 """What aiconfigurator takes for a kernel that only moves bytes: part of the memory's bandwidth, and a launch."""
-
-Kind = Literal["prefill", "decode"]
-Positive = Annotated[float, Field(gt=0)]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+_FITTED_FROM: dict[Kind, int] = {"prefill": 512, "decode": 128}
 
 
 class Cost(NamedTuple):
@@ -41,32 +36,7 @@ class Cost(NamedTuple):
     c: float
 
 
-class AttentionTable(_Table):
-    """Fits of one shape over tokens (prefill) or keys (decode), whole batches, by batch."""
-
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    prefill: dict[int, Fit] = Field(min_length=1)
-    decode: dict[int, Fit] = Field(min_length=1)
-    most: dict[Kind, int] = Field(description="Tokens, or keys, of all sequences of the largest point measured.")
-
-    def fit(self, kind: Kind, batch: float) -> Fit:
-        """A batch's: coefficients in a straight line between the two batches beside it; more than the largest is
-        as much more work, less than the smallest as much less, for the same cost of a call."""
-        fits = getattr(self, kind)
-        known = sorted(fits)
-        inside = min(max(batch, known[0]), known[-1])
-        at = bisect_left(known, inside)
-        if known[at] == inside:
-            near, more = fits[known[at]], batch / inside
-            return Fit(a=near.a, b=near.b * more, c=near.c * more)
-        low, high = known[at - 1], known[at]
-        part = (batch - low) / (high - low)
-        return Fit(**{one: (1 - part) * getattr(fits[low], one) + part * getattr(fits[high], one) for one in "abc"})
-
-
-class GemmTable(_Table):
+class GemmTable(Table):
     """Microseconds of [m, k] x [k, n], by m, n and k."""
 
     m: list[int]
@@ -74,8 +44,21 @@ class GemmTable(_Table):
     k: list[int]
     micros: list[list[list[Positive]]]
 
+    def seconds(self, m: float, n: float, k: float) -> float:
+        """Between sides in a straight line of logarithms, beyond them in proportion."""
+        beyond = 1.0
+        weights: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+        for value, known in ((m, self.m), (n, self.n), (k, self.k)):
+            inside = min(max(value, known[0]), known[-1])
+            beyond *= max(1.0, value / inside)
+            weights = [
+                ((*at, index), weight * part) for at, weight in weights for index, part in between(inside, known)
+            ]
+        logs = sum(weight * log(self.micros[i][j][o]) for (i, j, o), weight in weights)
+        return beyond * exp(logs) * 1e-6
 
-class Link(_Table):
+
+class Link(Table):
     """One GPU's way to others: one direction's bytes a second, and what a message takes beside them."""
 
     bytes_per_s: Positive
@@ -83,7 +66,7 @@ class Link(_Table):
     source: str
 
 
-class Hardware(_Table):
+class Hardware(Table):
     """One kind of GPU, with where its numbers are from."""
 
     version: Literal[1] = 1
@@ -95,7 +78,7 @@ class Hardware(_Table):
     measured: list[str]
     extrapolated: list[str]
     errors: dict[str, dict[str, dict[str, float]]] = Field(
-        description="Relative differences from the tables, of points that were fitted and of those held out."
+        description="Relative differences from measured points that were left out."
     )
     memory_bytes: int = Field(ge=1)
     reserve_bytes: int = Field(ge=0, description="What libraries and the driver take of it.")
@@ -104,6 +87,7 @@ class Hardware(_Table):
     gemm: GemmTable
     all_reduce: dict[int, list[tuple[Positive, Positive]]] = Field(description="(bytes, seconds), by GPUs.")
     links: dict[str, Link]
+    _fits: dict[tuple[Kind, int, int, int, float], Fit] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -122,13 +106,27 @@ class Hardware(_Table):
         values = self.model_dump(mode="json", exclude_defaults=True) | {"version": self.version}
         path.write_text(json.dumps(values, separators=(",", ":")) + "\n", encoding="utf-8")
 
-    def attention_cost(self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float) -> Cost:
+    def attention_s(self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float, tokens: float) -> float:
         """One layer's attention of a batch. A shape without a table is taken from the nearest with as many query heads
-        for each KV head if there is one, as so much more or less of a batch."""
+        for each KV head if there is one, as so much more or less of a batch; another head dim in proportion."""
         table = self._nearest(heads, kv_heads, head_dim)
-        alike = batch * heads / table.heads
-        fit, wide = table.fit(kind, alike), head_dim / table.head_dim
-        return Cost(fit.a, fit.b * wide / batch, fit.c * wide / batch)
+        return head_dim / table.head_dim * table.seconds(kind, batch * heads / table.heads, tokens)
+
+    def attention_cost(
+        self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float, tokens: int | None = None
+    ) -> Cost:
+        """The same as a polynomial of the length: through ``tokens`` and half as many; without them a fit over all
+        lengths measured, which knows no steps."""
+        if tokens is None:
+            a, b, c = self._fit(kind, heads, kv_heads, head_dim, batch)
+            return Cost(a, b / batch, c / batch)
+        whole, half = (self.attention_s(kind, heads, kv_heads, head_dim, batch, n) for n in (tokens, tokens / 2))
+        if kind == "decode":
+            call = min(max(0.0, 2 * half - whole), whole)
+            return Cost(call, (whole - call) / tokens / batch, 0.0)
+        call = min(half, whole, self.attention_s(kind, heads, kv_heads, head_dim, batch, 1))
+        square = min(max(0.0, whole + call - 2 * half) * 2, whole - call) / tokens**2
+        return Cost(call, (whole - call - square * tokens**2) / tokens / batch, square / batch)
 
     def marks(self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: int, longest: int) -> list[str]:
         """What of such an attention is not in the tables."""
@@ -139,10 +137,10 @@ class Hardware(_Table):
             found.append(
                 f"{heads} query and {kv_heads} KV heads have no table: scaled from {table.heads} and {table.kv_heads}"
             )
-        limit = {"prefill": 16_384, "decode": 131_072}[kind]
+        points = table.points(kind)
+        limit, most = points.longest, points.most * table.heads // heads
         if longest > limit:
             found.append(f"{kind} of more than {limit} tokens is extrapolated")
-        most = table.most[kind] * table.heads // heads
         if batch * longest > most and longest <= limit:
             found.append(
                 f"{kind} of more than {most} {'tokens' if kind == 'prefill' else 'keys'} in all is extrapolated"
@@ -150,18 +148,8 @@ class Hardware(_Table):
         return found
 
     def gemm_s(self, m: float, n: float, k: float) -> float:
-        """A product of matrices: between the table's sides in a straight line of logarithms, beyond them in
-        proportion."""
-        table, beyond = self.gemm, 1.0
-        weights: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
-        for value, known in ((m, table.m), (n, table.n), (k, table.k)):
-            inside = min(max(value, known[0]), known[-1])
-            beyond *= max(1.0, value / inside)
-            weights = [
-                ((*at, index), weight * part) for at, weight in weights for index, part in _between(inside, known)
-            ]
-        logs = sum(weight * log(table.micros[i][j][o]) for (i, j, o), weight in weights)
-        return beyond * exp(logs) * 1e-6
+        """A product of matrices."""
+        return self.gemm.seconds(m, n, k)
 
     def all_reduce_s(self, gpus: int, nbytes: float) -> float:
         """An all-reduce of so many bytes within a node; 0 for one GPU.
@@ -178,12 +166,26 @@ class Hardware(_Table):
             )
         sizes, seconds = zip(*self.all_reduce[gpus], strict=True)
         inside = min(max(nbytes, sizes[0]), sizes[-1])
-        logs = sum(weight * log(seconds[index]) for index, weight in _between(inside, sizes))
+        logs = sum(weight * log(seconds[index]) for index, weight in between(inside, sizes))
         return max(1.0, nbytes / inside) * exp(logs)
 
     def moving_s(self, nbytes: float) -> float:
         """A kernel that reads and writes so many bytes and computes next to nothing."""
         return _LAUNCH_S + nbytes / (_MEMORY_USED * self.memory_bytes_per_s)
+
+    def _fit(self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float) -> tuple[float, float, float]:
+        """Of a whole batch, over lengths at which the nearest batch was measured."""
+        table = self._nearest(heads, kv_heads, head_dim)
+        key = kind, table.heads, table.kv_heads, table.head_dim, batch * heads / table.heads
+        if key not in self._fits:
+            points, alike = table.points(kind), key[-1]
+            near = min(points.micros, key=lambda known: abs(log(known / alike)))
+            lengths = [n for n in points.lengths[: len(points.micros[near])] if n >= _FITTED_FROM[kind]]
+            known = [(n, table.seconds(kind, alike, n)) for n in lengths]
+            powers = (0, 1, 2) if kind == "prefill" else (0, 1)
+            self._fits[key] = least_squares(known, powers[: len(known)])
+        fit, wide = self._fits[key], head_dim / table.head_dim
+        return fit.a, fit.b * wide, fit.c * wide
 
     def _nearest(self, heads: int, kv_heads: int, head_dim: int) -> AttentionTable:
         group = heads // kv_heads
@@ -195,12 +197,3 @@ class Hardware(_Table):
                 abs(log(one.kv_heads / kv_heads)),
             ),
         )
-
-
-def _between(value: float, known: Sequence[float]) -> list[tuple[int, float]]:
-    """The one or two places of ``known`` beside a value between its ends, with their weights in logarithms."""
-    at = bisect_left(known, value)
-    if known[at] == value:
-        return [(at, 1.0)]
-    part = log(value / known[at - 1]) / log(known[at] / known[at - 1])
-    return [(at - 1, 1 - part), (at, part)]
