@@ -107,9 +107,11 @@ class PrefixStore:
         self._sequences.move_to_end(sequence)
         box = tile.box
         found = self._meeting(sequence, layer, box)
-        if sum(box.common(one.box).lanes for one in found) < box.lanes:
-            return 0
-        prefixes = self._room(sequence, layer, box, found[0].k, found[0].v, 0, 0)
+        prefixes = found[0] if len(found) == 1 and found[0].box.covers(box) else None
+        if prefixes is None:
+            if sum(box.common(one.box).lanes for one in found) < box.lanes:
+                return 0
+            prefixes = self._room(sequence, layer, box, found[0].k, found[0].v, 0, 0)
         return int(prefixes.lengths[box.inside(prefixes.box)].min()) if prefixes is not None else 0
 
     def get(self, sequence: int, layer: int, tile: Tile) -> tuple[Tensor, Tensor]:
