@@ -61,15 +61,15 @@ def work(model: Any) -> Iterator[Tensor]:
     yield from (parameter.grad for parameter in model.parameters())
 
 
-def held_main_thread(pid: int, afterwards: ExitStack) -> bool:
+def held_main_thread(pid: int, afterwards: ExitStack) -> subprocess.Popen[str] | None:
     """Holds the main thread of a process, and no other thread of it, until it is killed, as when a page of a file does
-    not come, or a lock is not given back. Whether this machine allows that."""
+    not come, or a lock is not given back. Returns what holds it; None if this machine does not allow that."""
     command = [sys.executable, "-I", "-S", "-c", _HOLD, str(pid)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     afterwards.callback(holder.communicate)
     afterwards.callback(holder.kill)
     assert holder.stdout is not None
-    return holder.stdout.readline() == "held\n"
+    return holder if holder.stdout.readline() == "held\n" else None
 
 
 def threads_can_be_held() -> bool:
@@ -78,7 +78,7 @@ def threads_can_be_held() -> bool:
         child = subprocess.Popen(["sleep", "60"])
         afterwards.callback(child.wait)
         afterwards.callback(child.kill)
-        return held_main_thread(child.pid, afterwards)
+        return held_main_thread(child.pid, afterwards) is not None
 
 
 def killed(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
@@ -127,10 +127,10 @@ def strike_at_random(model: Any, want: Sequence[Tensor], ways: Sequence[Way], ra
     longest, pool = 0.0, model.fa_pool.leases.make_pool()
     with ExitStack() as afterwards:
         for way in random_.sample(ways, len(ways)):
-            processes = _ranks_of(pool)
-            at = random_.randint(1, _STEPS * len(processes))
-            case = f"{way.__name__} at step {at} of {len(processes)} ranks"
-            with _struck(way, at, processes, afterwards) as struck, warnings.catch_warnings():
+            ranks = _ranks_of(pool)
+            at = random_.randint(1, _STEPS * ranks)
+            case = f"{way.__name__} at step {at} of {ranks} ranks"
+            with _struck(way, at, pool, afterwards) as struck, warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 began = time.monotonic()
                 for number, (got, expected) in enumerate(zip(work(model), want, strict=True)):
@@ -143,7 +143,7 @@ def strike_at_random(model: Any, want: Sequence[Tensor], ways: Sequence[Way], ra
 
 
 @contextmanager
-def _struck(way: Way, at: int, processes: dict[int, int], afterwards: ExitStack) -> Iterator[list[PoolRank]]:
+def _struck(way: Way, at: int, pool: Any, afterwards: ExitStack) -> Iterator[list[PoolRank]]:
     """Inside, that rank is struck which is asked, or whose answer is waited for, as the ``at``-th."""
     seen, struck = 0, list[PoolRank]()
 
@@ -153,7 +153,7 @@ def _struck(way: Way, at: int, processes: dict[int, int], afterwards: ExitStack)
             seen += 1
             if seen == at:
                 struck.append(rank)
-                way(rank, processes[rank.number], afterwards)
+                way(rank, _pid_of(pool, rank.number), afterwards)
             return real(rank, *arguments)
 
         return step
@@ -164,18 +164,19 @@ def _struck(way: Way, at: int, processes: dict[int, int], afterwards: ExitStack)
         yield struck
 
 
-def _ranks_of(pool: Any) -> dict[int, int]:
-    """Process ids of the ranks that are there, by number; waits for the first."""
+def _ranks_of(pool: Any) -> int:
+    """How many ranks are there; waits for the first. Those of a launch that were lost may come back at any moment."""
     deadline = time.monotonic() + _NONE_S
     while True:
         try:
-            numbers = pool.acquire(lambda text: None)
-            break
+            return len(pool.acquire(lambda text: None))
         except RuntimeError:
             assert time.monotonic() < deadline, f"no rank within {_NONE_S:g} s"
             time.sleep(0.1)
-    known = pool.pids() if hasattr(pool, "pids") else {number: rank.pid for number, rank in pool._ranks.items()}
-    return {number: known[number] for number in numbers}
+
+
+def _pid_of(pool: Any, number: int) -> int:
+    return int(pool.pids()[number] if hasattr(pool, "pids") else pool._ranks[number].pid)
 
 
 def _stutters(pid: int, times: int, stop_s: float, afterwards: ExitStack) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.messages import Header
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class KeptCalls:

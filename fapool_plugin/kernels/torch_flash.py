@@ -31,7 +31,7 @@ def attend(
     q, k, v = one_head_dim(q_BSHD, k_BTKD, v_BTKE, multiple=1)
     if not band.hides_right(T):
         out, lse_BHS = flash_piece(q, k, v, softmax_scale, causal=False)
-        return out[..., :E], lse_BHS
+        return out if out.shape[3] == E else out[..., :E], lse_BHS
 
     side = T - offset
     out, lse_BHS = flash_piece(q[:, :side], k[:, offset:], v[:, offset:], softmax_scale, causal=True)
@@ -99,8 +99,10 @@ def flash_piece(
         return out_BHSD.transpose(1, 2), lse_BHS
 
     # With the queries of a group's heads as rows, their keys are read once.
-    q_BSKGD = q_BSHD.view(B, S, K, H // K, D)
-    q_BKRD = q_BSKGD[:, 0] if S == 1 else q_BSKGD.permute(0, 2, 3, 1, 4).reshape(B, K, rows, D)
+    if S == 1:
+        q_BKRD = q_BSHD.view(B, K, H // K, D)
+    else:
+        q_BKRD = q_BSHD.view(B, S, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, rows, D)
     units = B * K * -(-rows // _ROW_BLOCK)
     chunks = chunk_count(units, torch.get_num_threads(), T // _LEAST_KEYS)
     if chunks == 1:

@@ -38,8 +38,12 @@ class Box(NamedTuple):
 
     def covers(self, other: Box) -> bool:
         """Whether it has all lanes of the other."""
-        rows = self.row_start <= other.row_start and other.row_stop <= self.row_stop
-        return rows and self.head_start <= other.head_start and other.head_stop <= self.head_stop
+        return (
+            self.row_start <= other.row_start
+            and other.row_stop <= self.row_stop
+            and self.head_start <= other.head_start
+            and other.head_stop <= self.head_stop
+        )
 
     def without(self, part: Box) -> list[Box]:
         """Boxes of the lanes that are not in a part of it."""

@@ -23,6 +23,10 @@ from fapool_plugin.config import MIB, FAPoolConfig
 _SILENCE_FACTOR = 6
 """A pool rank waits this many times ``timeout_s`` for its base: a base may be paused, a lost rank costs only time."""
 
+_KILLED_S = 1.0
+"""What has not ended so long after it was killed sleeps in the kernel, as when a page of a file does not come, or a
+debugger has it. A base that waited for it would stand still, too."""
+
 
 def start(
     use: Literal["link", "listen"],
@@ -115,10 +119,11 @@ class Process(Protocol):
 
 
 def end(process: Process, patience_s: float) -> None:
-    """Ends such a process, by a word and then by force, and collects it."""
+    """Ends such a process, by a word and then by force, and collects it if it has ended then."""
     process.terminate()
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_KILLED_S)

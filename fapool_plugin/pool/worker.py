@@ -354,9 +354,9 @@ class Worker:
     def _attend(self, request: TileRequest, part: Rectangle) -> tuple[Tensor, Tensor]:
         """(out, lse) of a tile, in bands of queries."""
         (q, k, v, q_offset), outs, lses = part, list[Tensor](), list[Tensor]()
-        for band in self._bands.cut(q.shape[1], 2 * q[:, 0].numel() * (k.shape[1] + v.shape[1])):
+        for band in self._bands.cut(q.shape[1], 2 * (q.numel() // q.shape[1]) * (k.shape[1] + v.shape[1])):
             out, lse = attend(
-                q[:, band], k, v,
+                q if band.stop - band.start == q.shape[1] else q[:, band], k, v,
                 softmax_scale=request.scale, causal=True, q_offset=q_offset + band.start, softcap=request.softcap,
             )  # fmt: skip
             outs.append(out)

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from contextlib import suppress
 
+from fapool_plugin.pool.process import end
+
 _LONGEST = 65536
 
 
@@ -55,8 +57,7 @@ class ForkServer:
     def close(self) -> None:
         """Ends it; ranks end with their links."""
         self._control.close()
-        self.process.kill()
-        self.process.wait()
+        end(self.process, 0.0)
 
 
 class ForkedRank:

@@ -20,6 +20,12 @@ from tests.strikes import TIMEOUT_S, Way, frozen, possible_ways, strike_at_rando
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left there is ours."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 def strike_models(folder: Path, models: int, ways: Sequence[Way], patch: pytest.MonkeyPatch) -> None:
     """So many models, each struck once in every way."""
     random_, longest = random.Random(models), 0.0
@@ -50,9 +56,8 @@ def _descriptors() -> int:
 
 @pytest.mark.parametrize("models", [2, pytest.param(43, marks=pytest.mark.full)])
 def test_ranks_that_are_struck_at_random_change_nothing(
-    folder: Path, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, models: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     strike_models(folder, models, possible_ways(), monkeypatch)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ rank, random_ = int(os.environ["RANK"]), random.Random(arguments.models)
 want = [x.clone() for x in work(eager(arguments.model))]
 settings, over = section_of(arguments.deepspeed_config), arguments.out / "over"
 assert settings is not None
-told = {"trials": 0, "longest_s": 0.0, "faults": 0, "pooled": 0, "descriptors": []}
+told: dict[str, Any] = {"trials": 0, "longest_s": 0.0, "faults": 0, "pooled": 0, "descriptors": []}
 for number in range(arguments.models):
     changes = {"blocks": random_.choice([1, 3]), "kv_home": ["base", "pool"][number % 2]}
     section = settings.model_copy(update=changes)

@@ -56,6 +56,7 @@ from fapool_plugin.integrations.huggingface.pieces import (
     one_block_reason,
     structure,
     untried_reason,
+    values,
 )
 from fapool_plugin.integrations.huggingface.probe import LENGTH, Probe
 from fapool_plugin.integrations.huggingface.rewind import Rewind
@@ -358,7 +359,7 @@ class Forwards:
         device = owner.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         mode = (decided.phase == "training", torch.is_grad_enabled(), autocast, owner.dtype)
-        key = ("rows" if rows else "positions", *mode, padded, structure(owner))
+        key = ("rows" if rows else "positions", *mode, padded, structure(owner), values(owner))
         known = key in self.probe.verdicts
         if manager.base_ranks > 1:
             # Trials of base ranks that share a model belong together, as all that they compute.

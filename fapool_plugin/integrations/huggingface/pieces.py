@@ -15,6 +15,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.modules import module as torch_module
 
+from fapool_plugin.base.kept_calls import fingerprint
 from fapool_plugin.integrations.huggingface.blocks import asked
 from fapool_plugin.plan.shares import Geometry
 
@@ -22,6 +23,8 @@ _DROPOUTS = ("dropout", "activation_dropout", "hidden_dropout", "resid_pdrop", "
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _WINDOW = re.compile(r"window|chunk|local|block|span")
 _LENGTH = re.compile(r"window|chunk|local|block|span|position|length|n_ctx|context")
+_KNOWN_CODE = ("torch.nn.", "transformers.", "fapool_plugin.")
+_PLAIN = (bool, int, float, complex, str, type(None))
 _OWN_HOOKS = {"output_capturing_hook", "make_inputs_require_grads"}
 """Hooks of transformers' own, by name, that look at each position by itself or at nothing."""
 _SURVEYED = """
@@ -158,3 +161,17 @@ def structure(decoder: nn.Module) -> int:
         for module in decoder.modules()
     ]
     return hash((tuple(map(repr, seen)), repr(vars(decoder.config))))
+
+
+def values(decoder: nn.Module) -> object:
+    """What else a verdict depends on where code is not known: values of weights, buffers and plain attributes. A gate
+    that is closed hides what looks at other positions, until an optimizer opens it. None where all code is known."""
+    modules = list(decoder.modules())
+    if is_surveyed(decoder) and all(type(module).__module__.startswith(_KNOWN_CODE) for module in modules):
+        return None
+    tensors = [x for x in (*decoder.parameters(), *decoder.buffers()) if x.numel() and not x.is_meta]
+    plain = [[(name, x) for name, x in vars(module).items() if isinstance(x, _PLAIN)] for module in modules]
+    try:
+        return fingerprint(*(x.reshape(1, 1, -1, x.shape[-1] if x.ndim else 1) for x in tensors)), repr(plain)
+    except (RuntimeError, TypeError, KeyError):
+        return object()  # tensors of a kind that has no such bits: tried each time

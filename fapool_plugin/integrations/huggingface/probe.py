@@ -35,6 +35,8 @@ from fapool_plugin.wire.link import first_line
 
 LENGTH = 48
 """Tokens of a row."""
+_MOST = 64
+"""Verdicts that are kept: in training each step of a model with code of its own has values of its own."""
 _PIECES = {"positions": 3, "rows": 2}
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
 """Of hidden states, by norm, position by position; of keys and gradients ten times as much. Models of float64 have
@@ -57,6 +59,9 @@ class Probe:
         for yes, or in which way pieces differ."""
         began = time.perf_counter()
         rows = key[0] == "rows"
+        if len(self.verdicts) > _MOST:
+            self.verdicts.clear()
+            self.windows.clear()
         with _undisturbed(owner, scope):
             try:
                 trial = _Trial(owner, enter, given, scope, rows)
