@@ -157,6 +157,40 @@ def test_ranks_join_and_leave_a_running_job(folder: Path, pool: str, ids: Tensor
         assert stats["faults"] == 0, f"its lease had ended before it left: {stats['events']}"
 
 
+@pytest.mark.parametrize("home", ["base", "pool"])
+def test_ranks_join_and_leave_in_the_middle_of_a_sequence(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor, home: str
+) -> None:
+    with job(folder, pool, kv_home=home) as model, torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "fa_pool")
+        leases, ended = model.fa_pool.leases, []
+
+        def come() -> None:
+            grow(pool, range(2, 3))
+            until(lambda: 2 in leases.pool.look({0, 1}), "the job has found it")
+            time.sleep(0.6)  # jobs ask for more no sooner
+
+        def leave() -> None:
+            assert leased(model) == (3 if home == "base" else 2), model.fa_pool.stats()["events"]
+            ended.append(standing.standing(ray, pool)[0].leave.remote(30.0))
+            until(lambda: leases.ranks[0].link.wishes.leaving, "the rank has said so")
+
+        cache: Any = None
+        then, tokens = {1: come, 3: leave}, ids
+        for step in range(NEW):
+            then.get(step, lambda: None)()
+            out = model(tokens if cache is None else tokens[:, -1:], past_key_values=cache, use_cache=True)
+            cache, tokens = out.past_key_values, torch.cat([tokens, out.logits[:, -1:].argmax(-1)], dim=1)
+        assert_same_tokens(tokens, plain)
+        stats = model.fa_pool.stats()
+        assert stats["leased_ranks"] == [1, 2], stats["events"]
+        assert (stats["faults"], stats["replays"]) == (0, int(home == "pool")), stats["events"]
+        told = [event["kind"] for event in stats["events"] if event["kind"] in ("joined", "left", "replay", "fault")]
+        assert told[:2] == (["joined", "left"] if home == "base" else ["left", "replay"]), stats["events"]
+        ray.get(ended[0], timeout=10)  # it has not waited for the end of the sequence
+        assert cache.get_seq_length(), "which is not over"
+
+
 @pytest.mark.parametrize("whom", ["worker", "actor"])
 @pytest.mark.filterwarnings("ignore:fa_pool. pool rank 0")
 def test_a_killed_rank_costs_no_token_and_comes_again(
@@ -205,17 +239,43 @@ def test_base_ranks_of_one_launch_are_one_job(
     until(lambda: states(pool) == ["free", "free"], "the lease is given back by both")
 
 
-def test_a_killed_job_frees_its_ranks(folder: Path, pool: str) -> None:
+@contextmanager
+def another_job(folder: Path, pool: str) -> Iterator[Any]:
+    """A process that has leased all ranks of a pool."""
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, str(SCRIPTS / "ray_job.py"), str(folder), pool]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:  # type: ignore[call-overload]
         try:
-            assert process.stdout is not None
             assert process.stdout.readline() == "leased [0, 1]\n"
-            assert states(pool) == ["leased", "leased"]
+            yield process
         finally:
             process.kill()
-        until(lambda: states(pool) == ["free", "free"], "its leases end with it", seconds=2 * SETTINGS.timeout_s)
+
+
+def test_a_killed_job_frees_its_ranks(folder: Path, pool: str) -> None:
+    with another_job(folder, pool):
+        assert states(pool) == ["leased", "leased"]
+    until(lambda: states(pool) == ["free", "free"], "its leases end with it", seconds=2 * SETTINGS.timeout_s)
+
+
+def test_a_stopped_job_loses_its_ranks_to_one_that_asks_and_goes_on(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor
+) -> None:
+    prompt = torch.arange(3, 84)[None]
+    expected = eager(folder).generate(prompt, **greedily(6))[0, 81:].tolist()
+    with another_job(folder, pool) as other, job(folder, pool) as model:
+        other.send_signal(signal.SIGSTOP)
+        time.sleep(2.0 + 0.5)
+        assert states(pool) == ["leased", "leased"], "as long as none asks"
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        assert model.fa_pool.stats()["prefill"]["pooled_calls"], model.fa_pool.stats()["events"]
+        other.send_signal(signal.SIGCONT)
+        print("go on", file=other.stdin, flush=True)
+        assert other.stdout.readline() == f"said {expected}\n"
+        knows = other.stdout.readline()
+        assert "recalled" in knows, knows
+        assert "fault" not in knows, knows
 
 
 def test_what_cannot_be_had_is_told_in_one_sentence(cluster: Any, folder: Path, ids: Tensor, plain: Tensor) -> None:
