@@ -22,6 +22,7 @@ parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--kill-forward", type=int, default=-1, help="step in whose forward a pool rank's worker is killed")
 parser.add_argument("--kill-backward", type=int, default=-1)
 parser.add_argument("--pause", type=float, default=0.0, help="seconds after each step")
+parser.add_argument("--hold", type=int, default=-1, help="step that begins once there is a file --out/go")
 parser.add_argument("--out", type=Path, required=True)
 parser = deepspeed.add_config_arguments(parser)
 arguments = parser.parse_args()
@@ -69,11 +70,14 @@ def in_the_middle(self: torch.nn.Module, *args: object, **kwargs: object) -> obj
 type(layer).forward = in_the_middle
 losses, step = [], 0
 for step in range(arguments.steps):
+    while step == arguments.hold and not (arguments.out / "go").exists():
+        time.sleep(0.05)
     ids = batch(step * dist.get_world_size() + rank)
     loss = engine(input_ids=ids, labels=ids).loss
     engine.backward(loss)
     engine.step()
     losses.append(float(loss))
+    del loss  # as when a function returns: with its graph the sequence ends
     (arguments.out / f"steps{rank}").write_text(str(len(losses)))
     time.sleep(arguments.pause)
 step = -2  # what follows is no step
