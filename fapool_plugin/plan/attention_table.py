@@ -97,15 +97,16 @@ class Points(Table):
         return (1 - part) * self._row(low, length, growth) + part * self._row(high, length, growth)
 
     def _row(self, batch: int, length: float, growth: Growth) -> float:
-        """Beyond the row's end by its last two points: so many sequences use the processors well."""
-        row = self.micros[batch]
+        """Beyond the row's end by the line through its last point and the fourth last: single points are noisy."""
+        row, last = self.micros[batch], len(self.micros[batch]) - 1
         if length <= self.lengths[0]:
             return row[0]
         if not growth.straight:
             return exp(sum(weight * log(row[index]) for index, weight in between(length, self.lengths)))
-        at = min(bisect_left(self.lengths, length), len(row) - 1)
-        part = (length - self.lengths[at - 1]) / (self.lengths[at] - self.lengths[at - 1])
-        return max(row[at - 1] + part * (row[at] - row[at - 1]), min(row[at - 1], row[at]))
+        high = min(bisect_left(self.lengths, length), last)
+        low = high - 1 if length <= self.lengths[last] else max(0, last - 3)
+        part = (length - self.lengths[low]) / (self.lengths[high] - self.lengths[low])
+        return max(row[low] + part * (row[high] - row[low]), min(row[low], row[high]))
 
 
 class AttentionTable(Table):

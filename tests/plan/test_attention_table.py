@@ -94,7 +94,8 @@ def test_the_file_holds_what_was_measured(name: str, kind: Kind) -> None:
 
 
 def test_lines_between_points_by_hand() -> None:
-    points = Points(lengths=[16, 64, 256], micros={1: [1, 16, 256], 3: [5, 20, 260], 4: [7, 28]})
+    micros = {1: [1, 16, 256, 300, 400], 3: [5, 20, 260, 330, 450], 4: [7, 28, 100, 204]}
+    points = Points(lengths=[16, 64, 256, 512, 1024], micros={batch: list(row) for batch, row in micros.items()})
     prefill, decode = GROWTH["prefill"], GROWTH["decode"]
     for batch, length, by_prefill, by_decode in (
         (1, 16, 1, 1),
@@ -105,7 +106,7 @@ def test_lines_between_points_by_hand() -> None:
         (1.5, 256, 257, 257),
         (8, 64, 56, 56),
         (8, 16, 14, 14),
-        (4, 256, 260 * 4 / 3, 28 + 4 * 21),  # in proportion to 3; on from the last two keys of 4
+        (4, 1024, 450 * 4 / 3, 7 + 197 * 1008 / 496),  # in proportion to 3; on from the first and the last of 4
     ):
         found = points.seconds(batch, length, prefill), points.seconds(batch, length, decode)
         assert found == pytest.approx((by_prefill * 1e-6, by_decode * 1e-6)), f"{batch} of {length}: {found}"
