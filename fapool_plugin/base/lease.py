@@ -10,13 +10,17 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple, Protocol
 
 import torch
 
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.devices.cudart import Cudart
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.observe.metrics import Counters, RankCounters
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.wire.descriptor import Descriptor
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import PROTOCOL_VERSION, STEP_S, Header, LinkLost, Message, Op, Payload, Status, rooms
 
@@ -140,9 +144,17 @@ class PoolRank:
         """Seconds without any progress after which it is given up."""
         return max(self.link.timeout_s, _STEPS * STEP_S)
 
-    def open(self, *, shared: bool = False) -> bool:
+    def open(self, *, shared: bool = False, device: torch.device = CPU, carrier: str = "auto") -> bool:
         """Takes the lease. A ``shared`` rank may have another job's: then it is left alone, and this returns False.
-        Raises LinkLost if the rank is lost, speaks another protocol, or is busy and not shared."""
+        Raises LinkLost if the rank is lost, speaks another protocol, or is busy and not shared.
+
+        Args:
+            device: where the base computes.
+            carrier: as configured.
+        """
+        terms = self.link.terms
+        if terms.device is None and device.type == "cuda":
+            terms.device, terms.uses_device_rings = Cudart.of(device), carrier in ("auto", "ipc")
         deadline = time.monotonic() + (0.0 if shared else self.link.timeout_s)
         while (reply := self._greet()).status == Status.BUSY and time.monotonic() < deadline:
             time.sleep(_BUSY_S)  # a lease that ends may not have ended there yet
@@ -205,17 +217,31 @@ class PoolRank:
         self.link.send(Header(op=op, token=self.token, sequence=sequence))
 
     def _greet(self) -> Header:
-        asked = time.perf_counter_ns()
+        terms, asked = self.link.terms, time.perf_counter_ns()
+        hello = Header(op=Op.HELLO, token=self.token, keep=int(terms.has_device_ring))
+        message = self._said_hello(hello, attached=terms.offer())
+        reply = message.header
+        # Cristian (1989): the rank read its clock about midway between question and answer.
+        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
+        terms.agree(message.attached)
+        if message.tensors:
+            name = terms.name() if terms.open(message.tensors[0]) else None
+            told = hello._replace(keep=int(name is not None), address=0 if name is None else len(name))
+            if self._said_hello(told, () if name is None else [name]).header.keep:
+                terms.use_rings()
+            elif name is not None:
+                terms.stay("it cannot open the base's device memory")
+        elif hello.keep and reply.peer:
+            terms.stay("it has no device memory to share")
+        return reply
+
+    def _said_hello(self, header: Header, tensors: Payload = (), attached: Descriptor | None = None) -> Message:
         self._outstanding.hellos += 1
-        self.link.send(Header(op=Op.HELLO, token=self.token), attached=self.link.offer())
+        self.link.send(header, tensors, attached=attached)
         # A link outlives leases: replies to calls that an earlier lease gave up may come first.
         while (message := self.link.receive(self.stall_s)).header.op != Op.HELLO:
             pass
-        reply = message.header
-        self.link.agree(message.attached)
-        # Cristian (1989): the rank read its clock about midway between question and answer.
-        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
-        return reply
+        return message
 
 
 class Guard:
@@ -266,25 +292,49 @@ class Pool(Protocol):
 def lease(
     pool: Pool,
     links: Mapping[int, Link],
-    most: int,
+    config: FAPoolConfig,
+    device: torch.device,
     ranks: list[PoolRank],
     counters: Counters,
     guard: Callable[[PoolRank], AbstractContextManager[None]],
 ) -> int:
-    """Takes the lease of ``most`` ranks that a pool has links to, or of as many as no other job has. ``ranks`` gets
-    each before it is asked, so that an interrupt finds it there.
+    """Takes the lease of ``config.pool_ranks`` ranks that a pool has links to, or of as many as no other job has.
+    ``ranks`` gets each before it is asked, so that an interrupt finds it there.
+
+    Args:
+        device: where the base computes.
 
     Returns:
         how many other jobs have.
+
+    Raises:
+        FAPoolConfigError: the carrier that is asked for cannot be had; no rank is leased then.
     """
     busy, token = 0, pool.new_token()
+    if config.carrier == "ipc" and device.type != "cuda":
+        raise FAPoolConfigError(f"carrier is ipc, and the model is on {device}: it moves bodies between GPUs; use auto")
     for number, link in links.items():
-        if len(ranks) == most:
+        if len(ranks) == config.pool_ranks:
             break
         rank = PoolRank(number, link, token, counters.rank(number))
         ranks.append(rank)
         with guard(rank):
-            if not rank.open(shared=pool.shared):
+            if not rank.open(shared=pool.shared, device=device, carrier=config.carrier):
                 ranks.remove(rank)
                 busy += 1
+            elif config.carrier == "ipc" and link.carrier.name != "ipc":
+                why = (
+                    "; ".join(link.terms.notes)
+                    or "the rank is on no GPU of this machine, or CUDA's runtime is not here"
+                )
+                give_back(ranks)
+                raise FAPoolConfigError(f"carrier is ipc, and not for pool rank {number}: {why}; use auto")
     return busy
+
+
+def give_back(ranks: list[PoolRank]) -> None:
+    """None of them is leased any more."""
+    for rank in ranks:
+        with suppress(LinkLost):
+            rank.tell(Op.RELEASE)
+    ranks.clear()

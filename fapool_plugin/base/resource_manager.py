@@ -14,7 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.agreement import Agree, unasked
 from fapool_plugin.base.durations import Durations
 from fapool_plugin.base.forward import Forward, looked_at, own_share
-from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting, lease
+from fapool_plugin.base.lease import Guard, Pool, PoolRank, RanksStarting, give_back, lease
 from fapool_plugin.base.owned import Batches, names
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
@@ -38,7 +38,7 @@ from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.wire.link import first_line
-from fapool_plugin.wire.messages import LinkLost, Op
+from fapool_plugin.wire.messages import Op
 
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
@@ -363,7 +363,8 @@ class ResourceManager:
         try:
             pool, self._acquired = self.make_pool(), True
             links = pool.acquire(_log.info, self.advisor.device)
-            if busy := lease(pool, links, self.config.pool_ranks, self.ranks, self.counters, self.guard):
+            device = self.advisor.device
+            if busy := lease(pool, links, self.config, device, self.ranks, self.counters, self.guard):
                 self.counters.log("busy", f"{busy} pool rank(s) are leased by other jobs")
             for rank in self.ranks:
                 self.advisor.look_at(rank)
@@ -372,10 +373,8 @@ class ResourceManager:
             if not isinstance(error, RanksStarting) and self.counters.is_new(cause := first_line(error)):
                 warnings.warn(f"fa_pool: no pool rank, computing locally: {cause}", RuntimeWarning, stacklevel=2)
         except BaseException:
-            for rank in self.ranks:  # or the next lease would find them busy
-                with suppress(LinkLost):
-                    rank.tell(Op.RELEASE)
-            self.ranks, self.state = [], "idle"
+            give_back(self.ranks)  # or the next lease would find them busy
+            self.state = "idle"
             raise
         if not self.ranks:
             self._failed_for = sequence.id if sequence is not None else None
