@@ -105,7 +105,8 @@ class Slotted:
         raise NotImplementedError
 
     def take(self, start: int, piece: int, body: Body, done: int) -> None:
-        """Copies what is in a slot into a body; it is there when this returns."""
+        """Copies what is in a slot into a body; it is there when this returns. Raises LinkLost if there is no such
+        slot."""
         raise NotImplementedError
 
     def outgoing(self, header: Header, tensors: Payload, answer_bytes: int, later: bool) -> Iterator[Packed | None]:
@@ -135,7 +136,6 @@ class Slotted:
     def copy_out(self, header: Header, body: Body, done: int) -> int:
         """See :class:`Carrier`."""
         piece, lacks = header.piece, len(body) - done
-        self._mine.check(header.slot, piece)
         if self._asks:
             start, length = self._reserved.get(_call(header), (0, 0))
             if not start <= header.slot < header.slot + piece <= start + length:
