@@ -14,9 +14,9 @@ RING = 2**18
 
 
 def agree(base: Link, pool: Link) -> None:
-    base.send(Header(op=Op.HELLO), attached=base.offer())
-    pool.send(Header(op=Op.HELLO, status=Status.OK), attached=pool.agree(pool.receive(5.0).attached))
-    base.agree(base.receive(5.0).attached)
+    base.send(Header(op=Op.HELLO), attached=base.terms.offer())
+    pool.send(Header(op=Op.HELLO, status=Status.OK), attached=pool.terms.agree(pool.receive(5.0).attached))
+    base.terms.agree(base.receive(5.0).attached)
     assert (base.carrier.name, pool.carrier.name) == ("shm", "shm")
 
 

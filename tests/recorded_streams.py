@@ -1,7 +1,7 @@
 """A stand-in for CUDA's streams and events on tensors of a CPU: writes down, in order, what is asked of them.
 
-Memory that a copy on another stream fills is filled when that copy's event has been waited for, and not before: who
-reads too early reads the filling.
+Memory that a copy on another stream fills is filled when that copy's event has been waited for, by the host or, of what
+comes in, by the compute stream, and not before: who reads too early reads the filling.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.log.append(f"{self.name} waits for {other.name}")
 
+    def wait_event(self, event: Event) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+        event.happen()
+
 
 class Event:
     def __init__(self, log: list[str], name: str, late: list[Callable[[], object]]) -> None:
@@ -33,6 +37,9 @@ class Event:
 
     def synchronize(self) -> None:
         self.log.append(f"host waits for {self.name}")
+        self.happen()
+
+    def happen(self) -> None:
         for fill in self.late:
             fill()
         self.late.clear()
@@ -47,10 +54,11 @@ class Recorder:
         self.inside: list[str] = []
         """Streams that are current now."""
         self._late: list[Callable[[], object]] = []
-        self._events = 0
+        self._events = self._streams = 0
 
     def stream(self, device: torch.device) -> Stream:
-        return Stream(self.log, "copy")
+        self._streams += 1
+        return Stream(self.log, "copy" if self._streams == 1 else f"copy {self._streams}")
 
     def current(self, device: torch.device) -> Stream:
         return Stream(self.log, "compute")
@@ -70,6 +78,12 @@ class Recorder:
     def holds(self, x: Tensor) -> bool:
         return x.is_floating_point()
 
+    def is_on(self, x: Tensor, device: torch.device) -> bool:
+        return not x.is_floating_point()
+
+    def sent(self, x: Tensor, device: torch.device) -> Tensor:
+        return _Late(self, x).copy_(x, non_blocking=True)
+
     def pinned(self, x: Tensor) -> Any:
         return _Late(self, x)
 
@@ -83,7 +97,7 @@ class _Late:
 
     def copy_(self, x: Tensor, non_blocking: bool) -> Tensor:
         assert non_blocking
-        assert self.recorder.inside == ["copy"], "copied on the compute stream"
+        assert len(self.recorder.inside) == 1, "copied on the compute stream"
         source = x.clone()  # what the stream reads is what was launched before
         self.recorder._late.append(lambda: self.memory.copy_(source))
         self.recorder.log.append("copy")

@@ -54,6 +54,8 @@ class ThreadPool:
     ring_bytes = 0
     """Of the memory for bodies; 0: they go over the sockets."""
     look = None
+    device = CPU
+    """Where ranks compute."""
 
     def __init__(self, config: FAPoolConfig) -> None:
         self.config, self.loop = config, Loop()
@@ -75,9 +77,9 @@ class ThreadPool:
                 loop = Loop()
                 inbox = Inbox(loop, self.config.timeout_s / 2)
                 limit = self.config.cpu_limit_mib * 2**20
-                worker = Worker(inbox, limit, torch.device("cpu"), self.config.kv_block, self.nodes.get(rank, 0))
+                worker = Worker(inbox, limit, self.device, self.config.kv_block, self.nodes.get(rank, 0))
                 pairs = [self._pair(rank, worker) for _ in range(self.bases)]
-                thread = threading.Thread(target=worker.serve, args=([pool for _, pool in pairs],), daemon=True)
+                thread = threading.Thread(target=self.serve, args=(worker, [pool for _, pool in pairs]), daemon=True)
                 thread.start()
                 self._loops.append(loop)
                 self.links[rank], self.workers[rank] = pairs[0][0], worker
@@ -86,6 +88,10 @@ class ThreadPool:
                 self.ends += [pool for _, pool in pairs]
                 self._threads.append(thread)
         return dict(sorted(self.links.items()))
+
+    def serve(self, worker: Worker, ends: list[Link]) -> None:
+        """What a rank's thread does."""
+        worker.serve(ends)
 
     def discard(self, rank: int, reason: str) -> str:
         self.discarded.append(rank)

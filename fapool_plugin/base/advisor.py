@@ -88,7 +88,8 @@ class Advisor:
         return self.config.pool == "local" and self.device.type != "cuda"
 
     def look_at(self, rank: PoolRank) -> None:
-        """Says, once, if a leased rank computes on the base's GPU, or has less memory for keys than it was to have."""
+        """Says, once, if a leased rank computes on the base's GPU, has less memory for keys than it was to have, or is
+        reached by a slower way than it might be."""
         said = []
         if rank.gpu and self.device.type == "cuda" and rank.gpu == identity(self.device):
             said.append(f"pool rank {rank.number} computes on {self.device}, which the base uses: both have less of it")
@@ -101,6 +102,9 @@ class Advisor:
             if self.counters.is_new(text):
                 self.counters.log("device", text)
                 warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
+        for text in (f"pool rank {rank.number}: {note}" for note in rank.link.terms.notes):
+            if self.counters.is_new(text):
+                self.counters.log("carrier", text)
 
     def cores(self, threads: int) -> Cores:
         """How threads move, if the base has ``threads`` of them without a lease."""

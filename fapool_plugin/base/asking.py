@@ -24,7 +24,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.result import Result
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.trees import arrange, check_merged
-from fapool_plugin.devices.copies import on_host
+from fapool_plugin.devices.copies import sendable
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.owners import Asked
 from fapool_plugin.plan.profile import share_s
@@ -124,7 +124,8 @@ class AttentionRequests:
             header = self._header._replace(op=Op.STORE, token=peer.rank.token, sequence=peer.sequence, tiles=len(table))
             with self.manager.guard(peer.rank):
                 header = header._replace(k_elements=elements(k), v_elements=elements(v))
-                peer.rank.link.send(header, on_host(self.manager.copies, [table, k, v]))
+                link = peer.rank.link
+                link.send(header, sendable(self.manager.copies, [table, k, v], link.carrier.takes))
                 peer.rank.count_bytes()
 
     def _arrange(self, requests: list[Request]) -> None:
@@ -164,7 +165,7 @@ class AttentionRequests:
 
     def merge(self, answer: Message, request: Request) -> None:
         """Into the call's result."""
-        self.result.add(answer, request.notes.places)
+        self.result.add(answer, request.notes.places, self.manager.copies)
 
     def arrived(self, request: Request, part: Part) -> None:
         """Counts what the rank did, beside what it was predicted to take."""

@@ -19,7 +19,7 @@ from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.requests import Part, Payload, Request, Requests
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
-from fapool_plugin.devices.copies import onto
+from fapool_plugin.devices.copies import brought
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.observe.timeline import ATTENTION, LINEAR, SEND
 from fapool_plugin.plan.line import Tile
@@ -164,7 +164,7 @@ class Gradients:
 
     def merge(self, answer: Message, request: Request) -> None:
         """Adds the gradients of its tiles."""
-        dq, dk, dv = (onto(x, self.dq_BHSD.device) for x in answer.tensors)
+        dq, dk, dv = brought(self.shares.manager.copies, answer.tensors, self.dq_BHSD.device)
         head_dim, v_head_dim = self.dk_BKTD.shape[3], self.dv_BKTE.shape[3]
         for tile, dq_at, dk_at, dv_at in gradient_layout(request.tiles, self.group, head_dim, v_head_dim):
             rows, heads, lanes, queries, keys = self._parts(tile)

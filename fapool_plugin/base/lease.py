@@ -15,9 +15,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fapool_plugin.config import FAPoolConfig
+from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
+from fapool_plugin.devices.cudart import Cudart
+from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.observe.metrics import Counters, RankCounters
 from fapool_plugin.plan.line import Tile
+from fapool_plugin.wire.descriptor import Descriptor
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import (
     PROTOCOL_VERSION,
@@ -164,14 +167,19 @@ class PoolRank:
         """Whether the rank has said that this lease is over."""
         return self.link.wishes.recalled == self.token
 
-    def open(self, *, shared: bool = False, has: int = 0) -> bool:
+    def open(self, *, shared: bool = False, has: int = 0, device: torch.device = CPU, carrier: str = "auto") -> bool:
         """Takes the lease. A ``shared`` rank may have another job's: then it is left alone, and this returns False.
         Raises LinkLost if the rank is lost, speaks another protocol, or is busy and not shared.
 
         Args:
             shared: whether other jobs borrow the rank, too.
             has: ranks that this job has already; who has least is the first to get the next one.
+            device: where the base computes.
+            carrier: as configured.
         """
+        terms = self.link.terms
+        if terms.device is None and device.type == "cuda":
+            terms.device, terms.uses_device_rings = Cudart.of(device), carrier in ("auto", "ipc")
         deadline = time.monotonic() + (0.0 if shared else self.link.timeout_s)
         while (reply := self._greet(has)).status == Status.BUSY and time.monotonic() < deadline:
             time.sleep(_BUSY_S)  # a lease that ends may not have ended there yet
@@ -238,19 +246,34 @@ class PoolRank:
         self.link.send(Header(op=op, token=self.token, sequence=sequence))
 
     def _greet(self, has: int) -> Header:
-        asked = time.perf_counter_ns()
-        self._outstanding.hellos += 1
+        terms, asked = self.link.terms, time.perf_counter_ns()
         silent_ns, idle_ns = (round(seconds * 1e9) for seconds in (self.link.timeout_s, self.idle_s or 0.0))
-        hello = Header(op=Op.HELLO, token=self.token, peers=has, extra=idle_ns, clock=silent_ns)
-        self.link.send(hello, attached=self.link.offer())
+        hello = Header(
+            op=Op.HELLO, token=self.token, keep=int(terms.has_device_ring), peers=has, extra=idle_ns, clock=silent_ns
+        )
+        message = self._said_hello(hello, attached=terms.offer())
+        reply = message.header
+        # Cristian (1989): the rank read its clock about midway between question and answer.
+        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
+        terms.agree(message.attached)
+        if message.tensors:
+            name = terms.name() if terms.open(message.tensors[0]) else None
+            told = hello._replace(keep=int(name is not None), address=0 if name is None else len(name))
+            if self._said_hello(told, () if name is None else [name]).header.keep:
+                terms.use_rings()
+            elif name is not None:
+                terms.stay("it cannot open the base's device memory")
+        elif hello.keep and reply.peer:
+            terms.stay("it has no device memory to share")
+        return reply
+
+    def _said_hello(self, header: Header, tensors: Payload = (), attached: Descriptor | None = None) -> Message:
+        self._outstanding.hellos += 1
+        self.link.send(header, tensors, attached=attached)
         # A link outlives leases: replies to calls that an earlier lease gave up may come first.
         while (message := self.link.receive(self.stall_s)).header.op != Op.HELLO:
             pass
-        reply = message.header
-        self.link.agree(message.attached)
-        # Cristian (1989): the rank read its clock about midway between question and answer.
-        self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
-        return reply
+        return message
 
 
 class Guard:
@@ -303,6 +326,7 @@ def lease(
     links: Mapping[int, Link],
     config: FAPoolConfig,
     token: int,
+    device: torch.device,
     ranks: list[PoolRank],
     counters: Counters,
     guard: Callable[[PoolRank], AbstractContextManager[None]],
@@ -312,10 +336,18 @@ def lease(
     """Takes the lease of as many ranks as the configuration says, those in ``ranks`` counted, or of as many as no other
     job has. ``ranks`` gets each before it is asked, so that an interrupt finds it there.
 
+    Args:
+        device: where the base computes.
+
     Returns:
         for each that another job has, for how many seconds.
+
+    Raises:
+        FAPoolConfigError: the carrier that is asked for cannot be had.
     """
     busy, mine = [], {rank.number for rank in ranks}
+    if config.carrier == "ipc" and device.type != "cuda":
+        raise FAPoolConfigError(f"carrier is ipc, and the model is on {device}: it moves bodies between GPUs; use auto")
     for number, link in links.items():
         if len(ranks) == config.pool_ranks:
             break
@@ -324,7 +356,13 @@ def lease(
         rank = PoolRank(number, link, token, counters.rank(number), config.idle_keys_s)
         ranks.append(rank)
         with guard(rank):
-            if not rank.open(shared=shared, has=len(ranks) - 1):
+            if not rank.open(shared=shared, has=len(ranks) - 1, device=device, carrier=config.carrier):
                 ranks.remove(rank)
                 busy.append(rank.busy_s)
+            elif config.carrier == "ipc" and link.carrier.name != "ipc":
+                why = (
+                    "; ".join(link.terms.notes)
+                    or "the rank is on no GPU of this machine, or CUDA's runtime is not here"
+                )
+                raise FAPoolConfigError(f"carrier is ipc, and not for pool rank {number}: {why}; use auto")
     return busy

@@ -203,7 +203,10 @@ class Leases:
         self._token = self._token if self._token is not None else pool.new_token()
         shared = pool.look is not None
         try:
-            busy = lease(links, self.config, self._token, self.ranks, self.counters, self.guard, shared=shared)
+            busy = lease(
+                links, self.config, self._token, self.advisor.device, self.ranks, self.counters, self.guard,
+                shared=shared,
+            )  # fmt: skip
             for rank in self.ranks[had:]:
                 self.advisor.look_at(rank)
         except BaseException:

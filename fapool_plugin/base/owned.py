@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fapool_plugin.base.lease import Expected, PoolRank
 from fapool_plugin.base.result import Result
+from fapool_plugin.devices.copies import Copies, brought
 from fapool_plugin.kernels.lanes import Rectangle, attend_all, can_attend_together
 from fapool_plugin.plan.line import Row, Tile
 from fapool_plugin.plan.owners import Asked, Owners
@@ -249,7 +250,7 @@ class OwnedKeys:
                 if holder is None:
                     parts = [self.own.get(self.sequence, layer, tile) for tile in tiles]
                 else:
-                    parts = _fetched(*holder, layer, tiles, dtype_code(dtype), dim, v_dim)
+                    parts = _fetched(*holder, layer, tiles, dtype, device, dim, v_dim)
                 for (tile, runs), (part_k, part_v) in zip(ranges, parts, strict=True):
                     at = 0
                     for start, stop in runs:
@@ -323,30 +324,33 @@ def names(sequence: int, redundancy: str) -> tuple[int, ...]:
 
 
 def _fetched(
-    rank: PoolRank, sequence: int, layer: int, tiles: list[Tile], dtype: int, dim: int, v_dim: int
-) -> list[tuple[Tensor, Tensor]]:
+    rank: PoolRank, sequence: int, layer: int, tiles: list[Tile], dtype: torch.dtype, device: torch.device, dim: int,
+    v_dim: int,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """Keys and values of these ranges of a rank's."""
+    copies, code = Copies() if device.type == "cuda" else None, dtype_code(dtype)
     table = torch.tensor([(*tile, 0, 0, 0) for tile in tiles], dtype=torch.int64, device="cpu")
     positions = sum(tile.lanes * tile.k_stop for tile in tiles)
     header = Header(
-        op=Op.FETCH, sequence=sequence, layer=layer, tiles=len(tiles), dtype=dtype, head_dim=dim, v_head_dim=v_dim
+        op=Op.FETCH, sequence=sequence, layer=layer, tiles=len(tiles), dtype=code, head_dim=dim, v_head_dim=v_dim
     )
     try:
         rank.out_of_order = True  # blocks in flight may wait for others of its replies
-        call = rank.ask(header, [table], Expected(Op.FETCH, dtype, (0, positions * dim, positions * v_dim, 0)))
+        call = rank.ask(header, [table], Expected(Op.FETCH, code, (0, positions * dim, positions * v_dim, 0)))
         answer = rank.answer(call)
     except LinkLost as error:
         raise KeysLost(f"pool rank {rank.number}: {error}") from error
     if answer.header.status != Status.OK:
         raise KeysLost(f"pool rank {rank.number} does not hold what it owned")
+    k, v = brought(copies, answer.tensors, device)
     parts, k_at, v_at = [], 0, 0
     for tile in tiles:
         shape = tile.row_stop - tile.row_start, tile.head_stop - tile.head_start, tile.k_stop
         size = tile.lanes * tile.k_stop
         parts.append(
             (
-                answer.tensors[0][k_at : k_at + size * dim].view(*shape, dim),
-                answer.tensors[1][v_at : v_at + size * v_dim].view(*shape, v_dim),
+                k[k_at : k_at + size * dim].view(*shape, dim),
+                v[v_at : v_at + size * v_dim].view(*shape, v_dim),
             )
         )
         k_at, v_at = k_at + size * dim, v_at + size * v_dim

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fapool_plugin.base.lease import Expected, PoolRank, expected
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.devices.copies import Staged, on_host
+from fapool_plugin.devices.copies import Staged, sendable
 from fapool_plugin.observe.timeline import MERGE, SEND, WAIT
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire import messages as wire
@@ -127,7 +127,7 @@ class Requests:
             return False
         for request in requests:
             header, tensors = call.message(request)
-            request.staged = header, copies.start(tensors)
+            request.staged = header, copies.start(tensors, request.rank.link.carrier.takes)
         return True
 
     def post(self, call: Call, requests: Sequence[Request]) -> list[Tile]:
@@ -161,7 +161,7 @@ class Requests:
             payload: wire.Payload = staged.wait()
         else:
             header, tensors = call.message(request)
-            payload = on_host(self._manager.copies, tensors)
+            payload = sendable(self._manager.copies, tensors, request.rank.link.carrier.takes)
         header, payload = request.joined(header, payload)
         with self._manager.guard(request.rank):
             request.call = request.rank.ask(header, payload, request.expected(header))

@@ -14,7 +14,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from fapool_plugin.devices.copies import onto
+from fapool_plugin.devices.copies import Copies, brought
 from fapool_plugin.kernels.forward import fold_sinks, merge_
 from fapool_plugin.kernels.lanes import Rectangle, attend_all
 from fapool_plugin.plan.line import Tile, joined
@@ -123,12 +123,11 @@ class Result:
         if all(_bound(x) < torch.inf for x in (self.q, self.k, self.v)):
             raise LinkLost("answered with numbers that are not finite")
 
-    def add(self, answer: Message, places: Sequence[Tile]) -> None:
+    def add(self, answer: Message, places: Sequence[Tile], copies: Copies | None = None) -> None:
         """Takes an answer: of these places, or, if ranks have merged theirs on the way, of what its table says."""
         if answer.header.parts:
             places = self.places([Tile(*row[:8]) for row in answer.tensors[2].tolist()])
-        out, lse = answer.tensors[:2]
-        out, lse = onto(out, self.q.device), onto(lse, self.q.device)
+        out, lse = brought(copies, answer.tensors[:2], self.q.device)
         if self._side_by_side and len(places) == 1:
             self._parts.append((*places[0][2:4], out, lse))
             return

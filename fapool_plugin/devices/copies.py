@@ -4,13 +4,19 @@
     copy stream                   └─ waits ── copy ── event
     host             start ......................... wait ─ └─ the link has the bytes
 
-A stream is current inside :meth:`Copies.start` only, so no block in flight finds another one's. Knows tensors and
-streams, no messages. Has run with a stand-in for streams only, never on a GPU.
+    host             a body has come, into page-locked memory ── bring ── goes on
+    copy stream, in                                               └─ copy ── event ── that memory may be used again
+    compute stream   what was launched before ──────────────────────────────  └─ waits ── reads
+
+A carrier that takes bodies from the device copies them by itself: then only the pack is waited for. What comes in has a
+stream of its own, or it would wait for all that goes out, and so for what computes. A stream is current inside these
+methods only, so no block in flight finds another one's. Knows tensors and streams, no messages. Has run with a stand-in
+for streams only, never on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +25,8 @@ from torch import Tensor
 
 Payload = Sequence[Tensor | Sequence[Tensor]]
 """A list of tensors stands for their elements end to end."""
+Takes = Callable[[int], bool]
+"""Whether a body of so many bytes stays on its device: its carrier copies it."""
 
 
 class Cuda:
@@ -50,13 +58,26 @@ class Cuda:
         """Host memory for it. torch gives it to no other while a copy into it runs."""
         return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
 
+    def is_on(self, x: Tensor, device: torch.device) -> bool:
+        """Whether a tensor is on this device."""
+        return x.device == device
+
+    def sent(self, x: Tensor, device: torch.device) -> Tensor:
+        """A tensor of host memory, on its way to a device. From pageable memory CUDA has taken all bytes when this
+        returns; page-locked memory torch gives to no other before they are read."""
+        return x.to(device, non_blocking=True)
+
     def keep(self, x: Tensor, stream: Any) -> None:
         """Its memory is no other tensor's before ``stream`` has read it."""
         x.record_stream(stream)
 
 
+def _never(nbytes: int) -> bool:
+    return False
+
+
 class Copies:
-    """From devices to pinned host memory.
+    """Between devices and page-locked host memory.
 
     Args:
         api: streams and events.
@@ -64,17 +85,19 @@ class Copies:
 
     def __init__(self, api: Any = None) -> None:
         self._api: Any = api if api is not None else Cuda()
-        self._streams: dict[torch.device, Any] = {}
+        self._out: dict[torch.device, Any] = {}
+        self._in: dict[torch.device, Any] = {}
 
-    def start(self, payload: Payload) -> Staged:
-        """Packs each part on the current stream, and copies it on another. What is on the host already stays there."""
+    def start(self, payload: Payload, takes: Takes = _never) -> Staged:
+        """Packs each part on the current stream, and copies it on another, unless it is taken from the device. What is
+        on the host already stays there."""
         api, parts = self._api, [_packed(part) for part in payload]
         device = next((x.device for x in parts if api.holds(x)), None)
         if device is None:
             return Staged(parts, None)
-        if device not in self._streams:
-            self._streams[device] = api.stream(device)
-        copying, there = self._streams[device], list[Tensor]()
+        if takes(sum(x.numel() * x.itemsize for x in parts)):
+            return Staged(parts, api.event(api.current(device)))
+        copying, there = self._stream(self._out, device), list[Tensor]()
         copying.wait_stream(api.current(device))
         with api.within(copying):
             for x in parts:
@@ -85,15 +108,38 @@ class Copies:
                     there.append(x.cpu())  # a table, or nothing
         return Staged(there, api.event(copying))
 
+    def bring(self, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Tensors of a message that has come, on a device: what is launched on the current stream from now on finds
+        them there. The host waits for nothing."""
+        api, there = self._api, list(tensors)
+        away = [at for at, x in enumerate(there) if x.numel() and not api.is_on(x, device)]
+        current = api.current(device)
+        if away:
+            coming = self._stream(self._in, device)
+            with api.within(coming):
+                for at in away:
+                    there[at] = api.sent(there[at], device)
+            current.wait_event(api.event(coming))
+        for x in there:
+            if x.numel():
+                api.keep(x, current)  # it was made on another stream, here or by a carrier
+        return there
+
+    def _stream(self, streams: dict[torch.device, Any], device: torch.device) -> Any:
+        if device not in streams:
+            streams[device] = self._api.stream(device)
+        return streams[device]
+
 
 class Staged:
-    """A payload on its way to host memory."""
+    """A payload on its way to host memory, or to be taken from a device."""
 
     def __init__(self, parts: list[Tensor], event: Any) -> None:
         self._parts, self._event = parts, event
 
     def wait(self) -> list[Tensor]:
-        """The payload in host memory. Waits for its own copy, and for nothing that was launched after it."""
+        """The payload in host memory, or computed. Waits for its own copy, and for nothing that was launched after
+        it."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
@@ -104,18 +150,14 @@ class Staged:
         return self._event is None or bool(self._event.query())
 
 
-def on_host(copies: Copies | None, payload: Payload) -> Payload:
-    """A payload in host memory, waited for; as it is where nothing has to be copied."""
-    return payload if copies is None else copies.start(payload).wait()
+def sendable(copies: Copies | None, payload: Payload, takes: Takes = _never) -> Payload:
+    """A payload as a link sends it, waited for; as it is where nothing has to be copied."""
+    return payload if copies is None else copies.start(payload, takes).wait()
 
 
-def onto(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of host memory, on a device.
-
-    From pageable memory CUDA has taken all bytes when the call returns, so that the stream need not be waited for. From
-    pinned memory it reads later, while a message's memory may be given back: that is waited for.
-    """
-    return x if x.device == device else x.to(device, non_blocking=not x.is_pinned())
+def brought(copies: Copies | None, tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """What a message has brought, where it is computed with."""
+    return copies.bring(tensors, device) if copies is not None else [x.to(device) for x in tensors]
 
 
 def _packed(part: Tensor | Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from fapool_plugin.base.lease import PoolRank, expected
 from fapool_plugin.devices.clock import Clock
-from fapool_plugin.devices.copies import Copies, on_host, onto
+from fapool_plugin.devices.copies import Copies, brought, sendable
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.plan.profile import Fit, LinkCost, Machine, Profile, least_squares
@@ -259,10 +259,9 @@ def _request(rank: PoolRank, nbytes: int, queries: int, device: torch.device) ->
 
     def timed() -> float:
         began = time.perf_counter()
-        sent = on_host(copies, (tiles, q, k, v))
+        sent = sendable(copies, (tiles, q, k, v), rank.link.carrier.takes)
         answer = rank.answer(rank.ask(header, sent, expected(header, [tile])))
-        for x in answer.tensors if copies else ():
-            onto(x, device)
+        brought(copies, answer.tensors, device)
         clock.now().wait()
         seconds = time.perf_counter() - began
         if answer.header.status != Status.OK:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fapool_plugin.devices.copies import onto
+from fapool_plugin.devices.copies import Copies, brought
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, bits_float, rooms
 
@@ -82,12 +82,11 @@ class TileRequest:
         LinkLost: what the table says is not what the header announces, or no tile that there could be.
     """
 
-    def __init__(self, message: Message, device: torch.device) -> None:
+    def __init__(self, message: Message, device: torch.device, copies: Copies | None = None) -> None:
         self.header = message.header
         self.entries = [Entry(Tile(*row[:8]), *row[8:]) for row in message.tensors[0].tolist()]
         self._check()
-        self._q, self._k, self._v = (onto(x, device) for x in message.tensors[1:4])
-        self._results = [onto(x, device) for x in message.tensors[4:7]]
+        self._q, self._k, self._v, *self._results = brought(copies, message.tensors[1:7], device)
         self._q_at = self._k_at = self._v_at = self._row_at = self._dout_at = 0
         self.scale, self.softcap = bits_float(self.header.scale_bits), bits_float(self.header.softcap_bits)
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.devices.clock import Clock, Moment
-from fapool_plugin.devices.copies import Copies, Staged, on_host, onto
+from fapool_plugin.devices.copies import Copies, Staged, brought, sendable
+from fapool_plugin.devices.cudart import Cudart
 from fapool_plugin.devices.gpu import identity
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.band import exact_dtype
@@ -94,11 +95,13 @@ class Worker:
 
     def link(self, sock: socket.socket, silence_s: float) -> Link:
         """A base rank's, or another pool rank's, connection; lost when it is silent for so long."""
-        return Link(
+        link = Link(
             sock, self.inbox.loop, name="base", timeout_s=silence_s, asks=False, into=self.inbox.put,
             steps=lambda: self.inbox.steps, wishes=self.lease.wishes,
             check=lambda header: check_header(header, self.prefixes.limit_bytes),
         )  # fmt: skip
+        link.terms.device = Cudart.of(self.device)
+        return link
 
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
@@ -133,8 +136,7 @@ class Worker:
         if header.merge or header.op not in (Op.ATTEND, Op.BACKWARD):
             self._let_leave()
         if header.op == Op.HELLO:
-            answer = self._hello(link, header)
-            link.send(answer, attached=link.agree(message.attached) if answer.status == Status.OK else None)
+            self._greeted(link, message, self._hello(link, header))
         elif header.token != self.lease.token:
             # What goes to another rank is missed there; the base has not asked for it.
             if header.op in (Op.ATTEND, Op.BACKWARD, Op.FETCH) and not header.peer:
@@ -146,7 +148,7 @@ class Worker:
             link.drain(_UNSENT)
         elif header.op == Op.FETCH:
             asked, keys = self.fetch(message)
-            link.send(asked, on_host(self.copies, keys))
+            link.send(asked, sendable(self.copies, keys, link.carrier.takes))
         elif header.op == Op.STORE:
             self.store(message)
         elif header.op == Op.SELECT:
@@ -180,7 +182,7 @@ class Worker:
         asked, exchange = message.header, self.inbox.exchange(link)
         if payload and self.copies is not None:
             # Tile by tile, as it is merged with others' parts.
-            leaving = self._copied(link, header, [x for part in payload for x in part])
+            leaving = self._copied(link, header, [x for part in payload for x in part], merged=True)
             header, there = self._arrived(leaving)
             payload = there[: len(there) // 2], there[len(there) // 2 :]
         merged = exchange.merged(message, header, payload)
@@ -189,11 +191,12 @@ class Worker:
         else:
             link.send(*merged)
 
-    def _copied(self, link: Link, header: Header, payload: Payload) -> _Leaving:
-        """Begins to copy an answer from the device."""
+    def _copied(self, link: Link, header: Header, payload: Payload, *, merged: bool = False) -> _Leaving:
+        """Begins to copy an answer from the device, unless its carrier does; what is merged here comes to the host."""
         assert self._span is not None
         assert self.copies is not None
-        return _Leaving(link, header, self.copies.start(payload), *self._span, self._bands.launched)
+        staged = self.copies.start(payload) if merged else self.copies.start(payload, link.carrier.takes)
+        return _Leaving(link, header, staged, *self._span, self._bands.launched)
 
     def _arrived(self, leaving: _Leaving) -> tuple[Header, list[Tensor]]:
         """Waits for an answer, band by band; it says then what it took."""
@@ -216,6 +219,21 @@ class Worker:
         if asked.version != PROTOCOL_VERSION:
             return None
         return self.lease.refusal(link, asked, at_work=self._at_work or self.inbox.has_work)
+
+    def _greeted(self, link: Link, message: Message, answer: Header) -> None:
+        """Answers HELLO, with what is agreed on of how bodies travel."""
+        made, name, terms = None, None, link.terms
+        if answer.status == Status.OK:
+            made = terms.agree(message.attached)
+            if message.tensors:
+                answer = answer._replace(keep=int(terms.open(message.tensors[0])))
+                if answer.keep:
+                    terms.use_rings()  # before the base may
+            elif message.header.keep:
+                name = terms.name()
+            else:
+                terms.drop()
+        link.send(answer._replace(address=0 if name is None else len(name)), () if name is None else [name], made)
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:
@@ -248,7 +266,7 @@ class Worker:
                 known = self.calls.get(asked.sequence, asked.extra)
                 return self._attended(asked, known, began) if known else (asked._replace(status=Status.STALE), ())
             self.calls.pop(asked.sequence, asked.extra)
-        request, keys = TileRequest(message, self.device), list[tuple[Tensor, Tensor]]()
+        request, keys = TileRequest(message, self.device, self.copies), list[tuple[Tensor, Tensor]]()
         where = asked.sequence, asked.layer
         for tile, key_start, key_stop, capacity in request.entries:
             new_k, new_v = request.keys(tile, key_stop - key_start)
@@ -298,7 +316,7 @@ class Worker:
         asked = message.header
         try:
             for (tile, start, _, capacity), k, v in stored(message):
-                k, v = onto(k, self.device), onto(v, self.device)
+                k, v = brought(self.copies, (k, v), self.device)
                 if not self.prefixes.put(asked.sequence, asked.layer, tile, k, v, start, capacity, owned=True):
                     raise torch.OutOfMemoryError
         except torch.OutOfMemoryError:
@@ -307,7 +325,8 @@ class Worker:
     def backward(self, message: Message) -> tuple[Header, Payload]:
         """Gradients of a request's tiles: for each tile (dq, dk, dv), in fp32 (fp64), or as their kernel rounded them.
         STALE, with no tensors, if a kept call it assumes is not here."""
-        began, asked, request = self.clock.now(), message.header, TileRequest(message, self.device)
+        began, asked = self.clock.now(), message.header
+        request = TileRequest(message, self.device, self.copies)
         kept = self.calls.pop(asked.sequence, asked.extra) if asked.keep else []
         if kept is None or (asked.keep and len(kept) != len(request.entries)):
             return asked._replace(status=Status.STALE), ()

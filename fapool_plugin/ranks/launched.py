@@ -60,10 +60,10 @@ class LaunchedPool:
 
     def __post_init__(self) -> None:
         if not self.launch.one_machine:
-            if self.config.carrier == "shm":
+            if self.config.carrier in ("shm", "ipc"):
                 raise FAPoolConfigError(
-                    "carrier is shm, and the ranks of this launch are on several machines, which share no memory; set "
-                    "it to auto or inline"
+                    f"carrier is {self.config.carrier}, and the ranks of this launch are on several machines, which "
+                    "share no memory; set it to auto or inline"
                 )
             self._key = link_key(self.config, self.launch.bind)
 

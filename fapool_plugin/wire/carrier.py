@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from fapool_plugin.wire.messages import Header, Packed, Payload
+import torch
+
+from fapool_plugin.wire.messages import Body, Header, Packed, Payload
 
 
 class Carrier(Protocol):
     """One end's."""
 
     name: str
+
+    def takes(self, nbytes: int) -> bool:
+        """Whether it copies a body of so many bytes from a device by itself: its tensors stay there. Who sends has
+        waited until they are computed, and they are in one piece each."""
 
     def outgoing(self, header: Header, tensors: Payload, answer_bytes: int, later: bool) -> Iterator[Packed | None]:
         """What goes out on the socket, in order; None: nothing yet, ask again when something has come.
@@ -34,12 +40,21 @@ class Carrier(Protocol):
     def announced(self, header: Header) -> None:
         """The header of a message has come. Raises LinkLost if it speaks of room that there is not."""
 
-    def copy_out(self, header: Header, room: memoryview) -> int:
-        """Bytes of a body that are elsewhere, as ``header`` says, into ``room``; how many. Raises LinkLost for a place
-        that there is not."""
+    def room(self, nbytes: int) -> Body:
+        """Memory for a body that is elsewhere."""
+
+    def copy_out(self, header: Header, body: Body, done: int) -> int:
+        """Bytes of a body that are elsewhere, as ``header`` says, into ``body`` from ``done`` on; how many. Raises
+        LinkLost for a place that there is not."""
+
+    def tensors(self, header: Header, body: Body | None) -> list[torch.Tensor]:
+        """What a whole message brings; tables are in host memory."""
 
     def arrived(self, header: Header) -> None:
         """A whole message has come."""
+
+    def close(self) -> None:
+        """Its memory is used no more; nothing is being copied."""
 
     def credited(self, header: Header) -> None:
         """The other end has taken all that was sent before it was asked. Raises LinkLost if it was not asked."""

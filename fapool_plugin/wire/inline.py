@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fapool_plugin.wire.messages import Header, LinkLost, Packed, Payload, packed
+import torch
+
+from fapool_plugin.wire.messages import Body, Header, LinkLost, Packed, Payload, packed, tensors_of
 
 
 class Inline:
     """Knows nothing of the link."""
 
     name = "inline"
+
+    def takes(self, nbytes: int) -> bool:
+        """What is sent is in host memory."""
+        return False
 
     def outgoing(self, header: Header, tensors: Payload, answer_bytes: int, later: bool) -> Iterator[Packed | None]:
         """The message, in one."""
@@ -21,11 +27,22 @@ class Inline:
         if header.piece or header.answer_bytes:
             raise LinkLost("speaks of memory that was not agreed on")
 
-    def copy_out(self, header: Header, room: memoryview) -> int:
+    def room(self, nbytes: int) -> Body:
         """There is nothing elsewhere."""
         raise LinkLost("speaks of memory that was not agreed on")
 
+    def copy_out(self, header: Header, body: Body, done: int) -> int:
+        """There is nothing elsewhere."""
+        raise LinkLost("speaks of memory that was not agreed on")
+
+    def tensors(self, header: Header, body: Body | None) -> list[torch.Tensor]:
+        """They keep the body's memory."""
+        return tensors_of(header, body)
+
     def arrived(self, header: Header) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
         """Nothing to give back."""
 
     def credited(self, header: Header) -> None:

@@ -5,7 +5,7 @@
       base ── beat ─────▶ rank          each timeout_s / 5
       base ◀── steps ──── rank          how much it has done so far, and what it wishes
 
-What messages mean is not known here. Tensors on other devices are copied to host memory.
+What messages mean is not known here. How bodies travel is their carrier's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fapool_plugin.wire.carrier import Carrier
@@ -25,6 +26,7 @@ from fapool_plugin.wire.inline import Inline
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
     HEADER_BYTES,
+    Body,
     Header,
     LinkLost,
     Message,
@@ -36,13 +38,13 @@ from fapool_plugin.wire.messages import (
     body_memory,
     header_bytes,
     header_of,
+    memory_of,
     rooms,
-    tensors_of,
 )
 from fapool_plugin.wire.modes import real_tensors
 from fapool_plugin.wire.outgoing import Attached, Outgoing
-from fapool_plugin.wire.ring import Ring
-from fapool_plugin.wire.shm import Shm
+from fapool_plugin.wire.terms import Terms
+from fapool_plugin.wire.watch import watch_process
 
 _QUEUED = 4096
 """Messages that may be received ahead."""
@@ -90,9 +92,7 @@ class Link:
         self._received: deque[tuple[Link, Message | LinkLost]] = deque()
         self.into = into if into is not None else self._received.append
         self.check = check
-        self.carrier: Carrier = Inline()
-        self._ring_bytes = ring_bytes
-        self._ring: Ring | None = None
+        self.terms = Terms(asks, ring_bytes if self.is_local else 0, partial(watch_process, loop))
         self.lost: str | None = None
         self.heard = False
         """Whether the other end has said anything yet."""
@@ -108,12 +108,17 @@ class Link:
             sock, lambda wanted: loop.writing(self, wanted), lambda wanted: loop.expecting(self, wanted)
         )
         self._header_bytes = bytearray(HEADER_BYTES)
-        self._partial: tuple[Header, memoryview, int, Descriptor | None] | None = None
+        self._partial: tuple[Header, Body, int, Descriptor | None] | None = None
         """A message whose body comes in pieces: its header, the body, how much of it is there, what was attached."""
         self._begin_message()
         loop.add(self)
         if not asks:
             self.beat()  # it is ready
+
+    @property
+    def carrier(self) -> Carrier:
+        """What moves bodies."""
+        return self.terms.carrier
 
     def fileno(self) -> int:
         """Its descriptor."""
@@ -169,31 +174,6 @@ class Link:
         if self.lost:
             raise LinkLost(self.lost)
 
-    def offer(self) -> Descriptor | None:
-        """A ring for what the other end sends, to go with HELLO; None: it has one, or none is to be had."""
-        if self._ring_bytes and self.is_local and isinstance(self.carrier, Inline):
-            with suppress(OSError):
-                self._ring, made = Ring.made(self._ring_bytes)
-                return made
-        return None
-
-    def agree(self, theirs: Descriptor | None) -> Descriptor | None:
-        """Bodies go through memory from now on, if the other end has sent a ring, with HELLO or with its answer.
-        Returns this end's, to go with the answer. Raises LinkLost if that is not what it was to send."""
-        if theirs is None:
-            return None
-        with closing(theirs):
-            ring, made = Ring(theirs), None
-        if not isinstance(self.carrier, Inline) or self._asks > (self._ring is not None):
-            raise LinkLost("offers memory that was not asked for")
-        if self._ring is None:
-            try:
-                self._ring, made = Ring.made(ring.size)
-            except OSError:
-                return None
-        self.carrier = Shm(self._ring, ring, self._asks)
-        return made
-
     def drain(self, messages: int) -> None:
         """Waits until no more than so many messages are still to be sent."""
         if len(self._outgoing) > messages:
@@ -221,7 +201,8 @@ class Link:
             self.loop.remove(self)
             self._socket.close()
             self._outgoing.clear()
-            self.carrier, self._ring, self._partial = Inline(), None, None
+            self._partial = None
+            self.terms.close()
 
     def handle(self, events: int) -> None:
         """Sends and receives what can be now."""
@@ -285,7 +266,7 @@ class Link:
 
     def _begin_message(self) -> None:
         self._header: Header | None = None
-        self._body: memoryview | None = None
+        self._body: Body | None = None
         self._attached: Descriptor | None = None
         self._room = memoryview(self._header_bytes)
 
@@ -318,11 +299,12 @@ class Link:
                 self.carrier.announced(header)
                 nbytes = rooms(header)[1]
                 if header.piece:
-                    self._partial = header, body_memory(nbytes), 0, self._attached
+                    with real_tensors():
+                        self._partial = header, self.carrier.room(nbytes), 0, self._attached
                     self._continue(header._replace(op=Op.PIECE))
                     return
                 if nbytes:
-                    self._room = self._body = body_memory(nbytes)
+                    self._body, self._room = self._memory(nbytes)
                     continue
             self._deliver(header, self._body, self._attached)
             return
@@ -332,7 +314,7 @@ class Link:
         if self._partial is None or (piece.op, piece.call) != (Op.PIECE, self._partial[0].call):
             raise LinkLost(f"sent op {piece.op} in the middle of a body, or a piece of none")
         header, body, done, attached = self._partial
-        done += self.carrier.copy_out(piece, body[done:])
+        done += self.carrier.copy_out(piece, body, done)
         self.moved = self._alive
         self._begin_message()
         self._partial = (header, body, done, attached) if done < len(body) else None
@@ -349,7 +331,7 @@ class Link:
             self._outgoing.advance()
 
     def _take(self) -> int:
-        if self._header is None and self.is_local and (not self._asks or self._ring is not None):
+        if self._header is None and self.is_local and self.terms.awaits_ring:
             count, rights, _, _ = self._socket.recvmsg_into([self._room], _DESCRIPTOR_ROOM, socket.MSG_CMSG_CLOEXEC)
             for level, kind, data in rights:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(data) >= 4:
@@ -357,14 +339,23 @@ class Link:
             return count
         return self._socket.recv_into(self._room)
 
-    def _deliver(self, header: Header, body: memoryview | None, attached: Descriptor | None) -> None:
+    def _memory(self, nbytes: int) -> tuple[Body, memoryview]:
+        """For a body that follows on the socket; and the same to receive into."""
+        if self.terms.device is None:
+            body = body_memory(nbytes)
+            return body, body
+        with real_tensors():
+            there = self.terms.device.host_memory(nbytes)
+        return there, memory_of(there)
+
+    def _deliver(self, header: Header, body: Body | None, attached: Descriptor | None) -> None:
         if not isinstance(self.carrier, Inline):
             with self._sending:
                 self.carrier.arrived(header)
                 self._outgoing.advance()
             header = header._replace(slot=0, piece=0, answer_slot=0, answer_bytes=0)
         with real_tensors():
-            message = Message(header, tensors_of(header, body), attached)
+            message = Message(header, self.carrier.tensors(header, body), attached)
         self.bytes_received += HEADER_BYTES + (len(body) if body is not None else 0)
         self.moved = self._alive
         self._begin_message()

@@ -81,7 +81,8 @@ class Header(NamedTuple):
     keep: int = 0
     """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 3: the rank owns the keys
     sent, and gives them up for no others; 0: none of these. Its reply: 2 if the call is kept. BACKWARD: 1: q, k and v
-    are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is. Its reply: 1 if gradients are in ``dtype``."""
+    are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is. Its reply: 1 if gradients are in ``dtype``.
+    HELLO: 1: this end has a device; its reply: 1: rings on devices carry bodies from now on."""
     dtype: int = 0
     """Index of the payload's dtype (:func:`dtype_code`)."""
     tiles: int = 0
@@ -117,7 +118,8 @@ class Header(NamedTuple):
     parts: int = 0
     """Merged answers: how many ranks' parts they report on."""
     address: int = 0
-    """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message."""
+    """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message. HELLO: bytes
+    of the name of a ring on a device."""
     slot: int = 0
     """Where in the receiver's ring the next bytes of the body are."""
     piece: int = 0
@@ -151,7 +153,7 @@ class Wishes(NamedTuple):
         return Header(op=Op.BEAT, status=Status.OK, clock=steps, **said)
 
 
-_WITH_BODY = frozenset((Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT, Op.STORE))
+_WITH_BODY = frozenset((Op.HELLO, Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT, Op.STORE))
 _PACKED = struct.Struct(f"<{len(Header())}q")
 
 
@@ -220,7 +222,7 @@ def _rooms(
     q, k, v, lse = ((elements,) for elements in sizes[1:5])
     table: tuple[tuple[int, ...], torch.dtype] = (tiles, TILE_FIELDS), torch.int64
     parts: list[tuple[tuple[int, ...], torch.dtype]] = []
-    if op == Op.PEER:
+    if op in (Op.PEER, Op.HELLO):
         parts = [((address,), torch.uint8)] if address else []
     elif op == Op.SELECT:
         parts = [((peers,), torch.int64)]
@@ -248,6 +250,8 @@ def _rooms(
 
 Laid = Sequence[tuple[Room, Sequence[torch.Tensor]]]
 """What is in each room of a body."""
+Body = memoryview | torch.Tensor
+"""The bytes of one: of the host, or a tensor of them, page-locked or a device's."""
 
 
 class Message(NamedTuple):
@@ -259,12 +263,15 @@ class Message(NamedTuple):
     """What came with it."""
 
 
-def tensors_of(header: Header, body: memoryview | None) -> list[torch.Tensor]:
+def tensors_of(header: Header, body: Body | None) -> list[torch.Tensor]:
     """The tensors in the bytes of a body, without a copy; None: there is none. They keep its memory."""
     found = []
-    for start, _, shape, dtype, size in rooms(header)[0]:
+    for start, stop, shape, dtype, size in rooms(header)[0]:
         if size and body is not None:
-            x = torch.frombuffer(body, dtype=dtype, count=size, offset=start)
+            if isinstance(body, torch.Tensor):
+                x = body[start:stop].view(dtype)  # a view of it, by which torch knows what a copy is reading
+            else:
+                x = torch.frombuffer(body, dtype=dtype, count=size, offset=start)
             found.append(x if len(shape) == 1 else x.view(shape))
         else:
             found.append(_nothing(shape, dtype))

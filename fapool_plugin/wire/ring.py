@@ -3,8 +3,12 @@
 It has no name and no file (memfd_create), so it ends with the last process that maps it. Its size is sealed: an end
 that made it smaller would kill the other one at the next access. What is in it is not known here.
 
-Made for devices, too: registered with CUDA once, by the end that writes from one, slots are page-locked host memory,
-and copies from the device into a slot need no buffer between. That call is written, and has never run.
+Made for devices, too: registered once, by the end that writes from one, slots are page-locked host memory, and copies
+from the device into a slot need no buffer between:
+
+    mapped ── registered ── copies, each waited for ── unregistered ── unmapped
+
+A forked child inherits the mapping and not the registration: it undoes none.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import fcntl
 import mmap
 import os
 from bisect import insort
+from contextlib import suppress
 
 import numpy as np
-import torch
 
 from fapool_plugin.wire.descriptor import Descriptor
+from fapool_plugin.wire.device_memory import DeviceMemory
 from fapool_plugin.wire.messages import LinkLost
 
 RING_BYTES = 64 * 1024 * 1024
@@ -46,7 +51,8 @@ class Ring:
             self._bytes = np.frombuffer(mmap.mmap(number, self.size), dtype=np.uint8)
         except (OSError, ValueError) as error:
             raise LinkLost(f"offers memory that cannot be mapped: {error}") from error
-        self._is_registered = False
+        self._device: DeviceMemory | None = None
+        self._owner = os.getpid()
 
     @classmethod
     def made(cls, size: int) -> tuple[Ring, Descriptor]:
@@ -58,15 +64,40 @@ class Ring:
 
     def part(self, start: int, length: int) -> np.ndarray:
         """These bytes of it. Raises LinkLost if there are no such."""
-        if not 0 <= start < start + length <= self.size:
-            raise LinkLost(f"speaks of {length} bytes from {start} of a ring of {self.size}")
+        self.check(start, length)
         return self._bytes[start : start + length]
 
-    def register(self) -> None:
-        """Page-locked for CUDA from now on; a ring that cannot be is used as it is. Never tried on a device."""
-        if not self._is_registered:
-            self._is_registered = True
-            torch.cuda.cudart().cudaHostRegister(self._bytes.ctypes.data, self.size, 0)
+    def check(self, start: int, length: int) -> int:
+        """``start``. Raises LinkLost if there are no such bytes."""
+        return within(start, length, self.size)
+
+    def register(self, device: DeviceMemory) -> str:
+        """Page-locked from now on, until :meth:`unregister` or its end. Why not, if it cannot be; it is used as it is
+        then."""
+        try:
+            device.register(self._bytes.ctypes.data, self.size)
+        except RuntimeError as error:
+            return str(error)
+        self._device = device
+        return ""
+
+    def unregister(self) -> None:
+        """No copy of a device is under way."""
+        device, self._device = self._device, None
+        if device is not None and os.getpid() == self._owner:
+            with suppress(RuntimeError):  # the device may be lost: its driver has let go then
+                device.unregister(self._bytes.ctypes.data)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_device"):  # else it was never mapped
+            self.unregister()
+
+
+def within(start: int, length: int, size: int) -> int:
+    """``start``, if so many bytes from there are in a ring of this size. Raises LinkLost if not."""
+    if not 0 <= start < start + length <= size:
+        raise LinkLost(f"speaks of {length} bytes from {start} of a ring of {size}")
+    return start
 
 
 class Slots:

@@ -1,210 +1,102 @@
-"""Bodies in memory that both ends map: each end has a ring, which the other one writes to.
+"""Bodies in host memory that both ends map: each end has a ring, which the other one writes to.
 
     base ── HELLO, its ring ──────────────────────▶ rank
     base ◀── HELLO, the rank's ring ─────────────── rank
 
-    base: takes room in the rank's ring, and in its own for the answer; writes the body
-    base ── header: slot, room for the answer ────▶ rank: copies it out, then looks at it
-    base ── PIECE: more of it ────────────────────▶       (what is long is read while the rest is being written)
-    base ◀── header: slot in that room ──────────── rank: has computed, and writes; it waits for nothing
-    base: copies it out; the room of both is free
-
-An answer says that its request has been copied out. Where room runs out before, the sender asks and the other end
-answers at once, past all that waits:
-
-    base ── CREDIT, a number ─────────────────────▶ rank
-    base ◀── CREDIT, the same ───────────────────── rank: all that was said before it has been copied out
-
-A request that has no room, or none for its answer, waits in the base's queue, and so do those behind it; the rank waits
-only in an answer that is larger than any slot. Neither end waits for the other to compute: both copy out whatever they
-do. So with any number of requests outstanding none waits for another in a circle. Small bodies go over the socket.
-
-The sender writes and then says so; the receiver acts on the header only, and copies what the other end could change
-before anything in it is believed. Tensors of a CUDA device are copied straight into the slot, which is page-locked
-then; that has never run. Does not know what messages mean.
+Small bodies go over the socket, which is then as fast. An end on a device has the ring that it writes to page-locked,
+and copies from the device straight into slots; where that cannot be, bodies come to the host first.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
+import torch
 
-from fapool_plugin.wire.messages import (
-    HEADER_BYTES,
-    Header,
-    Laid,
-    LinkLost,
-    Op,
-    Packed,
-    Payload,
-    body_memory,
-    fill,
-    header_bytes,
-    laid_out,
-    packed,
-    rooms,
-)
-from fapool_plugin.wire.ring import Ring, Slots
-
-_PIECES, _CHUNKS = 64, 16
-"""Of a ring: a piece is what is written before the other end is told, and what is smaller goes over the socket, which
-is then as fast; a chunk is how much at a time goes of a body that has to wait for room."""
-_NOTED = 4096
-_Call = tuple[int, int]
-"""Lease and number."""
+from fapool_plugin.wire.device_memory import DeviceMemory, address_of, pushed
+from fapool_plugin.wire.messages import Body, Header, Laid, body_memory, fill, memory_of, tensors_of
+from fapool_plugin.wire.ring import Ring
+from fapool_plugin.wire.slotted import PIECES, Slotted, copied
 
 
-class Shm:
+class Shm(Slotted):
     """One end's.
 
     Args:
         mine: the ring that the other end writes to.
         theirs: the ring that this end writes to.
-        asks: whether this is the base's end: it says where everything goes, answers too.
+        asks: whether this is the base's end.
+        device: where this end computes; None: on a CPU.
+        notes: told, for people, if the ring cannot be page-locked.
     """
 
     name = "shm"
 
-    def __init__(self, mine: Ring, theirs: Ring, asks: bool) -> None:
-        self._mine, self._theirs, self._asks = mine, theirs, asks
-        self._piece = theirs.size // _PIECES
-        self._slots, self._for_answers = Slots(0, theirs.size), Slots(0, mine.size)
-        self._reserved: dict[_Call, tuple[int, int]] = {}
-        """Room for answers: (start, length), in the base's ring."""
-        self._read_by_then: dict[_Call, int] = {}
-        """What an answer says: all up to this mark has been copied out."""
-        self._mark = self._asked = 0
-        """The number of the last slot written, and of the last one that was asked for."""
-        self._lent: deque[tuple[int, Slots, int]] = deque()
-        """Slots that the other end may be reading: (mark, where it is taken from, start)."""
+    def __init__(
+        self, mine: Ring, theirs: Ring, asks: bool, device: DeviceMemory | None = None, notes: list[str] | None = None
+    ) -> None:
+        super().__init__(mine, theirs, asks, theirs.size // PIECES)
+        self._device, self._from, self._to = device, mine, theirs
+        self._untried, self._notes = device, notes if notes is not None else []
+        """The device that the ring is to be page-locked for."""
+        self._copies: DeviceMemory | None = None
+        """That device, once it is."""
 
-    def outgoing(self, header: Header, tensors: Payload, answer_bytes: int, later: bool) -> Iterator[Packed | None]:
+    def takes(self, nbytes: int) -> bool:
         """See :class:`Carrier`."""
-        nbytes = rooms(header)[1]
-        area = None if self._asks else self._reserved.pop(_call(header), None)
-        there = nbytes >= self._piece and (self._asks or area is not None)
-        if not there and answer_bytes < self._piece and not later:
-            return iter((packed(header, tensors),))
-        if area is not None:
-            slots, most = Slots(*area), area[1]
-        else:
-            slots, most = self._slots, self._theirs.size // 2
-        laid = laid_out(header, tensors)
-        if there and any(x.is_cuda for _, parts in laid for x in parts):
-            self._theirs.register()
-        body = _copied(laid, nbytes) if later or not there or nbytes > most else None
-        return self._steps(header, laid, body, answer_bytes, there, slots, most)
+        if nbytes < self.least:
+            return False
+        device, self._untried = self._untried, None
+        if device is not None:
+            if problem := self._to.register(device):
+                self._notes.append(f"the ring is not page-locked, and bodies are copied twice: {problem}")
+            else:
+                self._copies = device
+        return self._copies is not None
 
-    def announced(self, header: Header) -> None:
+    def room(self, nbytes: int) -> Body:
         """See :class:`Carrier`."""
-        if not header.answer_bytes:
-            return
-        self._theirs.part(header.answer_slot, header.answer_bytes)
-        if self._asks or header.answer_bytes < self._piece or len(self._reserved) >= _NOTED:
-            raise LinkLost(f"names {header.answer_bytes} bytes for an answer, the {len(self._reserved) + 1}th")
-        self._reserved[_call(header)] = header.answer_slot, header.answer_bytes
+        return body_memory(nbytes) if self._device is None else self._device.host_memory(nbytes)
 
-    def copy_out(self, header: Header, room: memoryview) -> int:
+    def tensors(self, header: Header, body: Body | None) -> list[torch.Tensor]:
         """See :class:`Carrier`."""
-        piece, there = header.piece, self._mine.part(header.slot, header.piece)
-        if self._asks:
-            start, length = self._reserved.get(_call(header), (0, 0))
-            if not start <= header.slot < header.slot + piece <= start + length:
-                raise LinkLost(f"has put {piece} bytes to {header.slot}, where it had [{start}, {start + length})")
-        if piece > len(room):
-            raise LinkLost(f"sends {piece} bytes more of a body that lacks {len(room)}")
-        np.copyto(np.frombuffer(room, dtype=np.uint8)[:piece], there)
-        return piece
+        return tensors_of(header, body)
 
-    def arrived(self, header: Header) -> None:
+    def close(self) -> None:
         """See :class:`Carrier`."""
-        if self._asks:
-            if (area := self._reserved.pop(_call(header), None)) is not None:
-                self._for_answers.give(area[0])
-            self._give_back(self._read_by_then.pop(_call(header), 0))
+        self._to.unregister()
 
-    def credited(self, header: Header) -> None:
-        """See :class:`Carrier`."""
-        if not 0 < header.extra <= self._asked:
-            raise LinkLost(f"has taken all up to {header.extra}, and was asked about {self._asked}")
-        self._give_back(header.extra)
+    def write(self, start: int, laid: Laid, nbytes: int) -> Iterator[int]:
+        """See :class:`Slotted`."""
+        room = self._to.part(start, nbytes).data
+        if (device := self._by_device(laid)) is not None:
+            return pushed(device, address_of(room), laid, nbytes, self.piece)
+        return fill(room, laid, nbytes, self.piece)
 
-    def _steps(
-        self,
-        header: Header,
-        laid: Laid,
-        body: memoryview | None,
-        answer_bytes: int,
-        there: bool,
-        slots: Slots,
-        most: int,
-    ) -> Iterator[Packed | None]:
-        """``body``: what is laid out, if it has been copied already; ``there``: whether it goes into a slot."""
-        nbytes = rooms(header)[1]
-        if answer_bytes >= self._piece:
-            whole = answer_bytes <= self._mine.size // 2
-            size = answer_bytes if whole else self._mine.size // 4
-            while (at := self._for_answers.take(size)) is None:
-                body = body if body is not None else _copied(laid, nbytes)
-                yield None
-            self._reserved[_call(header)] = at, size
-            header = header._replace(answer_slot=at, answer_bytes=size)
-        if not there:
-            assert body is not None
-            yield Packed([header_bytes(header), body], [False, False], HEADER_BYTES + nbytes)
-            return
-        if not self._asks:
-            self._lent.clear()  # of answers before, whose room was the base's to give back
-        start = slots.take(nbytes) if body is None else None
-        if start is not None:
-            self._lend(header, slots, start, answer_bytes)
-            done = 0
-            for filled in fill(self._theirs.part(start, nbytes).data, laid, nbytes, self._piece):
-                yield _said(header, start + done, filled - done, done)
-                done = filled
-            return
-        body = body if body is not None else _copied(laid, nbytes)
-        size, done = min(self._theirs.size // _CHUNKS, most // 2), 0
-        while done < nbytes:
-            piece = min(size, nbytes - done)
-            while (at := slots.take(piece)) is None:
-                yield self._asking() if self._asked < self._mark else None
-            np.copyto(self._theirs.part(at, piece), np.frombuffer(body, dtype=np.uint8)[done : done + piece])
-            self._lend(header, slots, at, answer_bytes)
-            yield _said(header, at, piece, done)
-            done += piece
-            if done < nbytes:
-                yield self._asking()  # room comes back while the rest is being written
+    def aside(self, laid: Laid, nbytes: int) -> Body:
+        """See :class:`Slotted`."""
+        if (device := self._by_device(laid)) is None:
+            return copied(laid, nbytes)
+        body = device.host_memory(nbytes)
+        deque(pushed(device, body.data_ptr(), laid, nbytes, nbytes), maxlen=0)
+        return body
 
-    def _lend(self, header: Header, slots: Slots, start: int, answer_bytes: int) -> None:
-        self._mark += 1
-        self._lent.append((self._mark, slots, start))
-        if answer_bytes:
-            self._read_by_then[_call(header)] = self._mark
+    def put(self, at: int, body: Body, done: int, piece: int) -> None:
+        """See :class:`Slotted`."""
+        np.copyto(self._to.part(at, piece), _bytes(body)[done : done + piece])
 
-    def _asking(self) -> Packed:
-        self._asked = self._mark
-        return Packed([header_bytes(Header(op=Op.CREDIT, extra=self._mark))], [False], HEADER_BYTES)
+    def take(self, start: int, piece: int, body: Body, done: int) -> None:
+        """See :class:`Slotted`."""
+        np.copyto(_bytes(body)[done : done + piece], self._from.part(start, piece))
 
-    def _give_back(self, mark: int) -> None:
-        while self._lent and self._lent[0][0] <= mark:
-            _, slots, start = self._lent.popleft()
-            slots.give(start)
+    def _by_device(self, laid: Laid) -> DeviceMemory | None:
+        """Who copies; None: the host."""
+        device, parts = self._copies, chain.from_iterable(parts for _, parts in laid)
+        return device if device is not None and any(device.holds(x) for x in parts) else None
 
 
-def _call(header: Header) -> _Call:
-    return header.token, header.call
-
-
-def _said(header: Header, slot: int, piece: int, done: int) -> Packed:
-    if done:
-        header = Header(op=Op.PIECE, token=header.token, call=header.call)
-    return Packed([header_bytes(header._replace(slot=slot, piece=piece))], [False], HEADER_BYTES)
-
-
-def _copied(laid: Laid, nbytes: int) -> memoryview:
-    body = body_memory(nbytes)
-    deque(fill(body, laid, nbytes, nbytes), maxlen=0)
-    return body
+def _bytes(body: Body) -> np.ndarray:
+    return np.frombuffer(memory_of(body) if isinstance(body, torch.Tensor) else body, dtype=np.uint8)

@@ -18,8 +18,8 @@ from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks import local
 from fapool_plugin.ranks.launch import Launch
 from fapool_plugin.ranks.launched import LaunchedPool
-from fapool_plugin.wire import shm
-from fapool_plugin.wire.messages import Header
+from fapool_plugin.wire import slotted
+from fapool_plugin.wire.messages import Body, Header
 from fapool_plugin.wire.shm import Shm
 from tests.models import assert_close, eager, load_pooled, random_ids, save_model
 
@@ -47,8 +47,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(local, "RING_BYTES", SMALL_RING)
     found, copy_out = list[int](), Shm.copy_out
 
-    def seen(self: Shm, header: Header, room: memoryview) -> int:
-        found.append(copy_out(self, header, room))
+    def seen(self: Shm, header: Header, body: Body, done: int) -> int:
+        found.append(copy_out(self, header, body, done))
         return found[-1]
 
     monkeypatch.setattr(Shm, "copy_out", seen)
@@ -91,7 +91,7 @@ def test_a_rank_killed_in_the_middle_of_a_body_changes_no_token(
 ) -> None:
     """While the base writes what it asks, or takes what was answered: the other rank and the base go on."""
     model = load_pooled(folder, pool_ranks=2, carrier="shm", timeout_s=2.0)
-    home, name = (shm, "_said") if when == "writing" else (Shm, "copy_out")
+    home, name = (slotted, "_said") if when == "writing" else (Shm, "copy_out")
     real: Callable[..., Any] = getattr(home, name)
     seen = 0
 

@@ -102,6 +102,9 @@ def test_a_calls_order(told: Callable[[Recorder], None]) -> None:
             "own share",
             "host waits for event 1", "sent",
             "host waits for event 2", "sent",
+            # Answers: the host waits for none, and what comes in has a stream of its own.
+            "event 3 on copy 2", "compute waits for event 3", "memory kept for compute",
+            "event 4 on copy 2", "compute waits for event 4", "memory kept for compute",
         ]  # fmt: skip
 
 
@@ -113,7 +116,7 @@ def test_a_backwards_order(told: Callable[[Recorder], None]) -> None:
         recorder.log.clear()
         out.sum().backward()
         last = [line for line in in_order(recorder.log) if "event" not in line]
-        assert last == ["copy waits for compute", "own share", "sent"]
+        assert last == ["copy waits for compute", "own share", "sent", "memory kept for compute"]
 
 
 def test_no_stream_is_current_where_blocks_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +215,10 @@ def test_the_next_request_is_launched_before_the_last_answer_is_awaited(monkeypa
         thread.join(10)
     kept = [line for line in recorder.log if "launched" in line or "sent" in line or "host" in line]
     assert kept == [
-        "launched 1", "launched 2", "host waits for event 1", "sent 1", "host waits for event 2", "sent 2",
+        "launched 1", "launched 2", "host waits for event 2", "sent 1", "host waits for event 4", "sent 2",
     ]  # fmt: skip
+    coming = ["event 1 on copy", "compute waits for event 1"]
+    assert [line for line in recorder.log if line in coming] == coming, "computed before it was there"
     for message in sent:
         out, lse = message.tensors
         assert (out - 3).abs().max() < 1e-6, "of one key the value"

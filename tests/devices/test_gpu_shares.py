@@ -115,7 +115,12 @@ def test_local_ranks_are_told_their_devices_and_move_with_the_model() -> None:
 def test_what_a_rank_shares_or_lacks_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fapool_plugin.base.advisor.identity", lambda device: 5 if device.type == "cuda" else 0)
     advisor = Advisor(FAPoolConfig(memory_limit_mib=1000), Counters())
-    rank: Any = SimpleNamespace(number=0, gpu=5, memory_limit=1000 * MIB)
+
+    def rank_of(number: int, gpu: int, mib: int, *notes: str) -> Any:
+        link = SimpleNamespace(terms=SimpleNamespace(notes=notes))
+        return SimpleNamespace(number=number, gpu=gpu, memory_limit=mib * MIB, link=link)
+
+    rank = rank_of(0, 5, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         advisor.look_at(rank)  # the base computes on a CPU
@@ -125,10 +130,14 @@ def test_what_a_rank_shares_or_lacks_is_said_once(monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         advisor.look_at(rank)
-        advisor.look_at(SimpleNamespace(number=1, gpu=6, memory_limit=1000 * MIB))  # type: ignore[arg-type]
+        advisor.look_at(rank_of(1, 6, 1000))
     with pytest.warns(RuntimeWarning, match="pool rank 1 has 700 MiB for keys, not memory_limit_mib = 1000"):
-        advisor.look_at(SimpleNamespace(number=1, gpu=6, memory_limit=700 * MIB))  # type: ignore[arg-type]
-    assert [event.kind for event in advisor.counters.events] == ["device", "device"]
+        advisor.look_at(rank_of(1, 6, 700))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a slower way is no mistake
+        for _ in range(2):
+            advisor.look_at(rank_of(2, 7, 1000, "bodies go through host memory"))
+    assert [event.kind for event in advisor.counters.events] == ["device", "device", "carrier"]
 
 
 def test_a_rank_says_what_it_computes_on() -> None:

@@ -44,7 +44,7 @@ STEPS = {
     "ceilings": Step("ceilings", "run", 90),
     "links": Step("links", "run", 90),
     "pooled": Step("pooled", "run", 200),
-    "overlap": Step("pooled", "run_overlap", 40),
+    "overlap": Step("overlap", "run", 60),
     "predictions": Step("pooled", "run_predictions", 120),
 }
 MOST_S = 590

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import signal
+import statistics
 import threading
 import time
 from typing import Literal
@@ -14,21 +14,20 @@ import torch
 
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.config import FAPoolConfig
-from fapool_plugin.measure.calibrate import measure_link
+from fapool_plugin.devices.cudart import Cudart
+from fapool_plugin.measure.calibrate import _request, measure_link
 from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.wire.messages import LinkLost
 from fapool_plugin.wire.ring import RING_BYTES, Ring
-from tests.gpu.report import Report
+from tests.gpu.report import Missing, Report
 
-CARRIERS: tuple[Literal["inline", "shm"], ...] = ("inline", "shm")
-LATER = ("ipc", "nixl")
+CARRIERS: tuple[Literal["inline", "shm", "ipc"], ...] = ("inline", "shm", "ipc")
+SMALL_BYTES = 4096
 
 
 def run(report: Report) -> None:
-    for name in LATER:
-        if importlib.util.find_spec(f"fapool_plugin.wire.{name}") is None:
-            report.skipped(f"carrier {name}", "the package has none")
+    report.skipped("carrier nixl", "the package has none")
     with report.part("copies"):
         _copies(report)
     with report.part("a ring, registered"):
@@ -37,14 +36,22 @@ def run(report: Report) -> None:
         pool = LocalPool(FAPoolConfig(pool_ranks=1, timeout_s=10.0, start_timeout_s=60.0, carrier=carrier))
         try:
             with report.part(f"carrier {carrier}"):
+                if carrier == "ipc" and report.device.type != "cuda":
+                    raise Missing("no CUDA device")
                 rank, seconds = _leased(report, pool)
-                report.passed(f"carrier {carrier} is agreed on", rank.counters.carrier == carrier)
+                agreed = rank.counters.carrier == carrier
+                report.passed(f"carrier {carrier} is agreed on", agreed, "; ".join(rank.link.terms.notes))
                 report.figure("first pool rank ready", seconds, "s")
+                small = _request(rank, SMALL_BYTES, 0, report.device)
+                trips = [small() for _ in range(report.size(200, 20))]
+                report.figure(f"{carrier}, {SMALL_BYTES} bytes there and back", statistics.median(trips) * 1e6, "us")
                 cost = measure_link(rank, device=report.device)
                 for way, fit in (("to the rank", cost.to_rank), ("to the base", cost.to_base)):
                     report.figure(f"{carrier}, {way}: an empty message", fit.a * 1e6, "us")
                     report.figure(f"{carrier}, {way}", 1e-9 / fit.b if fit.b else float("nan"), "GB/s")
             with report.part(f"a rank killed under load, {carrier}"):
+                if not pool.pids():
+                    raise Missing("there was no such link")
                 _killed(report, pool, rank)
         finally:
             pool.close()
@@ -56,14 +63,18 @@ def _registered(report: Report) -> None:
         report.skipped("a ring, registered", "no CUDA device")
         return
     ring, _ = Ring.made(RING_BYTES)
+    device, problem = Cudart.of(report.device), "the runtime is not found by its name"
     there = torch.empty(RING_BYTES, dtype=torch.uint8, device=report.device)
     here = torch.frombuffer(ring.part(0, RING_BYTES).data, dtype=torch.uint8)
     for kind in ("as it is", "registered"):
         report.figure(
             f"from the device to a ring, {kind}", RING_BYTES / report.timed(lambda: here.copy_(there)) / 1e9, "GB/s"
         )
-        ring.register()
-    report.passed("CUDA takes a ring as page-locked", here.is_pinned())
+        if device is not None and kind == "as it is":
+            problem = ring.register(device)
+    report.passed("CUDA takes a ring as page-locked", not problem and here.is_pinned(), problem)
+    ring.unregister()
+    report.passed("and lets go of it", not here.is_pinned())
 
 
 def _copies(report: Report) -> None:
@@ -92,12 +103,13 @@ def _killed(report: Report, pool: LocalPool, rank: PoolRank) -> None:
         report.figure("a rank's death is known after, at most", time.perf_counter() - killed, "s")
     x = torch.ones(1 << 20, device=report.device)
     report.passed("the context still works", float((x * 2).sum()) == 2.0 * x.numel())
-    _, seconds = _leased(report, pool)
-    report.passed("a new link works", True, f"after {seconds:.2f} s")
+    again, seconds = _leased(report, pool)
+    same = again.counters.carrier == rank.counters.carrier
+    report.passed("a new link works", same and _request(again, 1 << 20, 0, report.device)() > 0, f"in {seconds:.2f} s")
 
 
 def _leased(report: Report, pool: LocalPool) -> tuple[PoolRank, float]:
     began = time.perf_counter()
     rank = PoolRank(0, pool.acquire(lambda text: None, report.device)[0], secrets.randbits(62), RankCounters(0))
-    rank.open()
+    rank.open(device=report.device, carrier=pool.config.carrier)
     return rank, time.perf_counter() - began

@@ -78,13 +78,6 @@ def run(report: Report) -> None:
             _steps(report, half, rows, kv_home)
 
 
-def run_overlap(report: Report) -> None:
-    report.skipped(
-        "worker in a thread with streams of its own",
-        "pool ranks are processes; streams of theirs are in the step before",
-    )
-
-
 def run_predictions(report: Report) -> None:
     """Calibrates, and holds what the plan expects against what is measured."""
     half = model(report).to(torch.bfloat16 if report.device.type == "cuda" else torch.float32)

@@ -17,6 +17,7 @@ from fapool_plugin.integrations.huggingface import calibrate as huggingface_cali
 from fapool_plugin.integrations.huggingface.calibrate import calibrate_model, default_path, keep, shape_of_path
 from fapool_plugin.measure import attention, calibrate
 from fapool_plugin.plan.profile import Fit, Profile, Shape
+from fapool_plugin.wire.inline import Inline
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Status
 from tests.models import plain, save_model, workers
 from tests.plan.test_cost import profile
@@ -210,6 +211,7 @@ class FakeRank:
     """A pool rank whose messages take a known time."""
 
     number = 0
+    link = SimpleNamespace(carrier=Inline())
 
     def __init__(self, clock: Clock, latency_s: float, there_s: float, back_s: float, status: Status) -> None:
         self.clock, self.latency_s, self.there_s, self.back_s, self.status = (

@@ -79,7 +79,7 @@ def test_copies_for_others_are_dropped_whole(monkeypatch: pytest.MonkeyPatch) ->
         stream.call(30)
         worker = manager.leases.pool.workers[0]  # type: ignore[union-attr]
         assert stream.state.id in worker.prefixes
-        full_at(monkeypatch, "onto", lambda: True)
+        full_at(monkeypatch, "brought", lambda: True)
         key = torch.zeros(1, 1, 1, 8)
         monkeypatch.setattr(pool_worker, "stored", lambda message: [((None, 0, 1, 0), key, key)])
         worker.store(SimpleNamespace(header=SimpleNamespace(sequence=stream.state.id)))

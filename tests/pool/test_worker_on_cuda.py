@@ -3,6 +3,7 @@ until it is sent, and nothing on the way waits. Requests and answers themselves 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fapool_plugin.devices.copies import Copies, Cuda
 from fapool_plugin.kernels import lanes, torch_cuda
 from fapool_plugin.kernels.operators import able
 from fapool_plugin.plan.line import Tile
@@ -24,6 +26,25 @@ from tests.recorded_streams import Ticks
 ROWS, KV_HEADS, GROUP, D, E, QUERIES, KEYS = 2, 2, 3, 64, 64, 20, 50
 Q, K, V = ROWS * KV_HEADS * GROUP * QUERIES, ROWS * KV_HEADS * KEYS, ROWS * KV_HEADS * KEYS
 TABLE = torch.tensor([[0, ROWS, 0, KV_HEADS, KEYS - QUERIES, KEYS, 0, KEYS, 0, KEYS, KEYS]])
+
+
+class NoStreams(Cuda):
+    """CUDA's tensors, and streams that do nothing: there are none without a device."""
+
+    def stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(wait_event=lambda event: None)
+
+    def current(self, device: torch.device) -> Any:
+        return self.stream(device)
+
+    def within(self, stream: Any) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def event(self, stream: Any) -> Any:
+        return None
+
+    def keep(self, x: Tensor, stream: Any) -> None:
+        assert x.is_cuda
 
 
 def request(op: Op, dtype: torch.dtype, keep: int) -> Message:
@@ -55,7 +76,7 @@ def test_a_request_is_computed_without_a_wait(dtype: torch.dtype, keep: int) -> 
     with fake_cuda() as called:
         inbox = cast(Inbox, SimpleNamespace(steps=0, step=lambda: None))
         worker = Worker(inbox, 2**24, torch.device("cuda"))
-        worker.clock._events = Ticks()
+        worker.clock._events, worker.copies = Ticks(), Copies(NoStreams())
         answered(worker.attend(request(Op.ATTEND, dtype, keep)), [dtype, torch.float32])  # type: ignore[arg-type]
         gradients = worker.backward(request(Op.BACKWARD, dtype, 2 if keep == 2 else 0))
         answered(gradients, [dtype] * 3)  # type: ignore[arg-type]

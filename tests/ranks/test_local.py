@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -121,7 +122,7 @@ def test_none_that_start_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyP
 def test_a_lease_that_is_interrupted_leaves_no_rank_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     real = PoolRank.open
 
-    def interrupted(rank: PoolRank, **how: bool) -> bool:
+    def interrupted(rank: PoolRank, **how: Any) -> bool:
         opened = real(rank, **how)
         if rank.number == 1:
             raise KeyboardInterrupt

@@ -20,6 +20,7 @@ import torch
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import (
+    Body,
     Header,
     LinkLost,
     Op,
@@ -49,8 +50,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     copy_out = Shm.copy_out
 
-    def seen(self: Shm, header: Header, room: memoryview) -> int:
-        found.append(copy_out(self, header, room))
+    def seen(self: Shm, header: Header, body: Body, done: int) -> int:
+        found.append(copy_out(self, header, body, done))
         return found[-1]
 
     monkeypatch.setattr(Shm, "copy_out", seen)
@@ -180,19 +181,19 @@ def test_a_request_waits_for_room_for_its_answer(ends: tuple[Link, Link]) -> Non
 
 def test_the_next_lease_uses_what_was_agreed_on(ends: tuple[Link, Link]) -> None:
     base, pool = ends
-    assert base.offer() is None
-    base.send(Header(op=Op.HELLO), attached=base.offer())
-    assert pool.agree(pool.receive(5.0).attached) is None
+    assert base.terms.offer() is None
+    base.send(Header(op=Op.HELLO), attached=base.terms.offer())
+    assert pool.terms.agree(pool.receive(5.0).attached) is None
 
 
 def test_an_end_that_offers_nothing_stays_on_the_socket(loops: tuple[Loop, Loop], used: list[int]) -> None:
     for offers, takes in ((False, True), (True, False)):
         base, pool = link_pair(*loops, ring_bytes=RING * offers)
-        base.send(Header(op=Op.HELLO), attached=base.offer())
+        base.send(Header(op=Op.HELLO), attached=base.terms.offer())
         hello = pool.receive(5.0)
-        made = pool.agree(hello.attached) if takes else None
+        made = pool.terms.agree(hello.attached) if takes else None
         pool.send(Header(op=Op.HELLO, status=Status.OK), attached=made)
-        base.agree(base.receive(5.0).attached)
+        base.terms.agree(base.receive(5.0).attached)
         header, tensors = request(1, RING)
         base.send(header, tensors)
         assert torch.equal(pool.receive(5.0).tensors[3], tensors[3])
@@ -225,7 +226,7 @@ from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import Header, LinkLost, Op, Status
 
 link = Link(socket.socket(fileno=int(sys.argv[1])), Loop(), name="peer", timeout_s=60, asks=False)
-link.send(Header(op=Op.HELLO, status=Status.OK), attached=link.agree(link.receive().attached))
+link.send(Header(op=Op.HELLO, status=Status.OK), attached=link.terms.agree(link.receive().attached))
 left = int(sys.argv[3])
 
 class Dying:
@@ -273,8 +274,8 @@ def test_an_end_killed_in_the_middle_of_a_copy_is_lost_and_no_more(
         )
     base = Link(mine, loops[0], name="test", timeout_s=20, asks=True, ring_bytes=RING)
     try:
-        base.send(Header(op=Op.HELLO), attached=base.offer())
-        base.agree(base.receive(30.0).attached)
+        base.send(Header(op=Op.HELLO), attached=base.terms.offer())
+        base.terms.agree(base.receive(30.0).attached)
         with pytest.raises(LinkLost, match=r"ended|send failed"):
             _calls(base, 3 if when == "reading" else 1)
         assert peer.wait(10) == -signal.SIGKILL

@@ -27,16 +27,16 @@ class Liar:
         self.link = Link(mine, loop, name="test", timeout_s=20, asks=asks, ring_bytes=RING if asks else 0)
         self.sock.settimeout(5)
         if asks:
-            self.link.send(Header(op=Op.HELLO), attached=self.link.offer())
+            self.link.send(Header(op=Op.HELLO), attached=self.link.terms.offer())
             self.say(Header(op=Op.BEAT, status=Status.OK))
             self.theirs = Ring(self.hear())
             self.mine, made = Ring.made(RING)
             self.say(Header(op=Op.HELLO, status=Status.OK), made)
-            self.link.agree(self.link.receive(5.0).attached)
+            self.link.terms.agree(self.link.receive(5.0).attached)
         else:
             self.mine, made = Ring.made(RING)
             self.say(Header(op=Op.HELLO), made)
-            self.link.send(Header(op=Op.HELLO), attached=self.link.agree(self.link.receive(5.0).attached))
+            self.link.send(Header(op=Op.HELLO), attached=self.link.terms.agree(self.link.receive(5.0).attached))
             self.hear()  # its first heartbeat
             self.theirs = Ring(self.hear())
         assert self.link.carrier.name == "shm"
@@ -158,11 +158,11 @@ def test_a_descriptor_that_is_no_ring_loses_the_link(loops: tuple[Loop, Loop], w
     os.ftruncate(unsealed.fileno(), RING)
     with sock, other:
         if what == "second":
-            assert link.agree(Ring.made(RING)[1]) is not None
+            assert link.terms.agree(Ring.made(RING)[1]) is not None
             offered = Ring.made(RING)[1]
         else:
             offered = unsealed if what == "unsealed" else Descriptor(other.detach())
         with pytest.raises(LinkLost, match=r"offers|cannot be mapped"):
-            link.agree(offered)
+            link.terms.agree(offered)
     unsealed.close()
     link.close()

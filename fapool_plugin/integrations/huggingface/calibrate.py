@@ -172,7 +172,7 @@ def _lease(pool: LocalPool, base: torch.device) -> tuple[PoolRank, float]:
     began = time.perf_counter()
     links = pool.acquire(lambda text: None, base)
     rank = PoolRank(0, links[0], secrets.randbits(62), RankCounters(0))
-    rank.open()
+    rank.open(device=base, carrier=pool.config.carrier)
     return rank, time.perf_counter() - began
 
 

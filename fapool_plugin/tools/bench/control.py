@@ -33,11 +33,11 @@ from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.observe.timeline import ATTENTION
 from fapool_plugin.plan.shares import Geometry
-from fapool_plugin.wire.inline import Inline
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, Payload, Status
 from fapool_plugin.wire.sockets import pair
+from fapool_plugin.wire.terms import Terms
 
 Over = Literal["nowhere", "sockets"]
 WAYS: tuple[Over, ...] = ("nowhere", "sockets")
@@ -169,9 +169,11 @@ def _answer(asked: Header) -> Header | None:
 class _Link:
     """A link to nowhere."""
 
-    timeout_s, is_local, address, carrier = 5.0, True, "", Inline()
+    timeout_s, is_local, address = 5.0, True, ""
 
     def __init__(self) -> None:
+        self.terms = Terms(True, 0, lambda process, ended: None)
+        self.carrier = self.terms.carrier
         self.lost: str | None = None
         self.check: Callable[[Header], object] = lambda header: None
         self.bytes_sent = self.bytes_received = 0
@@ -181,12 +183,6 @@ class _Link:
     def send(self, header: Header, tensors: Payload = (), attached: None = None, *, answer_bytes: int = 0) -> None:
         if answer := _answer(header):
             self._asked.append(answer)
-
-    def offer(self) -> None:
-        """Nothing goes."""
-
-    def agree(self, theirs: None) -> None:
-        """Nothing comes."""
 
     def receive(self, stall_s: float) -> Message:
         answer = self._asked.popleft()
