@@ -256,7 +256,7 @@ class PoolRank:
         # Cristian (1989): the rank read its clock about midway between question and answer.
         self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
         terms.agree(message.attached)
-        if message.tensors:
+        if reply.address:
             name = terms.name() if terms.open(message.tensors[0]) else None
             told = hello._replace(keep=int(name is not None), address=0 if name is None else len(name))
             if self._said_hello(told, () if name is None else [name]).header.keep:

@@ -225,7 +225,7 @@ class Worker:
         made, name, terms = None, None, link.terms
         if answer.status == Status.OK:
             made = terms.agree(message.attached)
-            if message.tensors:
+            if message.header.address:
                 answer = answer._replace(keep=int(terms.open(message.tensors[0])))
                 if answer.keep:
                     terms.use_rings()  # before the base may
