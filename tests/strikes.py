@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ LIMIT_S = 3 * max(TIMEOUT_S, 2.0) + OWN_S
 _STEPS = 20
 """Requests and answers of one rank in ``work``, at least."""
 _NONE_S = 60.0
+STANDING_STILL = Path(__file__).parent / "standing_still"
+"""To be in the PYTHONPATH of ranks that are to be frozen."""
 
 Way = Callable[[PoolRank, int, ExitStack], None]
 """Strikes a rank whose process has this id; what is to be done at the end of all trials goes on the stack."""
@@ -62,8 +65,8 @@ def work(model: Any) -> Iterator[Tensor]:
 
 
 def held_main_thread(pid: int, afterwards: ExitStack) -> subprocess.Popen[str] | None:
-    """Holds the main thread of a process, and no other thread of it, until it is killed, as when a page of a file does
-    not come, or a lock is not given back. Returns what holds it; None if this machine does not allow that."""
+    """Holds the main thread of a process, and no other thread of it, until it is killed. Returns what holds it; None if
+    this machine does not allow that."""
     command = [sys.executable, "-I", "-S", "-c", _HOLD, str(pid)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     afterwards.callback(holder.communicate)
@@ -89,9 +92,14 @@ def stopped(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
     os.kill(pid, signal.SIGSTOP)
 
 
-def frozen(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
-    """Its heartbeats are answered all the time."""
+def held(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
+    """Its main thread stands still wherever it is: while it polls for all, and then no heartbeat is answered."""
     assert held_main_thread(pid, afterwards), f"the main thread of process {pid} could not be held"
+
+
+def frozen(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
+    """Its main thread stands still in the middle of its next computation, and heartbeats are answered all the time."""
+    os.kill(pid, signal.SIGUSR1)
 
 
 def paused(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
@@ -113,12 +121,12 @@ def half_cut(rank: PoolRank, pid: int, afterwards: ExitStack) -> None:
     rank.link._socket.shutdown(1)
 
 
-WAYS: list[Way] = [killed, stopped, frozen, paused, slow, cut, half_cut]
+WAYS: list[Way] = [killed, frozen, stopped, held, paused, slow, cut, half_cut]
 
 
 def possible_ways() -> list[Way]:
     """All that this machine allows."""
-    return [way for way in WAYS if way is not frozen or threads_can_be_held()]
+    return [way for way in WAYS if way is not held or threads_can_be_held()]
 
 
 def strike_at_random(model: Any, want: Sequence[Tensor], ways: Sequence[Way], random_: random.Random) -> float:

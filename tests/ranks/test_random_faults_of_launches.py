@@ -3,12 +3,13 @@ is left."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.launches import Setting, by_runner, run, torchrun
-from tests.strikes import LIMIT_S, TIMEOUT_S, WAYS
+from tests.launches import ROOT, Setting, by_runner, run, torchrun
+from tests.strikes import LIMIT_S, STANDING_STILL, TIMEOUT_S, WAYS
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(3600)]
 
@@ -26,7 +27,8 @@ def test_ranks_of_a_launch_that_are_struck_at_random(
     given = ["--deepspeed_config", Setting(tmp_path, fa_pool=settings).write(), "--model", str(folder)]
     command = [*torchrun(bases + pool_ranks), *by_runner("struck.py"), *given, "--models", str(models)]
     command += ["--ways", str(ways)]
-    done = run(tmp_path, [*command, "--out", str(tmp_path)], {"TMPDIR": str(temporary)}, limit_s=60.0 + 120.0 * models)
+    known = {"TMPDIR": str(temporary), "PYTHONPATH": f"{ROOT}{os.pathsep}{STANDING_STILL}"}
+    done = run(tmp_path, [*command, "--out", str(tmp_path)], known, limit_s=60.0 + 120.0 * models)
     assert done.code == 0, done.said[-4000:]
     told = [done.base(rank) for rank in range(bases)]
     print(told)

@@ -359,15 +359,16 @@ class Forwards:
         device = owner.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         mode = (decided.phase == "training", torch.is_grad_enabled(), autocast, owner.dtype)
-        key = ("rows" if rows else "positions", *mode, padded, structure(owner), values(owner))
-        known = key in self.probe.verdicts
+        key = ("rows" if rows else "positions", *mode, padded, structure(owner))
+        now = values(owner)
+        known = self.probe.knows(key, now)
         if manager.base_ranks > 1:
             # Trials of base ranks that share a model belong together, as all that they compute.
             known = bool(manager.agree((int(known), 0))[0])
         verdict = self.probe.verdicts.get(key, "")
         if not known:
             began = time.perf_counter()
-            verdict = self.probe.run(key, owner, enter, given, scope)
+            verdict = self.probe.run(key, now, owner, enter, given, scope)
             decided.apart_s = time.perf_counter() - began  # on a device, too: what it finds is looked at here
         if manager.base_ranks > 1:
             agreed = bool(manager.agree((int(not verdict), 0))[0])

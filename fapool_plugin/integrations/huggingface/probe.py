@@ -35,8 +35,6 @@ from fapool_plugin.wire.link import first_line
 
 LENGTH = 48
 """Tokens of a row."""
-_MOST = 64
-"""Verdicts that are kept: in training each step of a model with code of its own has values of its own."""
 _PIECES = {"positions": 3, "rows": 2}
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
 """Of hidden states, by norm, position by position; of keys and gradients ten times as much. Models of float64 have
@@ -53,20 +51,25 @@ class Probe:
     verdicts: dict[Any, str] = field(default_factory=dict)
     windows: dict[Any, frozenset[int]] = field(default_factory=dict)
     """Which windows masks and layers asked for."""
+    values: dict[Any, object] = field(default_factory=dict)
+    """Those of modules that a verdict was shown with."""
 
-    def run(self, key: Any, owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope) -> str:
+    def knows(self, key: Any, values: object) -> bool:
+        """Whether there is a verdict that holds for these values: to leave a model whole is never wrong."""
+        return key in self.verdicts and (self.verdicts[key] != "" or self.values.get(key) == values)
+
+    def run(
+        self, key: Any, values: object, owner: Any, enter: Callable[..., Any], given: dict[str, Any], scope: Scope
+    ) -> str:
         """The verdict for ``key``, shown anew by ``owner``'s forward of a few tokens of what is ``given``. ""
         for yes, or in which way pieces differ."""
         began = time.perf_counter()
         rows = key[0] == "rows"
-        if len(self.verdicts) > _MOST:
-            self.verdicts.clear()
-            self.windows.clear()
         with _undisturbed(owner, scope):
             try:
                 trial = _Trial(owner, enter, given, scope, rows)
                 verdict = self.verdicts[key] = trial.verdict()
-                self.windows[key] = frozenset(trial.windows)
+                self.windows[key], self.values[key] = frozenset(trial.windows), values
             except CannotPool as error:
                 # That is of this forward's arguments, and not kept.
                 verdict = str(error)

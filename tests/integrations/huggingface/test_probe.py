@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from fapool_plugin.integrations.huggingface import forward as huggingface_forward
-from fapool_plugin.integrations.huggingface.pieces import SURVEYED, values
+from fapool_plugin.integrations.huggingface.pieces import SURVEYED
 from fapool_plugin.integrations.huggingface.probe import Probe
 from tests.blocks import in_blocks, save_long
 from tests.models import assert_close, eager, padded_batch, random_ids, save_config, tiny_config
@@ -53,19 +53,6 @@ class AcrossRows(Wrapped):
 
     def forward(self, x_BSX: Tensor) -> Tensor:
         mixed: Tensor = self.mlp(x_BSX - x_BSX.mean(0, keepdim=True))
-        return mixed
-
-
-class Gated(Wrapped):
-    """Looks at all positions of a row, unless its gate is closed, as parts that are to be trained begin."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__(mlp)
-        self.gate = nn.Parameter(torch.zeros(1))
-        self.share = 1.0
-
-    def forward(self, x_BSX: Tensor) -> Tensor:
-        mixed: Tensor = self.mlp(x_BSX - self.share * self.gate * x_BSX.mean(1, keepdim=True))
         return mixed
 
 
@@ -282,55 +269,6 @@ def test_a_verdict_is_kept_for_what_it_depends_on(tmp_path: Path) -> None:
         model(random_ids(1, LENGTH))
         assert trials(model) == 4, "a module was replaced"
         assert model.fa_pool.stats()["not_overlapped_reasons"] == {}
-
-
-def opened(gated: Gated) -> None:
-    gated.gate.data += 1.0  # past torch's count of versions, as some optimizers write
-
-
-def replaced_gate(gated: Gated) -> None:
-    gated.gate = nn.Parameter(torch.ones(1))
-
-
-def shared(gated: Gated) -> None:
-    gated.share = 1.0
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("change", [opened, replaced_gate, shared])
-def test_what_a_value_hides_is_tried_again_with_another_one(tmp_path: Path, change: Callable[[Gated], None]) -> None:
-    """The same classes and configuration, and another verdict: by what a gate lets through."""
-    folder, ids = save_long("llama", tmp_path), random_ids(1, LENGTH)
-    with in_blocks(folder, None) as model:
-        nets = [replaced(Gated)(net) for net in (eager(folder), model)]
-        if change is shared:
-            for net in nets:
-                opened(net.model.layers[0].mlp)
-                net.model.layers[0].mlp.share = 0.0
-        assert_close(model(ids).logits, nets[0](ids).logits)
-        assert model.fa_pool.stats()["prefill"]["overlapped_forwards"] == 1, "it may be cut while its gate is closed"
-        for net in nets:
-            change(net.model.layers[0].mlp)
-        assert_close(model(ids).logits, nets[0](ids).logits)
-        (reason,) = model.fa_pool.stats()["not_overlapped_reasons"]
-        assert "hidden states differ" in reason, reason
-
-
-def test_values_without_bits_are_like_no_others() -> None:
-    module = Gated(nn.Linear(2, 2))
-    assert values(module) == values(module)
-    module.register_buffer("sparse", torch.eye(2).to_sparse())
-    assert values(module) != values(module)
-
-
-@torch.no_grad()
-def test_values_of_known_code_are_not_looked_at(tmp_path: Path) -> None:
-    folder, ids = save_long("llama", tmp_path), random_ids(1, LENGTH)
-    with in_blocks(folder, None) as model:
-        for _ in range(2):
-            model(ids)
-            model.model.layers[0].mlp.up_proj.weight += 0.01
-        assert [event["kind"] for event in model.fa_pool.stats()["events"]].count("probe") == 1
 
 
 @torch.no_grad()
