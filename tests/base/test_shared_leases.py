@@ -184,9 +184,12 @@ def test_idle_keys_are_recalled_for_another_job(folder: Path, clock: Clock, home
         first.steps()
         second.prompt()
         assert second.ranks == [], "it has been used just now"
+        known = first.cache.state.id
+        assert known in ranks.workers[0].prefixes
         clock.ahead_s += 601.0
         second.steps()
         assert second.ranks == [0], second.events()
+        assert known not in ranks.workers[0].prefixes, "keys of a lease that is over"
         first.steps(2)
         assert first.ranks == [], first.events()
         assert first.kinds("recalled", "replay")[:1] == ["recalled"]
@@ -195,6 +198,34 @@ def test_idle_keys_are_recalled_for_another_job(folder: Path, clock: Clock, home
         assert first.ranks == [0], "it may have it again"
         second.steps(2)
         assert second.kinds("recalled") == ["recalled"]
+
+
+@HOMES
+@pytest.mark.parametrize("prompt", [True, False])
+def test_a_lease_is_recalled_in_the_middle_of_a_forward(folder: Path, clock: Clock, home: str, prompt: bool) -> None:
+    ranks = Standing(2)
+    with jobs(folder, ranks, {"kv_home": home}, {"pool_ranks": 1}) as [first, second]:
+        first.prompt()
+        first.steps()
+        second.prompt(16)  # at the threshold: it asks for nothing yet
+
+        def recall(*_: object) -> None:
+            hook.remove()
+            until(lambda: not any(worker._at_work for worker in ranks.workers.values()), "requests are answered")
+            clock.ahead_s += 61.0
+            second.steps()
+            assert second.ranks == [0], second.events()
+
+        hook = first.model.model.layers[1].register_forward_pre_hook(recall)
+        if prompt:
+            first.prompt()
+        else:
+            first.steps()
+        assert second.ranks == [0]
+        first.steps(2)
+        assert (first.ranks, first.kinds("recalled", "memory", "fault")) == ([1], ["recalled"]), first.events()
+        reasons = first.model.fa_pool.stats()["local_reasons"]
+        assert not any("could not store" in reason for reason in reasons), reasons
 
 
 def test_idle_keys_are_kept_while_none_asks_or_if_the_job_says_so(folder: Path, clock: Clock) -> None:
