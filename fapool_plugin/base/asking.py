@@ -196,8 +196,7 @@ class AttentionRequests:
             return False
         if part.status in (Status.STALE, Status.FULL):
             request.rank.counters.stale += part.status == Status.STALE
-            never_fits = not request.kept and request.notes.starts_anew and not request.rank.is_recalled
-            if part.status == Status.FULL or never_fits:
+            if part.status == Status.FULL or (not request.kept and request.notes.starts_anew):
                 self.sequence.full.add(request.rank.key)
             self.sequence.residency.forget(request.rank.key)
         return self.keeping is not None and self.keeping.lost(request) and part.status == Status.STALE

@@ -31,7 +31,8 @@ from fapool_plugin.wire.messages import LinkLost, Op
 _LOOK_S = 0.5
 """Between two questions for more ranks."""
 _HOLD_S = 5.0
-"""A rank is not given to another job sooner, so that keys are not sent for little; nor are more taken so soon after."""
+"""A rank is not given to another job sooner, so that keys are not sent for little; nor is one given, or are more taken,
+so soon after, when what ranks say of who waits may be old."""
 _log = logging.getLogger("fapool_plugin")
 State = Literal["idle", "activating", "active", "draining", "closed"]
 
@@ -232,17 +233,18 @@ class Leases:
     def _share(self) -> None:
         """Gives back what this job has more than its part, if others wait. They ask every rank, so any will do."""
         now, wishes = time.monotonic(), [rank.link.wishes for rank in self.ranks if rank.link.wishes.waiting]
-        if not wishes or now - self._shared_at < _HOLD_S:
-            return  # those that were given back last may still be waited for
+        hold_s = _HOLD_S + self.config.timeout_s / 5  # wishes may be as old as a heartbeat
+        if not wishes or now - self._shared_at < hold_s:
+            return
         jobs, least, has = wishes[0].waiting, wishes[0].least, len(self.ranks)
         mine = -(-(has + jobs * least) // (jobs + 1))
         # Base ranks that share a model choose the same ones.
-        held = sorted((rank for rank in self.ranks if now - rank.since > _HOLD_S), key=lambda rank: -rank.number)
+        held = sorted((rank for rank in self.ranks if now - rank.since > hold_s), key=lambda rank: -rank.number)
         for rank in held[: max(0, has - mine)]:
             told = f"{jobs} other job(s) wait, with {least} rank(s) or more, and this one has {has}"
             self.counters.log("shared", f"pool rank {rank.number} is given back: {told}")
             self._part(rank)
-            self._shared_at, self._look_at = now, now + _HOLD_S
+            self._shared_at, self._look_at = now, now + hold_s
 
     def _part(self, rank: PoolRank) -> None:
         """Gives one back that has done nothing wrong."""

@@ -72,6 +72,10 @@ class Lease:
             held_ns = round((now - self._began) * 1e9) if self.token is not None else 0
             return Header(op=Op.HELLO, status=Status.BUSY, token=asked.token, extra=held_ns)
 
+    def has(self, link: Link) -> bool:
+        """Whether the lease is had over this link."""
+        return link in self._holders
+
     def grant(self, link: Link, asked: Header) -> None:
         """A job has it now, over this link too."""
         with self._lock:
@@ -129,4 +133,5 @@ class Lease:
         return min(self._in_line(now).items(), key=lambda one: (one[1].has, one[1].since))[0]
 
     def _is_unused(self, now: float) -> bool:
-        return now - self._used > self._idle_s or all(link.silent_s > self._silent_s for link in self._holders)
+        gone = all(link.lost or link.silent_s > self._silent_s for link in self._holders)
+        return gone or now - self._used > self._idle_s

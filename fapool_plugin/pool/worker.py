@@ -216,7 +216,8 @@ class Worker:
 
     def _refusal(self, link: Link, asked: Header) -> Header | None:
         """Asked for by the loop while this computes."""
-        if asked.version != PROTOCOL_VERSION:
+        # Of the lease that it had the job may have said the end just before.
+        if asked.version != PROTOCOL_VERSION or self.lease.has(link):
             return None
         return self.lease.refusal(link, asked, at_work=self._at_work or self.inbox.has_work)
 

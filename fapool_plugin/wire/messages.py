@@ -145,7 +145,7 @@ class Wishes(NamedTuple):
     @classmethod
     def of(cls, beat: Header) -> Wishes:
         """Said by an answer to BEAT."""
-        return cls(beat.number, beat.peers, beat.extra, beat.token)
+        return cls(max(0, beat.number), max(0, beat.peers), beat.extra, beat.token)
 
     def beat(self, steps: int) -> Header:
         """The answer to BEAT that says so."""

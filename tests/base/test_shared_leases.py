@@ -24,11 +24,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("model"))
 
 
+class Clock:
+    """Of leases, at both ends: it goes on, and can be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead_s, self.perf_counter = 0.0, time.perf_counter
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (leases, ranks_lease):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Jobs ask at every forward, and give ranks to others at once."""
+    """Jobs ask at every forward."""
     monkeypatch.setattr(leases, "_LOOK_S", 0.0)
-    monkeypatch.setattr(leases, "_HOLD_S", 0.0)
     with one_thread():
         yield
 
@@ -114,18 +131,17 @@ def test_a_refused_job_asks_again(folder: Path, home: str) -> None:
         assert (first.ranks, second.ranks) == ([0], []), "turn by turn"
 
 
-def test_who_has_more_gives_to_who_has_less(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "_HOLD_S", 0.6)
-    monkeypatch.setattr(ranks_lease, "_WAITS_S", 0.4)
+def test_who_has_more_gives_to_who_has_less(folder: Path, clock: Clock) -> None:
     ranks = Standing(4)
     with jobs(folder, ranks, {}, {}) as [first, second]:
         first.prompt()
         assert first.ranks == [0, 1, 2, 3]
         second.prompt()
         assert second.ranks == []
+        until(lambda: first.leases.ranks[0].link.wishes.waiting, "a heartbeat says so")
         first.steps()
         assert first.ranks == [0, 1, 2, 3], "not so soon"
-        time.sleep(0.6)
+        clock.ahead_s += 6.0
         second.steps()
         until(lambda: first.leases.ranks[0].link.wishes.waiting, "a heartbeat says so")
         first.steps(2)
@@ -133,6 +149,9 @@ def test_who_has_more_gives_to_who_has_less(folder: Path, monkeypatch: pytest.Mo
         second.steps(2)
         assert second.ranks == [2, 3], second.events()
         assert first.kinds("shared") == ["shared"] * 2
+        clock.ahead_s += 6.0
+        second.steps()
+        until(lambda: first.leases.ranks[0].link.wishes.least == 2, "a heartbeat says so")
         for _ in range(3):  # both want more, and have the same
             first.steps()
             second.steps()
@@ -140,11 +159,13 @@ def test_who_has_more_gives_to_who_has_less(folder: Path, monkeypatch: pytest.Mo
         assert (first.ranks, second.ranks) == ([0, 1], [2, 3]), [first.events(), second.events()]
 
 
-def test_keys_that_have_owners_are_shared_between_sequences_only(folder: Path) -> None:
+def test_keys_that_have_owners_are_shared_between_sequences_only(folder: Path, clock: Clock) -> None:
     ranks = Standing(2)
     with jobs(folder, ranks, {"kv_home": "pool"}, {}) as [first, second]:
         first.prompt()
         second.prompt()
+        clock.ahead_s += 6.0
+        second.steps()
         until(lambda: first.leases.ranks[0].link.wishes.waiting, "a heartbeat says so")
         first.steps(2)
         assert first.ranks == [0, 1], first.events()
@@ -155,39 +176,70 @@ def test_keys_that_have_owners_are_shared_between_sequences_only(folder: Path) -
 
 
 @HOMES
-def test_idle_keys_are_recalled_for_another_job(folder: Path, home: str) -> None:
+def test_idle_keys_are_recalled_for_another_job(folder: Path, clock: Clock, home: str) -> None:
     ranks = Standing(1)
-    settings: dict[str, Any] = {"kv_home": home, "idle_keys_s": 0.3}
+    settings: dict[str, Any] = {"kv_home": home, "idle_keys_s": 600.0}
     with jobs(folder, ranks, settings, settings) as [first, second]:
         first.prompt()
         first.steps()
         second.prompt()
         assert second.ranks == [], "it has been used just now"
-        time.sleep(0.4)
+        known = first.cache.state.id
+        assert known in ranks.workers[0].prefixes
+        clock.ahead_s += 601.0
         second.steps()
         assert second.ranks == [0], second.events()
+        assert known not in ranks.workers[0].prefixes, "keys of a lease that is over"
         first.steps(2)
         assert first.ranks == [], first.events()
         assert first.kinds("recalled", "replay")[:1] == ["recalled"]
-        time.sleep(0.4)
+        clock.ahead_s += 601.0
         first.steps(2)
         assert first.ranks == [0], "it may have it again"
         second.steps(2)
         assert second.kinds("recalled") == ["recalled"]
 
 
-def test_idle_keys_are_kept_while_none_asks_or_if_the_job_says_so(folder: Path) -> None:
-    ranks = Standing(1)
-    with jobs(folder, ranks, {"idle_keys_s": 0.1}, {}) as [first, second]:
+@HOMES
+@pytest.mark.parametrize("prompt", [True, False])
+def test_a_lease_is_recalled_in_the_middle_of_a_forward(folder: Path, clock: Clock, home: str, prompt: bool) -> None:
+    ranks = Standing(2)
+    with jobs(folder, ranks, {"kv_home": home}, {"pool_ranks": 1}) as [first, second]:
         first.prompt()
-        time.sleep(0.3)
+        first.steps()
+        second.prompt(16)  # at the threshold: it asks for nothing yet
+
+        def recall(*_: object) -> None:
+            hook.remove()
+            until(lambda: not any(worker._at_work for worker in ranks.workers.values()), "requests are answered")
+            clock.ahead_s += 61.0
+            second.steps()
+            assert second.ranks == [0], second.events()
+
+        hook = first.model.model.layers[1].register_forward_pre_hook(recall)
+        if prompt:
+            first.prompt()
+        else:
+            first.steps()
+        assert second.ranks == [0]
+        first.steps(2)
+        assert (first.ranks, first.kinds("recalled", "memory", "fault")) == ([1], ["recalled"]), first.events()
+        reasons = first.model.fa_pool.stats()["local_reasons"]
+        assert not any("could not store" in reason for reason in reasons), reasons
+
+
+def test_idle_keys_are_kept_while_none_asks_or_if_the_job_says_so(folder: Path, clock: Clock) -> None:
+    ranks = Standing(1)
+    with jobs(folder, ranks, {}, {"idle_keys_s": None}) as [first, second]:
+        first.prompt()
+        clock.ahead_s += 100.0
         first.steps()
         assert first.kinds("recalled") == []
         first.model.fa_pool.leases.release("test")
         second.prompt()
-        time.sleep(0.3)
+        clock.ahead_s += 1e6
         first.prompt()
-        assert (first.ranks, second.ranks) == ([], [0]), "60 s are not over"
+        assert (first.ranks, second.ranks) == ([], [0]), "its keys are not recalled"
 
 
 @HOMES
@@ -198,10 +250,7 @@ def test_a_job_that_stands_still_loses_its_lease_to_one_that_asks(folder: Path, 
         first.steps()
         second.prompt()
         with first.leases.pool.loop.alone():  # type: ignore[union-attr]
-            time.sleep(0.4)
-            second.steps()
-            assert second.ranks == [], second.events()
-            time.sleep(0.4)
+            time.sleep(0.8)
             second.steps()
             assert second.ranks == [0], second.events()
         first.steps(2)
@@ -221,12 +270,11 @@ def test_a_refusal_does_not_wait_for_what_the_rank_computes(folder: Path, monkey
         free[0] = True
 
 
-def test_a_wish_is_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks_lease, "_WAITS_S", 0.2)
+def test_a_wish_is_forgotten(folder: Path, clock: Clock) -> None:
     ranks = Standing(1)
     with jobs(folder, ranks, {}, {}) as [first, second]:
         first.prompt()
         second.prompt()
-        time.sleep(0.3)
+        clock.ahead_s += 3.0
         first.prompt()
         assert first.ranks == [0], "the other does not ask any more"

@@ -112,6 +112,15 @@ def test_it_is_recalled_if_it_is_not_used_and_another_asks(clock: Clock, why: st
     assert lease.wishes(holder) == Wishes(), "it has it again"  # type: ignore[arg-type]
 
 
+def test_what_a_job_leaves_behind_that_has_ended_is_recalled_too(clock: Clock) -> None:
+    lease, holder, other = Lease(), End(), End()
+    assert asks(lease, holder, 7) is None
+    assert (lease.has(holder), lease.has(other)) == (True, False)  # type: ignore[arg-type]
+    holder.lost = "killed"
+    assert asks(lease, other, 8) is None
+    assert (lease.has(holder), lease.has(other)) == (False, True)  # type: ignore[arg-type]
+
+
 def test_it_is_not_recalled_of_a_job_of_which_one_link_is_heard(clock: Clock) -> None:
     lease, one, two, other = Lease(), End(), End(), End()
     for link in (one, two):

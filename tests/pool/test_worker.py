@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -125,6 +126,27 @@ def test_a_rank_serves_one_job_over_several_links(bases: tuple[list[Link], Worke
     two.send(Header(op=Op.RELEASE, token=1))
     assert ask(two, 1, held=0, keys=5)[0].header.status == Status.STALE, "nobody holds a lease"
     assert worker.prefixes.nbytes == 0
+
+
+def test_a_job_that_gives_its_lease_back_and_asks_again_is_not_refused_on_the_way(
+    bases: tuple[list[Link], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the rank still computes, and knows of neither."""
+    (link, _), worker = bases
+    hello(link, 1)
+    computes, real = threading.Event(), worker._handle
+
+    def handle(*given: Any) -> None:
+        assert computes.wait(10)
+        real(*given)
+
+    monkeypatch.setattr(worker, "_handle", handle)
+    link.send(Header(op=Op.RELEASE, token=1))
+    link.send(Header(op=Op.HELLO, token=2))
+    time.sleep(0.2)  # the loop has both
+    computes.set()
+    assert link.receive(10.0).header.status == Status.OK
+    assert worker.lease.token == 2
 
 
 def test_another_job_finds_it_busy_until_the_lease_is_given_back(bases: tuple[list[Link], Worker]) -> None:
