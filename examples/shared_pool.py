@@ -29,6 +29,7 @@ import ray
 import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from fapool_plugin import FAPoolConfig, FAPoolForCausalLM
 from fapool_plugin.ranks import directory
@@ -77,6 +78,7 @@ def job(
 ) -> None:
     """One job; `main` starts it. Says "ready", reads for how many seconds it is to work, and says what it did."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     lengths = [tokens, SHORT, tokens // 2]
     prompts = {n: torch.randint(1, WORDS, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths}
     plain = AutoModelForCausalLM.from_pretrained(folder)
@@ -91,7 +93,7 @@ def job(
         seconds = float(sys.stdin.readline())
         began = time.monotonic()
         while time.monotonic() < began + seconds:
-            length, before = pauses.choice(lengths), calls(mine)
+            length, before = lengths[(number + len(answers)) % len(lengths)], calls(mine)
             came_s = time.monotonic() - began
             told = answer(model, prompts[length], new_tokens)
             used = [rank for rank, count in calls(mine).items() if count > before.get(rank, 0)]
@@ -200,9 +202,9 @@ def show(what: str, found: dict[str, Any], ranks: int) -> None:
 def main(
     split: Annotated[str, typer.Option(help="Ranks of each job's own pool, such as 1,2.")] = "1,2",
     seconds: Annotated[float, typer.Option(min=1.0, help="How long jobs work, each time.")] = 60.0,
-    tokens: Annotated[int, typer.Option(help="Of the longest prompts.")] = 3000,
+    tokens: Annotated[int, typer.Option(help="Of the longest prompts.")] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 4,
-    pause_s: Annotated[float, typer.Option(min=0.0, help="Between prompts of one job, on average.")] = 2.0,
+    pause_s: Annotated[float, typer.Option(min=0.0, help="Between prompts of one job, on average.")] = 1.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write every answer to this file.")] = None,
 ) -> None:
     """Both ways, one after the other. Exit codes: 0 all tokens are equal, 1 some are not, 2 an error."""

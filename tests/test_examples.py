@@ -31,9 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tokenizer(save_model("llama", tmp_path_factory.mktemp("model")))
 
 
-def run(example: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(example: str, *arguments: object, limit_s: float = 100) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / example), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
 
 
 @pytest.mark.processes
@@ -137,3 +137,25 @@ def test_finetuning_draws_the_same_losses_twice(folder: Path, tmp_path: Path) ->
     (apart,) = re.findall(r"losses differ by (\S+) at most", done.stdout)
     assert float(apart) < 1e-5, done.stdout
     assert (tmp_path / "losses.png").stat().st_size > 5000
+
+
+@pytest.mark.full
+@pytest.mark.processes
+@pytest.mark.timeout(300)
+def test_jobs_share_a_pool(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    out, given = tmp_path / "out.json", ("--split", "1,2", "--seconds", 4, "--tokens", 400, "--pause-s", 0.2)
+    done = run("shared_pool.py", *given, "--json", out, limit_s=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tokens are equal, 0 faults") == 2, done.stdout
+    found = json.loads(out.read_text())
+    for how, most in (("shared", (3, 3)), ("own", (1, 2))):
+        answers = found[how]["answers"]
+        assert {each["job"] for each in answers} == {0, 1}, answers
+        assert all(each["tokens"] >= 200 for each in answers if each["ranks"]), "short prompts stay local"
+        assert all(len(each["ranks"]) <= most[each["job"]] for each in answers), answers
+        assert found[how]["useful_s"] > 0
+    long = [each for each in found["own"]["answers"] if each["tokens"] >= 200]
+    assert long, "each third prompt is short"
+    assert all(each["ranks"] for each in long), f"its own ranks are always free: {long}"
+    assert any(len(each["ranks"]) == 3 for each in found["shared"]["answers"]), "a job that is alone has them all"

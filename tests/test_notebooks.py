@@ -30,6 +30,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     "03_deepspeed_and_megatron.ipynb": {"TOKENS": 300, "NEW_TOKENS": 4, "THRESHOLD": 200, "LAYOUTS": [(1, 0), (2, 1)]},
     "04_long_finetuning.ipynb": {"TOKENS": 300, "STEPS": 2, "THRESHOLD": 200, "QUICK": True},
     "05_keys_on_the_pool.ipynb": {"ROWS": 3, "TOKENS": 200, "NEW_TOKENS": 4},
+    "06_shared_pool.ipynb": {"SPLIT": "1,1", "SECONDS": 3, "TOKENS": 400, "PAUSE_S": 0.2},
 }
 BY_DEFAULT = ("01_quickstart.ipynb", "05_keys_on_the_pool.ipynb")
 """What the others do beside has tests of its own."""
@@ -75,6 +76,13 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         r"replay - \d+ columns are computed once more",
         "replays: 1",
         "tokens are identical",
+    ),
+    "06_shared_pool.ipynb": (
+        "2 jobs on a shared pool of 2 ranks: tokens are equal, 0 faults",
+        "each with ranks of its own .*: tokens are equal, 0 faults",
+        r"times those of own pools",
+        r"one pool for all: [1-9]\d* long tokens a second",
+        r"a pool for each: [1-9]\d* long tokens a second",
     ),
 }
 """What a run has to print, as patterns, in this order."""

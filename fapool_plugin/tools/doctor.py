@@ -198,10 +198,16 @@ def _pools() -> Check:
         finally:
             if not was_in:
                 ray.shutdown()
+    except FAPoolConfigError:
+        return Check(
+            "standing pools", "", False, "no Ray cluster is here, or at RAY_ADDRESS: fapool pool up starts one"
+        )
     except Exception as error:  # whatever Ray raises, it is the answer
-        return Check("standing pools", "", False, " ".join(str(error).split())[:300])
+        return Check(
+            "standing pools", "", False, f"the Ray cluster does not answer: {str(error).splitlines()[0][:160]}"
+        )
     if not found:
-        return Check("standing pools", "", False, "none on the Ray cluster of this machine: fapool pool up")
+        return Check("standing pools", "", False, "none on the Ray cluster that is here: fapool pool up makes one")
     return Check("standing pools", "", True, ", ".join(found))
 
 

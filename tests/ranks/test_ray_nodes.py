@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.ranks import directory
+from fapool_plugin.tools import doctor
 from fapool_plugin.tools import standing as pool_tool
 from fapool_plugin.tools.cli import app
 from tests.conftest import child_processes
@@ -185,6 +186,10 @@ def test_status_is_served_until_the_pool_is_down(
     for one in ranks:
         assert f'fapool_pool_rank_requests_total{{rank="{one["rank"]}"}} {one["requests"]:.1f}' in lines, lines
     assert 'fapool_pool_ranks{state="free"} 2.0' in lines, lines
+    told = next(check for check in doctor.examine() if check.name == "standing pools")
+    assert told.usable, told
+    assert f"{pool} (2 of 2 ranks stand)" in told.why
+    assert ray.is_initialized(), "who is in the cluster stays in it"
     end(ray, pool)
     served.join(20)
     assert not served.is_alive(), "it ends with the pool"

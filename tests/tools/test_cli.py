@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
+from fapool_plugin import FAPoolConfigError
 from fapool_plugin.integrations.huggingface import runs
 from fapool_plugin.observe.trace import summary
 from fapool_plugin.tools import cli, doctor
@@ -308,6 +309,28 @@ def test_doctor_says_what_is_missing(monkeypatch) -> None:
     assert checks["transformers"]["why"] == "not installed: pip install fapool-plugin[hf]"
     assert checks["links"]["usable"]
     assert "fapool-plugin[megatron]" in invoke("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FAPoolConfigError("no Ray cluster was found"), "no Ray cluster is here, or at RAY_ADDRESS"),
+        (RuntimeError("it hangs\nand more"), "the Ray cluster does not answer: it hangs"),
+    ],
+)
+def test_doctor_is_healthy_without_a_cluster(monkeypatch, error: Exception, told: str) -> None:
+    pytest.importorskip("ray")
+
+    def joined(address: str | None) -> None:
+        raise error
+
+    monkeypatch.setattr(doctor.directory, "join", joined)
+    done = invoke("doctor", "--json")
+    assert done.exit_code == 0, done.output
+    pools = next(check for check in json.loads(done.stdout)["checks"] if check["name"] == "standing pools")
+    assert not pools["usable"]
+    assert pools["why"].startswith(told)
+    assert "\n" not in pools["why"]
 
 
 def test_doctor_fails_without_links(monkeypatch) -> None:
