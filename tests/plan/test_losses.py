@@ -106,6 +106,23 @@ def test_what_has_no_room_goes_back_to_the_queue() -> None:
     )
 
 
+@dataclass(frozen=True)
+class Roomy(Plain):
+    """Each rank has as much room as the base."""
+
+    def room(self, ranks: int) -> float:
+        return 5000 * (1 + ranks)
+
+
+def test_two_jobs_that_wait_for_ranks_do_not_wait_for_each_other() -> None:
+    """The second has lost one of two and cannot go on with the other; the first has one, and needs two next."""
+    requests = [Request(0, 10, 1), Request(0.1, 12_000, 5), Request(1.5, 6000, 3), Request(1.6, 10, 1)]
+    requests.append(Request(1.7, 12_000, 2))
+    found = simulate(requests, setting(jobs=2, pool=2, lease=2, wear=lose({0: [1.0]})), Roomy())
+    assert len(found.served) == len(requests), f"{found.served}"
+    assert found.evicted >= 1
+
+
 def test_ranks_that_join() -> None:
     early = setting(jobs=2, pool=0, joins=((2.0, 4),))
     found = simulate([Request(1, 8000, 1), Request(3, 8000, 1)], early, Plain())
