@@ -241,7 +241,7 @@ def ups(wear: Wear, rank: int, at: float, until: float) -> list[tuple[float, flo
     raise AssertionError
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(REQUESTS, SETTINGS, SPEEDS)
 def test_each_request_is_served_once_and_each_rank_lent_to_one_job(requests, made: Setting, speeds: Plain) -> None:
     found = simulate(requests, made, speeds)
@@ -253,7 +253,7 @@ def test_each_request_is_served_once_and_each_rank_lent_to_one_job(requests, mad
     assert never.losses == never.replays == never.evicted == never.lost_s == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(REQUESTS, SETTINGS)
 def test_fixed_ranks_too(requests, made: Setting) -> None:
     fixed = replace(made, lease=min(made.lease, made.each), fixed=True)
