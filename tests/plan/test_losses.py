@@ -106,6 +106,18 @@ def test_what_has_no_room_goes_back_to_the_queue() -> None:
     )
 
 
+def test_a_prompt_that_goes_back_leaves_the_others_to_be_replayed() -> None:
+    requests = [Request(0, 8000, 101), Request(0, 8100, 101)]
+    found = simulate(requests, setting(pool=1, lease=1, wear=lose({0: [6.0]})), Plain(most=9000, more=20_000))
+    # The second prompt is abandoned after 1.5 s; the first one's 8,001 tokens are computed again, alone.
+    began = 6.0 + 8.001
+    assert (found.evicted, found.replays) == (1, 1)
+    assert found.lost_s == pytest.approx(1.5 + 8.001)
+    by = {one.request.prompt: one for one in found.served}
+    assert by[8100].first_s == pytest.approx(began + 0.5 + 8.1 / 2)
+    assert by[8000].token_s == pytest.approx((began + 0.5 + 8.1 / 2 + 100 * 0.005 - 4.5) / 100)
+
+
 @dataclass(frozen=True)
 class Roomy(Plain):
     """Each rank has as much room as the base."""
