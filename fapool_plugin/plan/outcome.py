@@ -61,7 +61,7 @@ class Outcome:
     evicted: int = 0
     """Of them those that went back to the queue, for want of room."""
     lost_s: float = 0.0
-    """Of all jobs: forwards that were abandoned, and replays."""
+    """Of all jobs: forwards that were abandoned, and replays but for those of sequences that went back."""
 
     @property
     def base_busy_s(self) -> float:

@@ -145,14 +145,14 @@ def simulate(requests: Iterable[Request], setting: Setting, speeds: Speeds) -> O
         bases, leaves, first = places(len(members), setting.base, setting.pool, setting.leaf, first)
         # What joins later stands behind all others.
         later = [at for at, ranks in setting.joins for _ in range(ranks)]
-        places_ = [
+        standing = [
             *((leaf, 0.0) for leaf in leaves),
             *(((first + i) // setting.leaf, at) for i, at in enumerate(later)),
         ]
         first += len(later)
-        for rank, (leaf, at) in enumerate(places_, numbers):
+        for rank, (leaf, at) in enumerate(standing, numbers):
             pool.join(rank, leaf, at)
-        numbers += len(places_)
+        numbers += len(standing)
         run.jobs += [
             _Job(job, pool, leaf, deque(ordered[job :: setting.jobs])) for job, leaf in zip(members, bases, strict=True)
         ]
@@ -206,7 +206,7 @@ class _Run:
         if job.busy_since <= now:
             self.found.busy.append(Busy(job.number, job.busy_since, now))
             job.busy_since = nan
-        if waits or job.again:
+        if waits:
             self._wait(job, now)
         elif job.queue:
             self._later(job, job.queue[0].at_s)
@@ -320,8 +320,8 @@ class _Run:
             if job.lost_at > end:
                 break
             at = self._lose(job, at)
-            if one and job.filling is not one:
-                return at
+            if job.filling is not one:
+                one = None
             lost = job.away
         self.found.replays += len(lost)
         self.found.lost_s += again_s

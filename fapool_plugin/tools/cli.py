@@ -234,6 +234,10 @@ def plan(
     ask_us: Annotated[
         float, typer.Option(help="With --hardware: what asking one pool rank costs the base, in microseconds.")
     ] = 0.0,
+    oversubscription: Annotated[
+        float,
+        typer.Option(help="With --hardware: NICs for each link between leaf switches, if the pool is behind one."),
+    ] = 1.0,
     train: Annotated[
         bool, typer.Option("--train", help="With --hardware: a training step of --batch sequences.")
     ] = False,
@@ -265,7 +269,7 @@ def plan(
             if ask_us < 0:
                 raise ValueError(f"--ask-us is {ask_us}; give at least 0")
             model_, ranks = clusters.read_model(config, base_ranks)
-            made = Cluster(clusters.find_hardware(hardware), model_, ranks, link, ask_us * 1e-6)
+            made = Cluster(clusters.find_hardware(hardware), model_, ranks, link, ask_us * 1e-6, oversubscription)
             counts = [count for count in numbers("--pool-ranks", pool_ranks, least=0) if count]
             if train:
                 if plot is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def predict(cluster: Cluster, lengths: Sequence[int], pool_ranks: Sequence[int],
     found = []
     for kind in kinds:
         rows = [Outlook(cluster, kind, batch, tokens, ranks) for ranks in (0, *pool_ranks) for tokens in lengths]
-        other = Cluster(cluster.hardware, cluster.model, cluster.base, between, cluster.ask_s) if between else None
+        other = replace(cluster, link=between) if between else None
         slow = [Outlook(other, kind, batch, row.tokens, row.ranks) if other and row.ranks else None for row in rows]
         sequences = batch if kind == "decode" else 1
         thresholds = {ranks: cluster.threshold(kind, sequences, ranks, _THRESHOLD_UP_TO) for ranks in pool_ranks}
@@ -229,6 +229,7 @@ def values(found: Sequence[Found]) -> dict[str, Any]:
         "base_ranks": cluster.base,
         "link": cluster.link,
         "ask_s": cluster.ask_s,
+        "oversubscription": cluster.oversubscription,
         "plans": [
             {
                 "kind": one.kind,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, replace
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,9 @@ from fapool_plugin.plan.traffic import simulate as serve
 from fapool_plugin.tools.cluster import find_hardware, read_model
 from fapool_plugin.tools.options import check_counts, check_output, check_picture, numbers, one_line_errors
 from fapool_plugin.tools.traffic_plot import draw
+
+_MOST_REQUESTS = 10_000_000
+"""They take memory before they are served."""
 
 
 def simulate(
@@ -80,10 +83,15 @@ def simulate(
         })  # fmt: skip
         check_output(json_file)
         check_picture(plot)
-        if rate <= 0 or seconds <= 0 or not 0 <= long_part <= 1 or bursts < 1:
+        if not (0 < rate < inf and 0 < seconds < inf and 0 <= long_part <= 1 and 1 <= bursts < inf):
             raise ValueError(
                 f"--rate {rate}, --seconds {seconds}, --long-part {long_part}, --bursts {bursts}: give numbers above "
                 "0, a part of 0 to 1 and bursts of at least 1"
+            )
+        if trace is None and rate * seconds > _MOST_REQUESTS:
+            raise ValueError(
+                f"--rate {rate} for --seconds {seconds} is {rate * seconds:.3g} requests; give at most "
+                f"{_MOST_REQUESTS:.0e}"
             )
         wear, later = _wear(mtbf_hours, restart_s, seed), read_joins(joins)
         if not 1 <= oversubscription < inf or (oversubscription > 1 and leaf_gpus is None):
@@ -105,7 +113,7 @@ def simulate(
         rows, outcomes = [], []
         for pool in sizes:
             most = pool + sum(count for _, count in later if pool)
-            asked = min(most, lease or max(1, pool * pools // jobs))
+            asked = min(most, lease or max(1, pool // ceil(jobs / pools)))
             elastic = Setting(jobs, pool, asked, pools=pools, joins=later if pool else (), wear=wear, **common)
             ways = [
                 (str(pool), elastic, Planned(cluster, oversubscription)),
@@ -183,7 +191,7 @@ def read_trace(path: Path) -> list[Request]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             values = json.loads(line)
-            request = Request(float(values["at_s"]), int(values["prompt"]), int(values["new"]))
+            request = Request(float(values["at_s"]), _whole(values["prompt"]), _whole(values["new"]))
         except (ValueError, KeyError, TypeError, OverflowError):
             request = Request(-1, 0, 0)
         if not 0 <= request.at_s < float("inf") or request.prompt < 1 or request.new < 1:
@@ -195,6 +203,12 @@ def read_trace(path: Path) -> list[Request]:
     if not found:
         raise ValueError(f"--trace {path} has no line; give a request on each")
     return found
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def figures(found: Outcome, setting: Setting, base_ranks: int) -> dict[str, Any]:

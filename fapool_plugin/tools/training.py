@@ -86,6 +86,7 @@ def values(found: Sequence[Training]) -> dict[str, Any]:
         "base_ranks": cluster.base,
         "link": cluster.link,
         "ask_s": cluster.ask_s,
+        "oversubscription": cluster.oversubscription,
         "kind": "training",
         "recompute": found[0].recompute,
         "assumed": ASSUMED,

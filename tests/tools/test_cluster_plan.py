@@ -57,6 +57,20 @@ def test_it_shows_and_writes_what_the_planner_says(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_oversubscription_is_a_slower_link(tmp_path: Path) -> None:
+    args = ("--hardware", "a100-sxm", "--config", PAPER, "--batch", 64, "--lengths", 8192, "--pool-ranks", 8)
+    done = invoke("plan", *args, "--oversubscription", 4, "--json", tmp_path / "plan.json")
+    assert done.exit_code == 0, done.output
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["oversubscription"] == 4
+    model, base = read_model(PAPER, None)
+    made = Cluster(Hardware.load(A100), model, base, "between-nodes")
+    for plan in values["plans"]:
+        (row,) = [row for row in plan["rows"] if row["pool_ranks"]]
+        assert row["pooled"]["seconds"] > made.pooled(plan["kind"], row["batch"], 8192, 8).seconds
+        assert row["slow_link"]["seconds"] > row["pooled"]["seconds"]
+
+
 def test_a_models_own_configuration_and_a_file_of_hardware(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     args = ("--config", tmp_path / "config.json", "--base-ranks", 4, "--lengths", 8192, "--batch", 8)
@@ -89,6 +103,7 @@ def test_a_models_own_configuration_and_a_file_of_hardware(tmp_path: Path) -> No
         (("--hardware", "a100-sxm", "--config", PAPER, "--link", "string"), "no link 'string'"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--ask-us", -1), "--ask-us is -1"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--batch", 0), "--batch is 0"),
+        (("--hardware", "a100-sxm", "--config", PAPER, "--oversubscription", 0.5), "an oversubscription of 0.5"),
         (("--train",), "--train needs --hardware"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--recompute"), "--recompute needs --train"),
         (("--hardware", "a100-sxm", "--config", PAPER, "--train", "--plot", "x.png"), "does not draw training steps"),

@@ -124,6 +124,9 @@ def test_speeds_are_the_planners() -> None:
         ('{"at_s": -1, "prompt": 5, "new": 5}\n', "line 1"),
         ('{"at_s": 0, "prompt": 0, "new": 5}\n', "line 1"),
         ("[1, 2, 3]\n", "line 1"),
+        ('{"at_s": 0, "prompt": 5.5, "new": 5}\n', "line 1"),
+        ('{"at_s": 0, "prompt": "5", "new": 5}\n', "line 1"),
+        ('{"at_s": NaN, "prompt": 5, "new": 5}\n', "line 1"),
     ],
 )
 def test_a_wrong_trace_is_told_in_a_line(lines: str, told: str, tmp_path: Path) -> None:
@@ -138,6 +141,10 @@ def test_a_wrong_trace_is_told_in_a_line(lines: str, told: str, tmp_path: Path) 
     ("args", "told"),
     [
         (("--rate", 0), "--rate 0.0"),
+        (("--rate", "nan"), "--rate nan"),
+        (("--seconds", "inf"), "--seconds inf"),
+        (("--bursts", "nan"), "--bursts nan"),
+        (("--rate", 1e6, "--seconds", 1e6), "is 1e+12 requests; give at most 1e+07"),
         (("--long-part", 2), "a part of 0 to 1"),
         (("--jobs", 0), "--jobs is 0"),
         (("--trace", "none.jsonl"), "is no file"),
