@@ -2,6 +2,7 @@
 # make demo       install, then the demonstration
 # make test       install, lint, then every test but the long matrix and the GPU ones
 # make test-full  install, lint, then every test but the GPU ones
+# make test-oldest  the core of the tests on the oldest torch and transformers, in .venv-oldest; some gigabytes
 # make gpu-check  what can be found out on a GPU in ten minutes
 # make lint       ruff and mypy through pre-commit; make format mends what ruff can mend
 # make clean      remove what the above made
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 # python3.11 by preference; asked to run, not only looked up, since a version manager's stub may stand in its place.
 PYTHON ?= $(or $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
 
-.PHONY: install demo test test-full gpu-check lint format clean
+.PHONY: install demo test test-full test-oldest gpu-check lint format clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -33,6 +34,16 @@ test: lint
 test-full: lint
 	$(BIN)/python -m pytest -m "not gpu"
 
+# Gemma 2 is refused there as it is loaded by default, and a test says so.
+OLDEST := kernels plan wire base pool store integrations/huggingface
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest $(addprefix tests/,$(OLDEST)) -m "not full and not gpu" -k "not gemma2"
+
+.venv-oldest/.installed: requirements/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -r requirements/oldest.txt
+	@touch $@
+
 # By a Python whose torch sees the GPU: what make installs is a CPU build.
 gpu-check:
 	$(PYTHON) -m tests.gpu.check
@@ -51,5 +62,5 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-oldest .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

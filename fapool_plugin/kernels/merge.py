@@ -24,10 +24,9 @@ def merge_(out_BSHE: Tensor, lse_BHS: Tensor, part_out: Tensor, part_lse: Tensor
     if out_BSHE.dtype != exact_dtype(out_BSHE.dtype) or lse_BHS.dtype != exact_dtype(lse_BHS.dtype):
         raise ValueError(f"{out_BSHE.dtype}, {lse_BHS.dtype} accumulators round at each merge: use float32 or float64")
     part_lse = part_lse.to(lse_BHS.dtype)
-    # Two empty sides give -inf - -inf, so the weight of an empty part is set rather than computed.
-    weight_BHS = torch.sigmoid(part_lse - lse_BHS).masked_fill_(part_lse == -torch.inf, 0.0)
+    weight_BHS = (part_lse - _finite(lse_BHS)).sigmoid_()
     out_BSHE.lerp_(part_out.to(out_BSHE.dtype), _per_row(weight_BHS).to(out_BSHE.dtype))
-    lse_BHS.copy_(torch.logaddexp(lse_BHS, part_lse))
+    torch.logaddexp(lse_BHS, part_lse, out=lse_BHS)
 
 
 def fold_sinks(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +41,14 @@ def fold_sinks(out_BSHE: Tensor, lse_BHS: Tensor, sinks_H: Tensor) -> tuple[Tens
     if sinks_H.shape != lse_BHS.shape[1:2]:
         raise ValueError(f"sinks {tuple(sinks_H.shape)}, lse {tuple(lse_BHS.shape)}: give one sink per head")
     folded_BHS = torch.logaddexp(lse_BHS, sinks_H.to(lse_BHS.dtype)[None, :, None])
-    weight_BHS = torch.exp(lse_BHS - folded_BHS).masked_fill_(lse_BHS == -torch.inf, 0.0)
+    weight_BHS = (lse_BHS - _finite(folded_BHS)).exp_()
     return (out_BSHE * _per_row(weight_BHS)).to(out_BSHE.dtype), folded_BHS
+
+
+def _finite(lse_BHS: Tensor) -> Tensor:
+    """What an LSE is taken from: where both are -inf their difference is to be that, and no NaN, which would come from
+    a broken part only."""
+    return lse_BHS.clamp(min=torch.finfo(lse_BHS.dtype).min)
 
 
 def _per_row(weight_BHS: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend, merge_, pick_kernel
+from fapool_plugin.kernels.lanes import Rectangle, attend_all
 from tests.gpu.report import Report
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -47,6 +48,7 @@ def run(report: Report) -> None:
             nbytes = (k.numel() + v.numel()) * k.element_size()
             report.figure(f"decode, batch {batch} x {keys} keys", nbytes / seconds / 1e9, "GB/s")
             _alone(report, f"decode, batch {batch} x {keys}", q, k, v, 4 * HEADS * HEAD_DIM * batch * keys, seconds)
+    _unequal_rows(report)
     for tokens in (8192, 32768):
         n = report.size(tokens, tokens // 64)
         with report.part(f"backward {n}"):
@@ -123,3 +125,23 @@ def _tensors(report: Report, batch: int, s: int, t: int) -> tuple[Tensor, Tensor
 
 def _dtype(report: Report) -> torch.dtype:
     return torch.bfloat16 if report.device.type == "cuda" else torch.float32
+
+
+def _unequal_rows(report: Report) -> None:
+    """A decode step of rows of unequal lengths in one call, beside a call for each."""
+    batch, most = 128, report.size(8192, 256)
+    with report.part("decode of unequal rows"):
+        q = torch.randn(batch, 1, HEADS, HEAD_DIM, device=report.device, dtype=_dtype(report))
+        k, v = (
+            torch.randn(batch, KV_HEADS, most, HEAD_DIM, device=report.device, dtype=_dtype(report)) for _ in range(2)
+        )
+        lengths = [most // 8 + (7 * row * most // 8) // batch for row in range(batch)]
+        parts = [
+            Rectangle(q[r : r + 1], k[r : r + 1, :, :n].transpose(1, 2), v[r : r + 1, :, :n].transpose(1, 2), n - 1)
+            for r, n in enumerate(lengths)
+        ]
+        nbytes = 2 * sum(lengths) * KV_HEADS * HEAD_DIM * k.element_size()
+        together = report.timed(partial(attend_all, parts, softmax_scale=SCALE))
+        each = report.timed(lambda: [attend_all([part], softmax_scale=SCALE) for part in parts])
+        report.figure(f"decode, {batch} unequal rows to {most} keys, together", nbytes / together / 1e9, "GB/s")
+        report.figure(f"decode, {batch} unequal rows to {most} keys, one by one", nbytes / each / 1e9, "GB/s")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fapool_plugin.kernels.backward import attend_backward
 from fapool_plugin.kernels.forward import attend
+from fapool_plugin.kernels.lanes import Rectangle, attend_all
 from fapool_plugin.kernels.operators import OPERATORS, capability
 from fapool_plugin.kernels.operators import Case as Asked
 from tests.dense_attention import TOLERANCE, reference, tensors, visible_ST
@@ -168,21 +169,34 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, case: Case) -> tuple[Tensor, Tens
 
 
 def _lengths_apart(report: Report) -> None:
-    """One call for rows of unequal lengths: a decode step of a padded batch."""
-    case = Case("decode", 1, 300)
-    torch.manual_seed(0)
-    q, k, v = tensors(3, 1, 300, case.H, case.K, case.D, dtype=torch.bfloat16)
-    lengths = [300, 17, 128]
-    used = torch.tensor(lengths, dtype=torch.int32, device=report.device)
-    on_device = [x.to(report.device) for x in (q, k, v)]
-    out, lse, *_ = aten._flash_attention_forward(
-        *on_device, None, None, 1, case.T, 0.0, False, False, scale=SCALE, seqused_k=used
-    )
-    for row, length in enumerate(lengths):
-        mine = slice(row, row + 1)
-        expected = reference(q[mine], k[mine, :length], v[mine, :length], visible_ST(1, length), SCALE)
-        report.close(f"seqused_k {length}: out", out[row : row + 1], expected[0], TOLERANCE[torch.bfloat16])
-        report.close(f"seqused_k {length}: lse", lse[row : row + 1], expected[1], 1e-3)
+    """One call for rows of unequal lengths, with queries in groups and one by one: a decode step of a padded batch."""
+    for H, K in ((8, 2), (4, 4)):
+        torch.manual_seed(0)
+        q, k, v = tensors(3, 1, 300, H, K, 64, dtype=torch.bfloat16)
+        # Heads first, as caches keep keys: lanes are sequences of one storage. What is not given is poisoned.
+        lengths, on_device = (300, 17, 128), [x.transpose(1, 2).contiguous().to(report.device) for x in (k, v)]
+        for x in on_device:
+            for row, length in enumerate(lengths):
+                x[row, :, length:] = torch.nan
+        parts = [
+            Rectangle(
+                q[row : row + 1].to(report.device),
+                on_device[0][row : row + 1, :, :n].transpose(1, 2),
+                on_device[1][row : row + 1, :, :n].transpose(1, 2),
+                n - 1,
+            )
+            for row, n in enumerate(lengths)
+        ]
+
+        def each(part: Rectangle) -> tuple[Tensor, Tensor]:
+            raise AssertionError("not one call")
+
+        found = attend_all(parts, softmax_scale=SCALE, alone=each)
+        for row, (length, (out, lse)) in enumerate(zip(lengths, found, strict=True)):
+            mine, told = slice(row, row + 1), f"seqused_k {length}, {H} and {K} heads"
+            expected = reference(q[mine], k[mine, :length], v[mine, :length], visible_ST(1, length), SCALE)
+            report.close(f"{told}: out", out, expected[0], TOLERANCE[torch.bfloat16])
+            report.close(f"{told}: lse", lse, expected[1], 1e-3)
 
 
 def _look(report: Report, module: str | None) -> None:

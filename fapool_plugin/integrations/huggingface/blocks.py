@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.utils.output_capturing import _active_collector
 
 from fapool_plugin.base.rounds import run_rounds
@@ -269,6 +269,8 @@ def not_in_pieces(owner: Any, given: dict[str, Any], scope: Scope, *, rows: bool
     fillable = isinstance(cache, PooledCache) or (training and type(cache) is DynamicCache and not len(_filled(cache)))
     if cache is not None and not fillable:
         return f"a cache of type {type(cache).__name__} was made outside the decoder"
+    if any(getattr(one, "record_past", False) for one in getattr(cache, "layers", ())) and past_outgrows_masks():
+        return "its cache keeps what lies behind a window, and shows later blocks more keys than their masks have"
     for name, value in given.items():
         known = name in _DIMS.keys() | _WHOLE or not isinstance(value, Tensor | dict | list | tuple)
         if not known and name in names_used(owner):
@@ -279,6 +281,18 @@ def not_in_pieces(owner: Any, given: dict[str, Any], scope: Scope, *, rows: bool
         # transformers looks for this only where it sees no cache; blocks always have one.
         return "sequences are packed"
     return None
+
+
+@functools.cache
+def past_outgrows_masks() -> bool:
+    """Whether a layer with a window that keeps its past, for drafts, gives a second forward without a crop between them
+    more keys than it says; transformers before 5.23 does."""
+    layer, x = DynamicSlidingWindowLayer(sliding_window=2), torch.zeros(1, 1, 3, 1)
+    layer.activate_past_recording()
+    layer.update(x, x)
+    told, _ = layer.get_mask_sizes(3)
+    keys, _ = layer.update(x, x)
+    return keys.shape[2] > told
 
 
 def _filled(cache: DynamicCache) -> list[Any]:

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from fapool_plugin.integrations.huggingface.config_view import local_name
+
 FULL_LAYERS = {"full_attention", "hybrid"}
 _LEFT_ALONE = {"sliding_attention", "hybrid_sliding", "conv", "linear_attention", "dummy"}
 """Layers that are computed as without the plugin. Any kind in neither set is refused."""
@@ -70,6 +72,12 @@ def refuse_model(model: Any, attentions: list[Any]) -> None:
         raise ValueError(f"{name} attends in both directions; fa_pool pools causal decoders. Load it without fa_pool")
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise ValueError(f"{name} shares keys between layers, which fa_pool does not pool. Load it without fa_pool")
+    # Before transformers 5.23 such a model is loaded with "sdpa" unless told otherwise.
+    if any(getattr(m, "attn_logit_softcapping", None) and local_name(m.config) == "sdpa" for m in attentions):
+        raise ValueError(
+            f'{name} caps its scores (attn_logit_softcapping), and its attention "sdpa" leaves that out: pooled and '
+            'local layers would differ. Load it with attn_implementation="eager"'
+        )
     kinds = sorted(set(get_layer_types_and_kwargs(config)[0]) - FULL_LAYERS - _LEFT_ALONE)
     if getattr(config, "attention_chunk_size", None) and not kinds:
         kinds = ["chunked_attention"]

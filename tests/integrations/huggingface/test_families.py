@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 from tests.models import (
     FAMILIES,
     THRESHOLD,
@@ -141,3 +142,15 @@ def test_a_window_wider_than_the_prompt(tmp_path: Path) -> None:
         assert model.fa_pool.stats()["faults"] == 0
     assert_same_tokens(result.sequences, expected.sequences)
     assert_close(torch.stack(result.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_scores_that_sdpa_would_not_cap_are_refused(tmp_path: Path, implementation: str) -> None:
+    """Transformers before 5.23 loads such a model with sdpa, which leaves the cap out."""
+    model = plain(save_model("gemma2", tmp_path), attn_implementation="eager")
+    model.config._attn_implementation_internal = implementation
+    if implementation == "eager":
+        FAPoolForCausalLM.wrap(model).fa_pool.close()
+        return
+    with pytest.raises(ValueError, match=r'Gemma2ForCausalLM caps its scores .*attn_implementation="eager"'):
+        FAPoolForCausalLM.wrap(model)

@@ -102,7 +102,7 @@ def test_attention_does_not_count(tmp_path: Path, clock: Clock, monkeypatch: pyt
 
 def test_sliding_layers_are_computed(tmp_path: Path) -> None:
     """They are local in every plan, so their attention belongs to the linear part: it must be the real one."""
-    model = plain(save_model("gemma2", tmp_path))
+    model = plain(save_model("gemma2", tmp_path), attn_implementation="eager")
     ids, seen = random_ids(1, 12), []
     sliding = model.model.layers[0].self_attn.o_proj
     sliding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
