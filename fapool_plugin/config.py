@@ -72,9 +72,7 @@ class FAPoolConfig(BaseModel):
         None, description="With ray: the cluster's address; null: the one that this process or this machine is in."
     )
     idle_keys_s: float | None = Field(
-        60.0,
-        gt=0,
-        description="With ray: a rank that is asked nothing for so many seconds may be recalled; null: not.",
+        60.0, gt=0, description="With ray: a rank that is asked nothing for so many seconds may be recalled; null: not."
     )
     pool_placement: Literal["last", "per_node"] = Field(
         "last",

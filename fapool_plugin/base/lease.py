@@ -31,9 +31,9 @@ from fapool_plugin.wire.messages import (
     Op,
     Payload,
     Status,
-    Wishes,
     rooms,
 )
+from fapool_plugin.wire.wishes import Wishes
 
 _STEPS = 4
 """A rank that takes so many times as long for a step as it should does not get on."""

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import Header, Op, Status, Wishes
+from fapool_plugin.wire.messages import Header, Op, Status
+from fapool_plugin.wire.wishes import Wishes
 
 _WAITS_S = 2.0
 """A job that was refused asks again within this time, or does not wait any more: four times what it takes to ask."""

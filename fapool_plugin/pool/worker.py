@@ -223,18 +223,12 @@ class Worker:
 
     def _greeted(self, link: Link, message: Message, answer: Header) -> None:
         """Answers HELLO, with what is agreed on of how bodies travel."""
-        made, name, terms = None, None, link.terms
+        made = name = None
         if answer.status == Status.OK:
-            made = terms.agree(message.attached)
-            if message.header.address:
-                answer = answer._replace(keep=int(terms.open(message.tensors[0])))
-                if answer.keep:
-                    terms.use_rings()  # before the base may
-            elif message.header.keep:
-                name = terms.name()
-            else:
-                terms.drop()
-        link.send(answer._replace(address=0 if name is None else len(name)), () if name is None else [name], made)
+            theirs = message.tensors[0] if message.header.address else None
+            keep, name, made = link.terms.answered(message.header.keep, theirs, message.attached)
+            answer = answer._replace(keep=keep, address=0 if name is None else len(name))
+        link.send(answer, () if name is None else [name], made)
 
     def _hello(self, link: Link, header: Header) -> Header:
         if header.version != PROTOCOL_VERSION:

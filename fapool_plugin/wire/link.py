@@ -34,7 +34,6 @@ from fapool_plugin.wire.messages import (
     Packed,
     Payload,
     Status,
-    Wishes,
     body_memory,
     header_bytes,
     header_of,
@@ -45,6 +44,7 @@ from fapool_plugin.wire.modes import real_tensors
 from fapool_plugin.wire.outgoing import Attached, Outgoing
 from fapool_plugin.wire.terms import Terms
 from fapool_plugin.wire.watch import watch_process
+from fapool_plugin.wire.wishes import Wishes
 
 _QUEUED = 4096
 """Messages that may be received ahead."""

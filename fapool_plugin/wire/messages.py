@@ -130,29 +130,6 @@ class Header(NamedTuple):
     """How much; 0: none, the body follows the answer's header."""
 
 
-class Wishes(NamedTuple):
-    """What a pool rank says with every heartbeat of the lease that the other end has, or had."""
-
-    waiting: int = 0
-    """Jobs that asked for the rank lately, and were refused."""
-    least: int = 0
-    """The fewest ranks that one of them has."""
-    leaving: int = 0
-    """1: the rank leaves as soon as the lease is given back."""
-    recalled: int = 0
-    """The token of a lease that was taken from the other end, 0 for none."""
-
-    @classmethod
-    def of(cls, beat: Header) -> Wishes:
-        """Said by an answer to BEAT."""
-        return cls(max(0, beat.number), max(0, beat.peers), beat.extra, beat.token)
-
-    def beat(self, steps: int) -> Header:
-        """The answer to BEAT that says so."""
-        said = {"number": self.waiting, "peers": self.least, "extra": self.leaving, "token": self.recalled}
-        return Header(op=Op.BEAT, status=Status.OK, clock=steps, **said)
-
-
 _WITH_BODY = frozenset((Op.HELLO, Op.ATTEND, Op.BACKWARD, Op.PEER, Op.FETCH, Op.SELECT, Op.STORE))
 _PACKED = struct.Struct(f"<{len(Header())}q")
 

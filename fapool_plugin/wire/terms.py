@@ -114,6 +114,21 @@ class Terms:
         self.carrier = Ipc(self._mine, self._theirs, self._asks, self.device, self._when_ended)
         self._ring = self._mine = self._theirs = None
 
+    def answered(
+        self, keep: int, name: torch.Tensor | None, theirs: Descriptor | None
+    ) -> tuple[int, torch.Tensor | None, Descriptor | None]:
+        """What goes with a pool rank's answer to a HELLO with these: its ``keep``, its ring on a device, its ring in
+        host memory. Raises LinkLost as :meth:`agree` and :meth:`open` do."""
+        made = self.agree(theirs)
+        if name is not None:
+            if opened := self.open(name):
+                self.use_rings()  # before the base may
+            return int(opened), None, made
+        if keep:
+            return 0, self.name(), made
+        self.drop()
+        return 0, None, made
+
     def stay(self, why: str) -> None:
         """Bodies go by host memory, from now on and for good."""
         self.notes.append(f"bodies go through host memory: {why}")

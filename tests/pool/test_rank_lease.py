@@ -6,7 +6,8 @@ import pytest
 
 from fapool_plugin.pool import lease as module
 from fapool_plugin.pool.lease import Lease
-from fapool_plugin.wire.messages import Header, Op, Status, Wishes
+from fapool_plugin.wire.messages import Header, Op, Status
+from fapool_plugin.wire.wishes import Wishes
 
 
 class End:
