@@ -47,7 +47,7 @@ FORWARD = Pass(1, 1, queries_out=1, queries_back=1, keys_back=0, lse_back=1)
 BACKWARD = Pass(2, 2.5, queries_out=3, queries_back=1, keys_back=2, lse_out=1)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What takes a turn, as parts of a batch: of its positions, and of its pairs; with how many times its keys."""
 
     tokens: float
@@ -98,16 +98,16 @@ class Training:
             return None
         shares = [step / _SHARES for step in range(_SHARES)]
 
-        def best(parts: Sequence[_Part]) -> tuple[float, float, int]:
+        def best(parts: Sequence[Part]) -> tuple[float, float, int]:
             return min((sum(self._pass_s(one, parts, x) for one in self.passes), x, len(parts)) for x in shares)
 
-        whole = best([_Part(1.0, 1.0, 1.0)])
+        whole = best([Part(1.0, 1.0, 1.0)])
         if self.batch > 1:
             first = (self.batch - self.batch // 2) / self.batch
-            turns = best([_Part(x, x, x) for x in (first, 1 - first)])
+            turns = best([Part(x, x, x) for x in (first, 1 - first)])
         else:
             # The second half of a row sees, and sends, all keys.
-            turns = best([_Part(0.5, 0.25, 0.5), _Part(0.5, 0.75, 1.0)])
+            turns = best([Part(0.5, 0.25, 0.5), Part(0.5, 0.75, 1.0)])
         seconds, share, parts = min(whole, turns)
         return Way(seconds, whole[0], share, parts)
 
@@ -178,12 +178,12 @@ class Training:
     def _work(self, b: float, c: float) -> float:
         return self.tokens * (b + self.tokens * c)
 
-    def _pass_s(self, one: Pass, parts: Sequence[_Part], share: float) -> float:
+    def _pass_s(self, one: Pass, parts: Sequence[Part], share: float) -> float:
         """One pass with so much of the attention on the base."""
-        layers = [self._layer(one, part, share) for part in parts]
+        layers = [self.layer(one, part, share) for part in parts]
         return alternate_s(layers, self.cluster.model.layers)
 
-    def _layer(self, one: Pass, part: _Part, share: float) -> Layer:
+    def layer(self, one: Pass, part: Part, share: float) -> Layer:
         """A pool rank's NIC takes from all base ranks, a base rank's gives to all pool ranks; each base rank's request
         waits for those of the others."""
         cluster, shape, wire = self.cluster, self.cluster.shape(), self.cluster.wire

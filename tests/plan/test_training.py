@@ -9,7 +9,7 @@ import pytest
 
 from fapool_plugin.plan.cluster import Cluster
 from fapool_plugin.plan.hardware import Hardware
-from fapool_plugin.plan.training import Training
+from fapool_plugin.plan.training import BACKWARD, FORWARD, Part, Training
 from fapool_plugin.tools.cluster import read_model
 from tests.simple_hardware import (
     BANDWIDTHS,
@@ -88,6 +88,26 @@ def test_a_pooled_step(ranks: int, recompute: bool, link: str) -> None:
     assert found.seconds <= found.whole_s
     least = max(linear(recompute), step.alone_s / (1 + ranks / BASE))
     assert found.seconds >= 0.99 * least, f"{found} is faster than anything can be, {least}"
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("ranks", [1, 6, 12])
+def test_messages_of_one_layer_by_hand(batch: int, ranks: int) -> None:
+    """Half of the work goes away, of it half of the queries in this part; keys of all of them."""
+    step = Training(Cluster(simple(), MODEL, BASE, "thin"), batch, TOKENS, ranks, False)
+    part, lanes = Part(tokens=0.5, pairs=0.75, keys=1.0), batch * LANES * 0.5 / ranks
+    queries, keys = lanes * TOKENS / 2, max(lanes, 1) * TOKENS
+    a_byte, width = max(ranks, BASE) / BANDWIDTHS["thin"], 64 * 2
+    for one, work, out, back in (
+        (FORWARD, 1.0, (queries + 2 * keys) * width, queries * (width + 4)),
+        (BACKWARD, 2.5, (3 * queries + 2 * keys) * width + queries * 4, (queries + 2 * keys) * width),
+    ):
+        found = step.layer(one, part, 0.5)
+        # A rank works for two base ranks.
+        rank_s = 2 * work * 0.75 * batch * LANES * TOKENS**2 / 2 * PAIR_S * 0.5 / ranks
+        assert found.away_s == pytest.approx(2 * LATENCY_S + (out + back) * a_byte + rank_s, rel=1e-6)
+        assert found.rank_s == pytest.approx(max(rank_s, out * a_byte, back * a_byte), rel=1e-6)
+        assert found.own_s == pytest.approx(0.5 * 0.75 * work * batch * LANES * TOKENS**2 / 2 * PAIR_S, rel=1e-6)
 
 
 def test_parts_in_turns_hide_what_is_linear(cluster: Cluster) -> None:
