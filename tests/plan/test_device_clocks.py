@@ -121,8 +121,12 @@ def test_in_turns_an_answer_is_copied_beside_the_other_part() -> None:
     way = Way(1, 1, 0.0)
     # a: asked at 2, there at 11. b: asked at 4, begun at 6, there at 15.
     assert turns_s([part, part], way) == pytest.approx(15.0)
-    slow = in_seconds(to_rank=5.0, to_base=5.0, send=5.0, take=0.0).model_copy(update={"on_devices": True})
-    part = Decode(slow, [Row(39, 40, 40)], Cores(1, 0), held=[40])
-    # Asking takes the host 5 s: a posted at 2 and asked at 7, there at 7 + 4 + 5 = 16; b posted at 9, asked at 14,
-    # done at 18; a's copy ended at 16, so b is there at 23.
-    assert turns_s([part, part], way) == pytest.approx(23.0, abs=0.1)
+    # Values ten times as wide as queries, so that an answer has 164 bytes and its copy takes those 5 s, a request 16.
+    wide = told.shape.model_copy(update={"v_head_dim": 80})
+    copied = Fit(b=5 / 164)
+    slow = told.model_copy(
+        update={"shape": wide, "link": LinkCost(to_rank=copied, to_base=copied, send=copied, take=Fit())}
+    )
+    part, ask = Decode(slow, [Row(39, 40, 40)], Cores(1, 0), held=[40]), 16 * 5 / 164
+    # a: asked at 2 + ask, computed 4 s later, there 5 s after that. b is computed 4 s after a; its copy waits for a's.
+    assert turns_s([part, part], way) == pytest.approx(2 + ask + 4 + 5 + 5)
