@@ -88,6 +88,18 @@ def test_answers_leave_one_after_the_other() -> None:
     assert Prefill(told, rows, Cores(1, 0)).play(way).seconds == pytest.approx(23.0, abs=0.1)
 
 
+def test_an_answer_waits_for_the_copy_of_the_one_before() -> None:
+    """Four heads of wide values for each key: an answer of a block has 41,984 bytes, which are copied in 20 s, and a
+    request 15,360. The second block is computed long before the first one's answer is copied."""
+    told, copied = in_seconds(to_rank=0.0, to_base=0.0), Fit(b=20 / 41_984)
+    wide = told.shape.model_copy(update={"heads": 4, "v_head_dim": 80})
+    slow = LinkCost(to_rank=copied, to_base=copied, send=copied, take=Fit())
+    told = told.model_copy(update={"shape": wide, "link": slow, "on_devices": True})
+    ask, first = copied.at(15_360), 12 * (64 * 65) / (128 * 129)
+    seconds = Prefill(told, [Row(0, 128, 128)], Cores(1, 0)).play(Way(1, 2, 0.0)).seconds
+    assert seconds == pytest.approx(1 + ask + first + 20 + 20, abs=0.1)
+
+
 def test_a_step_by_hand() -> None:
     """40 keys, half with the rank: own share and rank take 2 s each of the layer's 4."""
     told = in_seconds(to_rank=3.0, to_base=3.0, send=2.0, take=1.0)
