@@ -128,7 +128,8 @@ class Job:
         self.model, self.reference = load_pooled(folder, **settings), eager(folder)
         self.leases: Leases = self.model.fa_pool.leases
         self.leases.source = ranks.source()
-        self.cache = self.expected = None
+        self.cache: Any = None
+        self.expected: Any = None
         self._seeds = itertools.count(1)
 
     def forward(self, ids: Tensor) -> None:
