@@ -89,6 +89,12 @@ class Lease:
             self._waiting.pop(asked.token, None)
             self._recalled.pop(link, None)
 
+    @property
+    def job(self) -> str:
+        """Who has it, for people; empty: it is free."""
+        with self._lock:
+            return min((link.name for link in self._holders), default="")
+
     def used(self) -> None:
         """The job that has it was answered."""
         self._used = time.monotonic()

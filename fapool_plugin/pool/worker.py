@@ -46,6 +46,7 @@ from fapool_plugin.wire.messages import (
     Status,
     elements,
 )
+from fapool_plugin.wire.sockets import caller
 
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
@@ -96,7 +97,7 @@ class Worker:
     def link(self, sock: socket.socket, silence_s: float) -> Link:
         """A base rank's, or another pool rank's, connection; lost when it is silent for so long."""
         link = Link(
-            sock, self.inbox.loop, name="base", timeout_s=silence_s, asks=False, into=self.inbox.put,
+            sock, self.inbox.loop, name=caller(sock), timeout_s=silence_s, asks=False, into=self.inbox.put,
             steps=lambda: self.inbox.steps, wishes=self.lease.wishes,
             check=lambda header: check_header(header, self.prefixes.limit_bytes),
         )  # fmt: skip
@@ -106,7 +107,7 @@ class Worker:
     def serve(self, links: Iterable[Link], *, stay: bool = False) -> None:
         """Answers requests until every one of ``links`` has ended; with ``stay`` until the process does."""
         alive = set(links)
-        self._report.tell(self.lease.token is not None, self.prefixes.nbytes)
+        self._report.tell(self.lease.job, self.prefixes.nbytes)
         while alive or stay:
             if not self.inbox.has_work:
                 self._let_leave()
@@ -128,7 +129,7 @@ class Worker:
                 if item.header.op in (Op.ATTEND, Op.BACKWARD):
                     self._report.answered(time.perf_counter_ns() - began)
             self._at_work = False
-            self._report.tell(self.lease.token is not None, self.prefixes.nbytes)
+            self._report.tell(self.lease.job, self.prefixes.nbytes)
             del item  # a body that waits for the next message would be kept
 
     def _handle(self, link: Link, message: Message) -> None:

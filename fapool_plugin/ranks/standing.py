@@ -73,6 +73,7 @@ class StandingRank:
                 "lives": self._lives,
                 "up_s": time.monotonic() - self._began,
                 "leased_s": max(0.0, time.time() - told.leased_ns / 1e9) if told.leased_ns else 0.0,
+                "job": told.job.decode(),
                 "requests": told.requests,
                 "busy_s": told.busy_ns / 1e9,
                 "held_bytes": told.held_bytes,

@@ -243,13 +243,14 @@ def _ranks(ray: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _table(ranks: list[dict[str, Any]]) -> Table:
-    table = Table("rank", "node", "state", "lease, s", "keys, MiB", "requests", "busy, s", "pid", box=box.SIMPLE_HEAD)
+    columns = "rank", "node", "state", "job", "lease, s", "keys, MiB", "requests", "busy, s", "pid"
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for one in ranks:
         if "pid" not in one:
             table.add_row(str(one["rank"]), "", one["state"])
             continue
         lease = f"{one['leased_s']:.1f}" if one["leased_s"] else ""
         held = f"{one['held_bytes'] / MIB:.0f} of {one['memory_bytes'] / MIB:.0f}"
-        cells = one["state"], lease, held, str(one["requests"]), f"{one['busy_s']:.1f}", str(one["pid"])
+        cells = one["state"], one["job"], lease, held, str(one["requests"]), f"{one['busy_s']:.1f}", str(one["pid"])
         table.add_row(str(one["rank"]), f"{one['host']} {one['node']}", *cells)
     return table

@@ -134,6 +134,10 @@ class SealedSocket:
         self._accepted -= gone
         return gone
 
+    def getpeername(self) -> Any:
+        """Of the socket."""
+        return self._sock.getpeername()
+
     def recv_into(self, room: memoryview) -> int:
         """Receives and opens; 0 at the end. Raises ConnectionError for what was not sealed by the other end."""
         while not self._opened:

@@ -108,6 +108,15 @@ def check_user(sock: socket.socket) -> None:
         raise PermissionError(f"the other end is user {user}, not {os.geteuid()}")
 
 
+def caller(sock: Any) -> str:
+    """Who is at the other end, for people."""
+    if sock.family != socket.AF_UNIX:
+        host, port, *_ = sock.getpeername()
+        return f"{host}:{port}"
+    pid, _, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return f"pid {pid}"
+
+
 class Listener:
     """Accepts connections; a handler of its loop.
 

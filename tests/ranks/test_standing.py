@@ -15,8 +15,14 @@ import psutil
 import pytest
 
 from fapool_plugin import FAPoolConfig
+from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.observe.metrics import RankCounters
+from fapool_plugin.ranks.linked import linked
 from fapool_plugin.ranks.own_folder import OwnFolder
 from fapool_plugin.ranks.standing import StandingRank
+from fapool_plugin.wire.loop import Loop
+from fapool_plugin.wire.messages import Op
+from fapool_plugin.wire.sockets import connect
 from tests.launches import until
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(60)]
@@ -73,3 +79,23 @@ def test_what_a_killed_standing_rank_leaves_is_removed_by_the_next(place: Path) 
     assert len(list(place.iterdir())) == 1, "its own folder"
     rank.leave(0.0)
     assert not list(place.iterdir()), "a rank that leaves leaves nothing"
+
+
+def test_a_rank_says_who_has_its_lease(place: Path) -> None:
+    rank, loop, config = StandingRank(SETTINGS), Loop(), FAPoolConfig.load(SETTINGS)
+    try:
+        until(lambda: rank.described()["state"] == "free", 20, lambda: "the rank stands")
+        said = rank.described()
+        assert (said["job"], said["leased_s"]) == ("", 0.0)
+        link = linked(connect(said["addresses"][0], 5.0), loop, config, 0, said["pid"])
+        borrowed = PoolRank(0, link, 1, RankCounters(0))
+        assert borrowed.open()
+        until(lambda: rank.described()["state"] == "leased", 5, lambda: "the lease is told of")
+        assert rank.described()["job"] == f"pid {os.getpid()}"
+        borrowed.tell(Op.RELEASE)
+        until(lambda: rank.described()["state"] == "free", 5, lambda: "it is free again")
+        assert rank.described()["job"] == ""
+        link.close()
+    finally:
+        loop.close()
+        rank.leave(0.0)
