@@ -142,15 +142,15 @@ class Cluster:
         computed, reduced = self._linear[key]
         return products * computed + reduced
 
-    def attention(self, kind: Kind, batch: float, gpus: int | None = None) -> Cost:
-        """One layer's attention of one base rank's heads."""
+    def attention(self, kind: Kind, batch: float, tokens: float, gpus: int | None = None) -> Cost:
+        """One layer's attention of one base rank's heads, for lengths about ``tokens``."""
         shape = self.shape(gpus)
-        return self.hardware.attention_cost(kind, shape.heads, shape.kv_heads, shape.head_dim, batch)
+        return self.hardware.attention_cost(kind, shape.heads, shape.kv_heads, shape.head_dim, batch, tokens)
 
     def profile(self, kind: Kind, batch: int, tokens: int, ranks: int, gpus: int | None = None) -> Profile:
         """The planner's profile of one base rank and ``ranks`` pool ranks, for forwards of about this size.
 
-        Tables have steps, fits have none: what is linear is the straight line through this size and half of it.
+        Tables have steps, fits have none: all goes through this size and half of it.
         """
         base, shape = gpus or self.base, self.shape(gpus)
         sequences = 1 if kind == "prefill" else batch
@@ -158,7 +158,7 @@ class Cluster:
         line = _secant(new, self.linear_s(new, sequences, base), self.linear_s(new / 2, sequences / 2, base))
         # A request of one base rank is a part of its lanes, and a kernel is slower on few of them.
         asked = max(1.0, batch / (base + ranks))
-        costs = [(_BASE, self.attention(kind, batch, base)), (_RANK, self.attention(kind, asked, base))]
+        costs = [(who, self.attention(kind, rows, tokens, base)) for who, rows in ((_BASE, batch), (_RANK, asked))]
         group = shape.heads // shape.kv_heads
         # A step sends new keys and values with its queries; in a prompt they are counted by the planner.
         with_keys = 1 + 2 / group if kind == "decode" else 1.0

@@ -27,7 +27,7 @@ def ring_attention_s(
 ) -> float:
     """All layers' attention of a batch, with ``work`` times a forward's products and ``moved`` times its bytes."""
     shape, wire = cluster.shape(), cluster.wire
-    cost, part = cluster.attention("prefill", batch), tokens / groups
+    cost, part = cluster.attention("prefill", batch, tokens), tokens / groups
     one = work * (cost.a + batch * (cost.b * tokens + cost.c * tokens**2) / groups**2)
     keys = moved * batch * 2 * shape.kv_heads * shape.head_dim * part * ELEMENT_BYTES
     return shape.layers * (one + (groups - 1) * max(one, wire.latency_s + keys / wire.bytes_per_s))
@@ -36,7 +36,7 @@ def ring_attention_s(
 def ulysses_s(cluster: Cluster, tokens: float, groups: int) -> float:
     """Prefill of one prompt; groups have to divide a base rank's heads."""
     shape, wire = cluster.shape(), cluster.wire
-    cost, part = cluster.attention("prefill", 1), tokens / groups
+    cost, part = cluster.attention("prefill", 1, tokens), tokens / groups
     attention = cost.a + (cost.b * tokens + cost.c * tokens**2) / groups
     numbers = (2 * shape.heads + 2 * max(shape.kv_heads, groups)) * shape.head_dim * part
     moved = 2 * wire.latency_s + numbers * ELEMENT_BYTES * (groups - 1) / groups / wire.bytes_per_s
@@ -46,7 +46,7 @@ def ulysses_s(cluster: Cluster, tokens: float, groups: int) -> float:
 def keys_divided_s(cluster: Cluster, batch: float, tokens: float, groups: int) -> float:
     """A decode step."""
     shape, wire = cluster.shape(), cluster.wire
-    cost = cluster.attention("decode", batch)
+    cost = cluster.attention("decode", batch, tokens)
     attention = cost.a + cost.b * batch * tokens / groups
     result = batch * shape.heads * (shape.head_dim * ELEMENT_BYTES + _LSE_BYTES)
     moved = wire.latency_s + (groups - 1) * result / wire.bytes_per_s

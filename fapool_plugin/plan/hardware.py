@@ -13,10 +13,10 @@ from math import exp, log
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, ValidationError
 
 from fapool_plugin.plan.attention_table import AttentionTable, Kind, Positive, Table, between
-from fapool_plugin.plan.profile import Fit, ProfileError, least_squares
+from fapool_plugin.plan.profile import ProfileError
 
 __all__ = ["ELEMENT_BYTES", "Cost", "GemmTable", "Hardware", "Kind", "Link"]
 
@@ -25,7 +25,6 @@ ELEMENT_BYTES = 2
 _MEMORY_USED = 0.8
 _LAUNCH_S = 3e-6
 """What aiconfigurator takes for a kernel that only moves bytes: part of the memory's bandwidth, and a launch."""
-_FITTED_FROM: dict[Kind, int] = {"prefill": 512, "decode": 128}
 
 
 class Cost(NamedTuple):
@@ -87,7 +86,6 @@ class Hardware(Table):
     gemm: GemmTable
     all_reduce: dict[int, list[tuple[Positive, Positive]]] = Field(description="(bytes, seconds), by GPUs.")
     links: dict[str, Link]
-    _fits: dict[tuple[Kind, int, int, int, float], Fit] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -112,14 +110,8 @@ class Hardware(Table):
         table = self._nearest(heads, kv_heads, head_dim)
         return head_dim / table.head_dim * table.seconds(kind, batch * heads / table.heads, tokens)
 
-    def attention_cost(
-        self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float, tokens: int | None = None
-    ) -> Cost:
-        """The same as a polynomial of the length: through ``tokens`` and half as many; without them a fit over all
-        lengths measured, which knows no steps."""
-        if tokens is None:
-            a, b, c = self._fit(kind, heads, kv_heads, head_dim, batch)
-            return Cost(a, b / batch, c / batch)
+    def attention_cost(self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float, tokens: float) -> Cost:
+        """The same as a polynomial of the length, through ``tokens`` and half as many."""
         whole, half = (self.attention_s(kind, heads, kv_heads, head_dim, batch, n) for n in (tokens, tokens / 2))
         if kind == "decode":
             call = min(max(0.0, 2 * half - whole), whole)
@@ -172,20 +164,6 @@ class Hardware(Table):
     def moving_s(self, nbytes: float) -> float:
         """A kernel that reads and writes so many bytes and computes next to nothing."""
         return _LAUNCH_S + nbytes / (_MEMORY_USED * self.memory_bytes_per_s)
-
-    def _fit(self, kind: Kind, heads: int, kv_heads: int, head_dim: int, batch: float) -> tuple[float, float, float]:
-        """Of a whole batch, over lengths at which the nearest batch was measured."""
-        table = self._nearest(heads, kv_heads, head_dim)
-        key = kind, table.heads, table.kv_heads, table.head_dim, batch * heads / table.heads
-        if key not in self._fits:
-            points, alike = table.points(kind), key[-1]
-            near = min(points.micros, key=lambda known: abs(log(known / alike)))
-            lengths = [n for n in points.lengths[: len(points.micros[near])] if n >= _FITTED_FROM[kind]]
-            known = [(n, table.seconds(kind, alike, n)) for n in lengths]
-            powers = (0, 1, 2) if kind == "prefill" else (0, 1)
-            self._fits[key] = least_squares(known, powers[: len(known)])
-        fit, wide = self._fits[key], head_dim / table.head_dim
-        return fit.a, fit.b * wide, fit.c * wide
 
     def _nearest(self, heads: int, kv_heads: int, head_dim: int) -> AttentionTable:
         group = heads // kv_heads

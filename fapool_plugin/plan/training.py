@@ -172,7 +172,7 @@ class Training:
 
     def _attention_s(self, one: Pass) -> float:
         """All layers', of one base rank's heads."""
-        cost = self.cluster.attention("prefill", self.batch)
+        cost = self.cluster.attention("prefill", self.batch, self.tokens)
         return self.cluster.model.layers * one.attention * (cost.a + self.batch * self._work(cost.b, cost.c))
 
     def _work(self, b: float, c: float) -> float:
@@ -187,8 +187,9 @@ class Training:
         """A pool rank's NIC takes from all base ranks, a base rank's gives to all pool ranks; each base rank's request
         waits for those of the others."""
         cluster, shape, wire = self.cluster, self.cluster.shape(), self.cluster.wire
-        mine = cluster.attention("prefill", max(1.0, part.tokens * self.batch))
-        theirs = cluster.attention("prefill", max(1.0, part.tokens * self.batch / (cluster.base + self.ranks)))
+        rows = part.tokens * self.batch
+        asked_rows = rows / (cluster.base + self.ranks)
+        mine, theirs = (cluster.attention("prefill", max(1.0, n), self.tokens) for n in (rows, asked_rows))
         own, away = (one.attention * self.batch * part.pairs * self._work(cost.b, cost.c) for cost in (mine, theirs))
         rank_s = cluster.base * one.attention * theirs.a + cluster.base * away * (1 - share) / self.ranks
         asked = self.batch * self.tokens * (1 - share) / self.ranks

@@ -53,8 +53,8 @@ def test_all_reduces_count_bytes_where_the_table_counts_elements(a100: Hardware)
 
 
 def test_what_is_not_in_the_tables_is_scaled_and_marked(a100: Hardware) -> None:
-    known, half = (a100.attention_cost("decode", 4, 4, dim, 16) for dim in (128, 64))
-    assert half.b == pytest.approx(known.b / 2)
+    known, half = (a100.attention_s("decode", 4, 4, dim, 16, 4096) for dim in (128, 64))
+    assert half == pytest.approx(known / 2)
     assert a100.marks("decode", 4, 4, 128, 16, 4096) == []
     assert a100.marks("decode", 4, 4, 64, 16, 4096) == ["head dim 64 has no table: scaled from 128"]
     assert a100.marks("prefill", 4, 4, 128, 1, 32_768) == ["prefill of more than 16384 tokens is extrapolated"]
@@ -63,8 +63,7 @@ def test_what_is_not_in_the_tables_is_scaled_and_marked(a100: Hardware) -> None:
     # As many lanes of another batch.
     (mark,) = a100.marks("decode", 12, 12, 128, 4, 4096)
     assert mark == "12 query and 12 KV heads have no table: scaled from 8 and 8"
-    eight, twelve = a100.attention_cost("decode", 8, 8, 128, 6), a100.attention_cost("decode", 12, 12, 128, 4)
-    assert 4 * twelve.b == pytest.approx(6 * eight.b)
+    assert a100.attention_s("decode", 12, 12, 128, 4, 999) == a100.attention_s("decode", 8, 8, 128, 6, 999)
 
 
 def test_damage_is_told(tmp_path: Path) -> None:

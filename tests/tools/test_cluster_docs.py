@@ -95,11 +95,11 @@ def test_figures_in_the_papers_text() -> None:
     hardware = Hardware.load(ROOT / "configs" / "hardware" / "a100-sxm.json")
     made = Cluster(hardware, model, base, "between-nodes")
     slow = Cluster(hardware, model, base, "between-nodes", ask_s=50e-6)
-    for tokens, expected in ((1024, 11), (4096, 15), (8192, 18.5)):
+    for tokens, expected in ((1024, 11.4), (4096, 15), (8192, 18.3)):
         found = slow.pooled("decode", 1024, tokens, 32).seconds * 1e3
         assert found == pytest.approx(expected, rel=0.03), f"{tokens}: {found} ms with 50 us for each rank"
     assert made.threshold("decode", 1024, 32, 1 << 18) == 768
-    assert made.threshold("prefill", 1, 32, 1 << 18) == 86_016
+    assert made.threshold("prefill", 1, 32, 1 << 18) == 80_064
     products = sum(hardware.gemm_s(8192, n, k) for n, k in ((1536, 4096), (4096, 512), (4096, 4096), (4096, 2048)))
     assert products == pytest.approx(2.31e-3, rel=0.01)
     at = [made.alone_s("decode", 1024, tokens) / made.linear_s(1024, 1024) - 1 for tokens in (560, 640)]

@@ -34,9 +34,7 @@ def forward_rows(hardware: Hardware) -> list[list[str]]:
         name, batch, _, length = forward.split()
         kind: Kind = "prefill" if name == "prefill" else "decode"
         on, rows, tokens = cluster(hardware, model, int(gpus)), int(batch), int(length.replace(",", ""))
-        shape = on.shape()
-        attention = hardware.attention_s(kind, shape.heads, shape.kv_heads, shape.head_dim, rows, tokens)
-        seconds = on.linear_s(rows * tokens if kind == "prefill" else rows, rows) + shape.layers * attention
+        seconds = on.alone_s(kind, rows, tokens)
         planned = f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
         off = seconds * 1e3 / float(measured.replace(",", ""))
         made.append([source, model, gpus, forward, measured, planned, f"{off:.2f}"])
