@@ -260,6 +260,7 @@ def draw(path: Path, found: Sequence[Found]) -> None:
     """Draws times over length, one picture for each kind; what does not fit into memory is hollow, what is
     extrapolated dotted."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     for axis, one in zip(figure.subplots(1, len(found)), found, strict=True):
@@ -288,6 +289,8 @@ def draw(path: Path, found: Sequence[Found]) -> None:
                     axis.plot(*zip(*some, strict=True), "o", color=color, markerfacecolor=face)
         what = f"Decode step, batch {first[0].batch}" if one.kind == "decode" else "Prefill of one sequence"
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=f"{what}, predicted")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks([row.tokens for row in first], labels=[str(row.tokens) for row in first], rotation=45)
         axis.minorticks_off()
         axis.legend(fontsize="x-small")
