@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fapool_plugin.ranks import local
+from fapool_plugin.ranks import linked
 from fapool_plugin.wire.ring import RING_BYTES
 from tests.models import eager, load_pooled, workers
 from tests.strikes import STANDING_STILL, TIMEOUT_S, Way, frozen, possible_ways, strike_at_random, work
@@ -38,7 +38,7 @@ def strike_models(folder: Path, models: int, ways: Sequence[Way], patch: pytest.
             "kv_home": ["base", "pool"][number % 2], "timeout_s": TIMEOUT_S, "start_timeout_s": 60.0,
         }  # fmt: skip
         # Bodies of a small model go over the socket, unless the ring is small, too.
-        patch.setattr(local, "RING_BYTES", (2**16, RING_BYTES)[number // 2 % 2])
+        patch.setattr(linked, "RING_BYTES", (2**16, RING_BYTES)[number // 2 % 2])
         with (model := load_pooled(folder, **settings)).fa_pool:
             took = strike_at_random(model, want, ways, random_)
             stats = model.fa_pool.stats()
