@@ -27,6 +27,10 @@ class _View:
     fapool_viewed: Any
     fapool_name: str
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # Who makes another of a configuration's class, as saving does to know the defaults, gets no view.
+        return cls.__bases__[1](*args, **kwargs)
+
     @property
     def _attn_implementation(self) -> str:
         return self.fapool_name
