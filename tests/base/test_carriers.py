@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
-from fapool_plugin.ranks import local
+from fapool_plugin.ranks import linked
 from fapool_plugin.ranks.launch import Launch
 from fapool_plugin.ranks.launched import LaunchedPool
 from fapool_plugin.wire import slotted
@@ -44,7 +44,7 @@ def expected(folder: Path) -> list[Tensor]:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that the base took out of its rings, piece by piece."""
-    monkeypatch.setattr(local, "RING_BYTES", SMALL_RING)
+    monkeypatch.setattr(linked, "RING_BYTES", SMALL_RING)
     found, copy_out = list[int](), Shm.copy_out
 
     def seen(self: Shm, header: Header, body: Body, done: int) -> int:
