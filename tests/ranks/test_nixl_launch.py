@@ -19,8 +19,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed"),
 ]
 SECTION: dict[str, Any] = {"insecure": True, "carrier": "nixl"}
-TOKENS = 6000
-"""So that bodies are longer than 1 MiB, and go that way."""
+TOKENS = 12_000
+"""So that a layer's body is longer than 2 MiB, of which 1 is enough to go that way."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_two_machines_pool_by_nixl(machines: tuple[str, str], folder: Path, tmp_
     assert equal
     assert (pooled > 0, faults) == (True, 0), told
     assert [kind for kind, _ in carriers] == ["nixl"]
-    assert carriers[0][1] > 2**21, "nothing was long enough to be written by NIXL"
+    assert carriers[0][1] > 2 * 2**21, "nothing was long enough to be written by NIXL"
 
 
 def test_a_rank_that_was_not_told_of_it_is_not_used(machines: tuple[str, str], folder: Path, tmp_path: Path) -> None:

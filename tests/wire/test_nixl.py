@@ -263,6 +263,20 @@ def test_a_name_that_is_none_is_never_used(loops: tuple[Loop, Loop], makers: tup
     pool.close()
 
 
+def test_a_name_that_a_rank_did_not_ask_for_loses_the_link(
+    loops: tuple[Loop, Loop], nixl: FakeNixl, makers: tuple[End, End]
+) -> None:
+    base, pool = tcp_pair(loops, makers, RING, 20.0)
+    theirs = window.Window(makers[0], RING, 20.0)
+    for keep in (0, 1, 2):
+        with pytest.raises(LinkLost, match="not asked for"):
+            pool.terms.answered(keep, theirs.name(), None)
+    assert nixl.made == 1, "an agent was made for it"
+    theirs.close()
+    base.close()
+    pool.close()
+
+
 def test_a_base_that_asks_again_and_again_gets_one_agent(
     loops: tuple[Loop, Loop], nixl: FakeNixl, makers: tuple[End, End]
 ) -> None:
