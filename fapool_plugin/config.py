@@ -150,11 +150,11 @@ class FAPoolConfig(BaseModel):
         description="Share of all answers of which the base computes a few random rows once more; a rank that answers "
         "wrongly is given up. 1: of every answer.",
     )
-    carrier: Literal["auto", "inline", "shm", "ipc"] = Field(
+    carrier: Literal["auto", "inline", "shm", "ipc", "nixl"] = Field(
         "auto",
-        description="How large queries, keys and results reach pool ranks on the same machine: inline: on the link's "
-        "socket, as between machines; shm: in memory that both processes map; ipc: from GPU to GPU; auto: ipc where "
-        "both ends are on GPUs that reach each other, shm elsewhere on one machine.",
+        description="What carries large bodies; inline: the link's socket; shm: memory that both processes map; ipc: "
+        "from GPU to GPU; nixl: NIXL, between machines of an insecure launch; auto: between machines inline, on one "
+        "ipc where both ends are on GPUs that reach each other, else shm.",
     )
     start_timeout_s: float = Field(
         120.0, gt=0, description="Seconds; a pool rank not ready this long after its start is given up."

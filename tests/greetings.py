@@ -32,5 +32,5 @@ def hear(pool: Link) -> None:
         assert message.header.op == Op.HELLO
         reply = Header(op=Op.HELLO, status=Status.OK, token=1, peer=5, clock=1)
         worker._greeted(pool, message, reply)
-        if pool.carrier.name != "shm" or not pool.terms._mine:
+        if not pool.terms._mine and not pool.terms._window:
             return

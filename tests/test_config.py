@@ -78,7 +78,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "partition": (["line", "query_blocks"], ["lines", "LINE", None, 0]),
     "base_share": ([None, 0, 0.0, 0.999], [1, 1.0, -0.001, "0.5", True, float("nan")]),
     "timeout_s": ([0.001, 5, 60.0], [0, 0.0, -1, "5", True, None, float("inf")]),
-    "carrier": (["auto", "inline", "shm", "ipc"], ["nixl", None, 1]),
+    "carrier": (["auto", "inline", "shm", "ipc", "nixl"], ["rdma", None, 1]),
     "start_timeout_s": ([0.001, 120], [0, -1.0, "120", True, None, float("inf")]),
     "warm_start": ([True, False], [1, "true", None]),
     "kv_block": ([1, 64], [0, -256, 256.0, "256", True, None]),

@@ -248,9 +248,7 @@ class PoolRank:
     def _greet(self, has: int) -> Header:
         terms, asked = self.link.terms, time.perf_counter_ns()
         silent_ns, idle_ns = (round(seconds * 1e9) for seconds in (self.link.timeout_s, self.idle_s or 0.0))
-        hello = Header(
-            op=Op.HELLO, token=self.token, keep=int(terms.has_device_ring), peers=has, extra=idle_ns, clock=silent_ns
-        )
+        hello = Header(op=Op.HELLO, token=self.token, keep=terms.wish, peers=has, extra=idle_ns, clock=silent_ns)
         message = self._said_hello(hello, attached=terms.offer())
         reply = message.header
         # Cristian (1989): the rank read its clock about midway between question and answer.
@@ -262,7 +260,9 @@ class PoolRank:
             if self._said_hello(told, () if name is None else [name]).header.keep:
                 terms.use_rings()
             elif name is not None:
-                terms.stay("it cannot open the base's device memory")
+                terms.stay("it cannot open the base's memory")
+        elif hello.keep == 2 and reply.status == Status.OK:
+            terms.stay("it has no NIXL, or was not told of it")
         elif hello.keep and reply.peer:
             terms.stay("it has no device memory to share")
         return reply
@@ -359,10 +359,8 @@ def lease(
             if not rank.open(shared=shared, has=len(ranks) - 1, device=device, carrier=config.carrier):
                 ranks.remove(rank)
                 busy.append(rank.busy_s)
-            elif config.carrier == "ipc" and link.carrier.name != "ipc":
-                why = (
-                    "; ".join(link.terms.notes)
-                    or "the rank is on no GPU of this machine, or CUDA's runtime is not here"
-                )
-                raise FAPoolConfigError(f"carrier is ipc, and not for pool rank {number}: {why}; use auto")
+            elif config.carrier in ("ipc", "nixl") and link.carrier.name != config.carrier:
+                without = "the rank is on no GPU of this machine, or CUDA's runtime is not here"
+                why = "; ".join(link.terms.notes) or without
+                raise FAPoolConfigError(f"carrier is {config.carrier}, and not for pool rank {number}: {why}; use auto")
     return busy

@@ -70,6 +70,7 @@ def arguments(config: FAPoolConfig, device: str, node: int = 0, together: int = 
     told += ["--memory-limit", str((config.memory_limit_mib or 0) * MIB), "--block", str(config.kv_block)]
     told += ["--together", str(together)]
     told += ["--silence", str(max(30.0, _SILENCE_FACTOR * config.timeout_s)), "--node", str(node)]
+    told += ["--nixl"] if config.carrier == "nixl" else []
     # The base gives a rank up that stands still for timeout_s: one that waits for another must have given up before.
     return [*told, "--patience", str(config.timeout_s / 2)]
 

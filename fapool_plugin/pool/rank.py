@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.process import run_to_end
 from fapool_plugin.pool.report import Report
 from fapool_plugin.pool.worker import Worker
+from fapool_plugin.wire import window
 from fapool_plugin.wire.key_file import read_key
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
@@ -54,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--node", type=int, default=0, help="number of the node this rank is on")
     parser.add_argument("--device", default="cpu", help="torch device to compute on")
     parser.add_argument("--link-key", metavar="FILE", help="with the key of all links; default: they have none")
+    parser.add_argument("--nixl", action="store_true", help="links to other machines may use it, where it is installed")
     parser.add_argument("--report", metavar="FILE", help="where it tells of itself")
     parser.add_argument("--parent", type=int, default=0, help="process id to end with; 0: none")
     options = parser.parse_args(arguments)
@@ -69,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     key = read_key(options.link_key) if options.link_key is not None else None
     inbox = Inbox(loop, options.patience, key)
     worker = Worker(inbox, limit, device, options.block, options.node, Report(options.report))
+    if options.nixl:
+        with suppress(ImportError):  # a base that asks for it is told
+            worker.window = window.windows()
 
     def accepted(sock: socket.socket) -> Link:
         return worker.link(sock, options.silence)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ from fapool_plugin.wire.messages import (
     elements,
 )
 from fapool_plugin.wire.sockets import caller
+from fapool_plugin.wire.window import Window
 
 _UNSENT = 8
 """Replies that may wait to be sent while the next request is computed."""
@@ -86,6 +87,7 @@ class Worker:
         self.calls = CallStore(self.prefixes)
         self.lease = Lease(self._report.is_leaving)
         self._at_work = False
+        self.window: Callable[[float], Window] | None = None
         inbox.refusal = self._refusal
         self.clock, self.copies = Clock(device), Copies() if device.type == "cuda" else None
         self._span: tuple[Moment, Moment] | None = None
@@ -99,7 +101,7 @@ class Worker:
         link = Link(
             sock, self.inbox.loop, name=caller(sock), timeout_s=silence_s, asks=False, into=self.inbox.put,
             steps=lambda: self.inbox.steps, wishes=self.lease.wishes,
-            check=lambda header: check_header(header, self.prefixes.limit_bytes),
+            check=lambda header: check_header(header, self.prefixes.limit_bytes), window=self.window,
         )  # fmt: skip
         link.terms.device = Cudart.of(self.device)
         return link

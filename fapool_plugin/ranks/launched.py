@@ -19,7 +19,7 @@ from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
 from fapool_plugin.ranks.launch import Launch, link_key
-from fapool_plugin.ranks.linked import linked
+from fapool_plugin.ranks.linked import check_nixl, linked
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
@@ -59,6 +59,7 @@ class LaunchedPool:
     _key: bytes | None = None
 
     def __post_init__(self) -> None:
+        check_nixl(self.config, one_machine=self.launch.one_machine)
         if not self.launch.one_machine:
             if self.config.carrier in ("shm", "ipc"):
                 raise FAPoolConfigError(

@@ -24,6 +24,7 @@ from fapool_plugin.observe.trace import Trace
 from fapool_plugin.ranks.directory import library
 from fapool_plugin.ranks.launch import JOINED
 from fapool_plugin.ranks.launched import LaunchedPool
+from fapool_plugin.ranks.linked import check_nixl
 from fapool_plugin.ranks.local import LocalPool
 from fapool_plugin.ranks.ray import RayPool
 
@@ -75,9 +76,11 @@ def pool_maker(config: FAPoolConfig) -> Callable[[FAPoolConfig], Pool]:
     """Makes the pool that a configuration asks for, when it is first needed; it can be pickled.
 
     Raises:
-        FAPoolConfigError: more local ranks than memory can hold, ranks of a launch that was not joined, or a pool on
-            Ray without Ray.
+        FAPoolConfigError: more local ranks than memory can hold, ranks of a launch that was not joined, a pool on
+            Ray without Ray, or a carrier that such ranks cannot have.
     """
+    if config.enabled and config.pool != "launch":
+        check_nixl(config, one_machine=config.pool == "local")
     if config.pool == "local" or not config.enabled:
         if not torch.cuda.is_available():  # else ranks may be there; the model is not here yet to say so
             check_machine(config, left_for_job())

@@ -44,6 +44,7 @@ from fapool_plugin.wire.modes import real_tensors
 from fapool_plugin.wire.outgoing import Attached, Outgoing
 from fapool_plugin.wire.terms import Terms
 from fapool_plugin.wire.watch import watch_process
+from fapool_plugin.wire.window import Window
 from fapool_plugin.wire.wishes import Wishes
 
 _QUEUED = 4096
@@ -66,6 +67,7 @@ class Link:
         address: where other ranks reach the other end; empty: nowhere.
         check: called with every header before its body is received; raises LinkLost.
         ring_bytes: of the memory for bodies that it offers to an end on this machine; 0: none is offered.
+        window: makes memory that an end on another machine writes to by NIXL, told ``timeout_s``; never under a key.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Link:
         address: str = "",
         check: Callable[[Header], object] = lambda header: None,
         ring_bytes: int = 0,
+        window: Callable[[float], Window] | None = None,
     ) -> None:
         self.name, self.loop, self.timeout_s, self.address = name, loop, timeout_s, address
         self._socket, self._asks, self._steps, self._wishes = sock, asks, steps, wishes
@@ -92,7 +95,9 @@ class Link:
         self._received: deque[tuple[Link, Message | LinkLost]] = deque()
         self.into = into if into is not None else self._received.append
         self.check = check
-        self.terms = Terms(asks, ring_bytes if self.is_local else 0, partial(watch_process, loop))
+        is_open = isinstance(sock, socket.socket) and not self.is_local  # what NIXL moves is not encrypted
+        by_nixl = partial(window, timeout_s) if window is not None and is_open else None
+        self.terms = Terms(asks, ring_bytes if self.is_local else 0, partial(watch_process, loop), by_nixl)
         self.lost: str | None = None
         self.heard = False
         """Whether the other end has said anything yet."""

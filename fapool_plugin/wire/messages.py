@@ -18,7 +18,7 @@ import torch
 
 from fapool_plugin.wire.descriptor import Descriptor
 
-PROTOCOL_VERSION = 11
+PROTOCOL_VERSION = 12
 TILE_FIELDS, PART_FIELDS = 11, 4
 HEADER_BYTES = 256
 """Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""
@@ -28,7 +28,7 @@ STEP_S = 0.5
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ALIGNED = 64
 """Tensors start at multiples of so many bytes, where kernels read them fastest."""
-_ADDRESS_BYTES = 256
+_ADDRESS_BYTES = 16 * 1024
 
 Payload = Sequence[torch.Tensor | Sequence[torch.Tensor]]
 """Tensors in a header's order; a list of tensors stands for their elements end to end."""
@@ -82,7 +82,7 @@ class Header(NamedTuple):
     """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 3: the rank owns the keys
     sent, and gives them up for no others; 0: none of these. Its reply: 2 if the call is kept. BACKWARD: 1: q, k and v
     are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is. Its reply: 1 if gradients are in ``dtype``.
-    HELLO: 1: this end has a device; its reply: 1: rings on devices carry bodies from now on."""
+    HELLO: 1: this end has a device; 2: it has NIXL; its reply: 1: rings there carry bodies from now on."""
     dtype: int = 0
     """Index of the payload's dtype (:func:`dtype_code`)."""
     tiles: int = 0
@@ -119,7 +119,7 @@ class Header(NamedTuple):
     """Merged answers: how many ranks' parts they report on."""
     address: int = 0
     """PEER: bytes of the other rank's address; 0: it is waited for, or its socket comes with the message. HELLO: bytes
-    of the name of a ring on a device."""
+    of the name of a ring on a device, or for NIXL."""
     slot: int = 0
     """Where in the receiver's ring the next bytes of the body are."""
     piece: int = 0

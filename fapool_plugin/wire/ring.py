@@ -32,35 +32,17 @@ _ALIGNED = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class Ring:
-    """Such memory, mapped.
+class Memory:
+    """A ring in host memory, which may be registered for a device.
 
     Args:
-        descriptor: of it; stays the caller's.
-
-    Raises:
-        LinkLost: its size is not sealed, or it is none that anybody here makes.
+        there: its bytes, contiguous.
     """
 
-    def __init__(self, descriptor: Descriptor) -> None:
-        number = descriptor.fileno()
-        try:
-            seals, self.size = fcntl.fcntl(number, fcntl.F_GET_SEALS), os.fstat(number).st_size
-            if seals & _SEALS != _SEALS or not 0 < self.size <= _LARGEST:
-                raise LinkLost(f"offers {self.size} bytes of memory with the seals {seals}: {_SEALS} are needed")
-            self._bytes = np.frombuffer(mmap.mmap(number, self.size), dtype=np.uint8)
-        except (OSError, ValueError) as error:
-            raise LinkLost(f"offers memory that cannot be mapped: {error}") from error
+    def __init__(self, there: np.ndarray) -> None:
+        self._bytes, self.size, self.address = there, len(there), int(there.ctypes.data)
         self._device: DeviceMemory | None = None
         self._owner = os.getpid()
-
-    @classmethod
-    def made(cls, size: int) -> tuple[Ring, Descriptor]:
-        """New memory, sealed, and its descriptor for the other process. Raises OSError if there is none to be had."""
-        made = Descriptor(os.memfd_create("fapool ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-        os.ftruncate(made.fileno(), size)
-        fcntl.fcntl(made.fileno(), fcntl.F_ADD_SEALS, _SEALS)
-        return cls(made), made
 
     def part(self, start: int, length: int) -> np.ndarray:
         """These bytes of it. Raises LinkLost if there are no such."""
@@ -75,7 +57,7 @@ class Ring:
         """Page-locked from now on, until :meth:`unregister` or its end. Why not, if it cannot be; it is used as it is
         then."""
         try:
-            device.register(self._bytes.ctypes.data, self.size)
+            device.register(self.address, self.size)
         except RuntimeError as error:
             return str(error)
         self._device = device
@@ -86,11 +68,40 @@ class Ring:
         device, self._device = self._device, None
         if device is not None and os.getpid() == self._owner:
             with suppress(RuntimeError):  # the device may be lost: its driver has let go then
-                device.unregister(self._bytes.ctypes.data)
+                device.unregister(self.address)
 
     def __del__(self) -> None:
         if hasattr(self, "_device"):  # else it was never mapped
             self.unregister()
+
+
+class Ring(Memory):
+    """Such memory as two processes map.
+
+    Args:
+        descriptor: of it; stays the caller's.
+
+    Raises:
+        LinkLost: its size is not sealed, or it is none that anybody here makes.
+    """
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        number = descriptor.fileno()
+        try:
+            seals, size = fcntl.fcntl(number, fcntl.F_GET_SEALS), os.fstat(number).st_size
+            if seals & _SEALS != _SEALS or not 0 < size <= _LARGEST:
+                raise LinkLost(f"offers {size} bytes of memory with the seals {seals}: {_SEALS} are needed")
+            super().__init__(np.frombuffer(mmap.mmap(number, size), dtype=np.uint8))
+        except (OSError, ValueError) as error:
+            raise LinkLost(f"offers memory that cannot be mapped: {error}") from error
+
+    @classmethod
+    def made(cls, size: int) -> tuple[Ring, Descriptor]:
+        """New memory, sealed, and its descriptor for the other process. Raises OSError if there is none to be had."""
+        made = Descriptor(os.memfd_create("fapool ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        os.ftruncate(made.fileno(), size)
+        fcntl.fcntl(made.fileno(), fcntl.F_ADD_SEALS, _SEALS)
+        return cls(made), made
 
 
 def within(start: int, length: int, size: int) -> int:

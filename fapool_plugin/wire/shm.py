@@ -18,7 +18,7 @@ import torch
 
 from fapool_plugin.wire.device_memory import DeviceMemory, address_of, pushed
 from fapool_plugin.wire.messages import Body, Header, Laid, body_memory, fill, memory_of, tensors_of
-from fapool_plugin.wire.ring import Ring
+from fapool_plugin.wire.ring import Memory
 from fapool_plugin.wire.slotted import PIECES, Slotted, copied
 
 
@@ -36,7 +36,12 @@ class Shm(Slotted):
     name = "shm"
 
     def __init__(
-        self, mine: Ring, theirs: Ring, asks: bool, device: DeviceMemory | None = None, notes: list[str] | None = None
+        self,
+        mine: Memory,
+        theirs: Memory,
+        asks: bool,
+        device: DeviceMemory | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         super().__init__(mine, theirs, asks, theirs.size // PIECES)
         self._device, self._from, self._to = device, mine, theirs

@@ -87,9 +87,10 @@ section = json.load(open(sys.argv[sys.argv.index("--deepspeed_config") + 1]))["f
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     model = FAPoolForCausalLM.from_pretrained(sys.argv[1], fa_pool=section, dtype=torch.float32).eval()
-    ids = 3 + torch.arange(200)[None] % 50
+    ids = 3 + torch.arange(int(sys.argv[2]))[None] % 50
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
 stats = model.fa_pool.stats()
+print(json.dumps([[rank["carrier"], rank["bytes_sent"]] for rank in stats["ranks"]]))
 told = [str(one.message) for one in caught if "fa_pool" in str(one.message)]
 plain = FAPoolForCausalLM.from_pretrained(sys.argv[1], fa_pool={"enabled": False}, dtype=torch.float32).eval()
 want = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
@@ -128,7 +129,11 @@ def machines() -> Iterator[tuple[str, str]]:
 
 
 def launch(
-    machines: tuple[str, str], model: Path, tmp_path: Path, sections: tuple[dict[str, Any], dict[str, Any]]
+    machines: tuple[str, str],
+    model: Path,
+    tmp_path: Path,
+    sections: tuple[dict[str, Any], dict[str, Any]],
+    tokens: int = 200,
 ) -> tuple[list[int], str, str]:
     """A base rank on the first machine, a pool rank on the second: (exit codes, what the base printed, all errors)."""
     script = tmp_path / "script.py"
@@ -139,8 +144,10 @@ def launch(
         common = {"pool": "launch", "pool_ranks": 1, "threshold": 64, "activation": "length", "memory_limit_mib": 64}
         config.write_text(json.dumps({"fa_pool": common | {"timeout_s": 3.0, "start_timeout_s": 60.0} | section}))
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "fapool_plugin.run", str(script), str(model)]
+        command.append(str(tokens))
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-        environment |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29544", "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment |= {"MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29544", "PYTHONPATH": path}
         told = subprocess.PIPE
         command += ["--deepspeed_config", str(config)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=told, stderr=told, text=True, cwd=tmp_path))
