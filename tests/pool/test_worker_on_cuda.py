@@ -129,7 +129,7 @@ def test_a_step_of_unequal_rows_is_one_call(monkeypatch: pytest.MonkeyPatch) -> 
     with fake_cuda() as called:
         inbox = cast(Inbox, SimpleNamespace(steps=0, step=lambda: None))
         worker = Worker(inbox, 2**24, torch.device("cuda"))
-        worker.clock._events = Ticks()
+        worker.clock._events, worker.copies = Ticks(), Copies(NoStreams())
         for n, prompt in zip(lengths, prompts, strict=True):
             assert worker.attend(message(n, prompt))[0].status == Status.OK
         assert not calls, "a single rectangle is a call as ever"
