@@ -157,8 +157,7 @@ class ResourceManager:
             if wanted and geometry is not None and not self.is_closed:
                 asked = replace(local, geometry=geometry, sequence=sequence, lasting=lasting)
                 decided = self._decide(asked, length, one_block, profiler)
-            elif not self.is_closed and not self.batches and length < self.config.release_ratio * self.threshold:
-                below = self.config.release_ratio * self.threshold
+            elif self.ranks and not self.batches and length < (below := self.config.release_ratio * self.threshold):
                 self.leases.release(f"a forward of {length} tokens, below {below:g}")
         except BaseException:
             self._busy.release()
