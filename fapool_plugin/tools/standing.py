@@ -243,8 +243,9 @@ def _ranks(ray: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _table(ranks: list[dict[str, Any]]) -> Table:
-    columns = "rank", "node", "state", "job", "lease, s", "keys, MiB", "requests", "busy, s", "pid"
-    table = Table(*columns, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("rank", "node", "state", "job", "lease, s", "keys, MiB", "requests", "busy, s", "pid"):
+        table.add_column(name, no_wrap=name not in ("node", "job"), overflow="fold")
     for one in ranks:
         if "pid" not in one:
             table.add_row(str(one["rank"]), "", one["state"])
