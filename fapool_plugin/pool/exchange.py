@@ -58,7 +58,7 @@ class Inbox:
         self.steps = 0
         """What the worker has done so far; its links tell it."""
         self.refusal: Callable[[Link, Header], Header | None] = lambda link, asked: None
-        """Answers a HELLO that is refused: whoever asks does not wait for what the worker computes."""
+        """Answers a HELLO that is refused: the job that asks does not wait for what the worker computes."""
         self._waiting: deque[Arrived] = deque()
         self._exchanges: dict[Link, Exchange] = {}
         self._unclaimed: dict[int, tuple[Link, list[Arrived]]] = {}

@@ -100,7 +100,7 @@ class Lease:
         self._used = time.monotonic()
 
     def recall(self) -> list[Link]:
-        """Nobody has it any more. Returns the links over which it was had; their jobs are told."""
+        """It is free. Returns the links over which it was had; their jobs are told."""
         with self._lock:
             links, token, self.token = list(self._holders), self.token or 0, None
             self._recalled |= dict.fromkeys(links, token)
@@ -110,7 +110,7 @@ class Lease:
         return links
 
     def leave(self, link: Link) -> bool:
-        """A link's part in it ends. Whether nobody has it now."""
+        """A link's part in it ends. Whether it is free now."""
         with self._lock:
             self._holders.discard(link)
             if link.lost:

@@ -113,8 +113,8 @@ class RayPool:
     def _find(
         self, announce: Callable[[str], object], leased: Collection[int]
     ) -> tuple[list[str], dict[int, dict[str, Any]]]:
-        """Links to ranks that have come, and gives up those that are gone, but for leased ones, of which whoever has
-        leased them learns. Returns (why some have no link, what all said). Raises RuntimeError."""
+        """Links to ranks that have come, and gives up those that are gone, but for leased ones: of those their lease
+        learns. Returns (why some have no link, what all said). Raises RuntimeError."""
         try:
             actors = standing(self._ray, self.config.pool_name)
             said = told(self._ray, actors)
@@ -142,7 +142,7 @@ class RayPool:
         if known is None:
             return ""
         if self._ray.is_initialized():
-            with suppress(self._ray.exceptions.RayError):  # the call goes on without this rank, whoever hears of it
+            with suppress(self._ray.exceptions.RayError):  # the call goes on without this rank
                 known.actor.give_up.remote(known.pid)
         return f" (pid {known.pid})"
 

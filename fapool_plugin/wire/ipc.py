@@ -10,9 +10,10 @@
     receiver                                                      copies out, waits for its own copy, looks at it
 
 A ring's memory goes back when the process that has it open has ended: one that was lost by mistake may still be
-writing, and what it hits must be nobody's. A handle opens only in other processes of one machine, on devices that reach
-each other. Whatever has tensors of a device goes so, however small; what the host reads of it, tables, is copied from
-what was copied out. No device waits for another process. Has run with a stand-in for the library only, never on a GPU.
+writing, and what it hits must not be in use. A handle opens only in other processes of one machine, on devices that
+reach each other. Whatever has tensors of a device goes so, however small; what the host reads of it, tables, is copied
+from what was copied out. No device waits for another process. Has run with a stand-in for the library only, never on a
+GPU.
 """
 
 from __future__ import annotations

@@ -135,6 +135,8 @@ def test_a_configuration_says_nothing_of_us(model: Any, folder: Path, tmp_path: 
             assert again._attn_implementation == "sdpa"
             assert type(again) is type(reference.config)
         assert b"fapool_plugin" not in pickle.dumps(config)
+        for another in (type(config)(), type(config).from_dict(config.to_dict()), copy.copy(config)):
+            assert type(another) is type(reference.config)
         config.save_pretrained(tmp_path)
         assert AutoConfig.from_pretrained(tmp_path)._attn_implementation is None
         for other in (
