@@ -28,7 +28,7 @@ from fapool_plugin.tools.cli import app
 from tests.conftest import child_processes
 from tests.launches import free_port, until
 from tests.models import assert_same_tokens, eager, greedily, random_ids, save_model
-from tests.standing_pools import COMES_S, all_free, end, grow, job, leased, said, serving
+from tests.ray_pools import COMES_S, all_free, end, grow, job, leased, said, serving
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(200)]

@@ -14,7 +14,7 @@ from tests.conftest import child_processes
 from tests.launches import Setting, by_runner, deepspeed, launched, until
 from tests.models import save_model
 from tests.ranks.test_launch_training import LAYERS, alike, settings, without_the_plugin, write
-from tests.standing_pools import end, grow, said
+from tests.ray_pools import end, grow, said
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("deepspeed")

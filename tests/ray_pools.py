@@ -24,7 +24,7 @@ def said(ray: Any, pool: str) -> dict[int, dict[str, Any]]:
 
 
 def serving(ray: Any, pool: str) -> set[int]:
-    """Numbers of the ranks that serve, whoever has them."""
+    """Numbers of the ranks that serve, leased or not."""
     return {number for number, one in said(ray, pool).items() if one["state"] in ("free", "leased")}
 
 
