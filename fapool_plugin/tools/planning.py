@@ -316,43 +316,33 @@ def _draw_thresholds(axes: Sequence[Axes], thresholds: Thresholds, color: str) -
 def show_profile(profile: Profile) -> None:
     """Prints a profile's fits as a table, with how well they fit."""
     shape, machine = profile.shape, profile.machine
-    table = Table(
-        "part",
-        "with",
-        "threads",
-        "seconds at n",
-        "error",
-        "spread",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title="Measured",
-    )
-    for column in table.columns[2:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = table.columns[3].no_wrap = True
-    for part, kind, threads, fit in _fits(profile):
-        table.add_row(part, kind, threads, _formula(fit), f"{fit.error:.1%}", f"{fit.spread:.1%}")
+    names = "part", "threads", "seconds at n", "error", "spread"
+    table = Table(*names, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Measured")
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for part, threads, fit in _fits(profile):
+        table.add_row(part, threads, _formula(fit), f"{fit.error:.0%}", f"{fit.spread:.0%}")
     table.caption = (
-        "n: tokens, keys (attention in decode), sequences (linear in decode), bytes (links); attention is one layer's, "
-        f"linear is all of the model but attention. {machine.processor}, {machine.cores} cores, torch {machine.torch}; "
-        f"{shape.layers} layers, {shape.heads} query and {shape.kv_heads} KV heads, {shape.dtype}. Pool ranks start in "
-        f"{_seconds(profile.start_s)}, those that run are had in {_seconds(profile.activation_s)}."
+        "n: tokens, keys (attention in decode), sequences (linear in decode), bytes (links); a kernel is one layer's "
+        f"attention, linear is all of the model but attention. {machine.processor}, {machine.cores} cores, torch "
+        f"{machine.torch}; {shape.layers} layers, {shape.heads} query and {shape.kv_heads} KV heads, {shape.dtype}. "
+        f"Pool ranks start in {_seconds(profile.start_s)}, those that run are had in {_seconds(profile.activation_s)}."
     )
     Console().print(table)
 
 
-def _fits(profile: Profile) -> Iterator[tuple[str, str, str, Fit]]:
+def _fits(profile: Profile) -> Iterator[tuple[str, str, Fit]]:
     for attention in profile.attention:
         same = attention.dtype == profile.shape.dtype
         kind = attention.kernel if same else f"{attention.kernel}, {attention.dtype}"
         threads = str(attention.threads)
-        yield "attention, prefill", kind, threads, attention.prefill
-        yield "attention, decode", kind, threads, attention.decode
+        yield f"prefill, {kind}", threads, attention.prefill
+        yield f"decode, {kind}", threads, attention.decode
     for linear in profile.linear:
-        yield "linear, prefill", "", str(linear.threads), linear.prefill
-        yield "linear, decode", "", str(linear.threads), linear.decode
-    yield "link, to a pool rank", "", "", profile.link.to_rank
-    yield "link, back", "", "", profile.link.to_base
+        yield "prefill, linear", str(linear.threads), linear.prefill
+        yield "decode, linear", str(linear.threads), linear.decode
+    yield "link, to a pool rank", "", profile.link.to_rank
+    yield "link, back", "", profile.link.to_base
 
 
 def _formula(fit: Fit) -> str:

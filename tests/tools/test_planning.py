@@ -157,7 +157,7 @@ def test_calibrate_measures_a_real_model_and_plan_uses_it(tmp_path) -> None:
     out = tmp_path / "profile.json"
     done = invoke("calibrate", "--model", tmp_path / "tiny", "--quick", "--threads", 2, "--out", out)
     assert done.exit_code == 0, done.output
-    for told in ("attention, prefill", "linear, decode", "link, back", "error", "spread", str(out)):
+    for told in ("prefill, torch_flash", "decode, linear", "link, back", "error", "spread", str(out)):
         assert told in done.output.replace("\n", ""), done.output
     measured = Profile.load(out)
     assert {cost.threads for cost in measured.linear} == {1, 2}
