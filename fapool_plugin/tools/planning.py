@@ -175,7 +175,7 @@ def _model_folder(model: Path | None) -> Path:
 
 
 def _note_poor(profile: Profile) -> None:
-    poor = [f"{part} by {fit.error:.0%}" for part, _, _, fit in _fits(profile) if fit.error > _POOR]
+    poor = [f"{part} by {fit.error:.0%}" for part, _, fit in _fits(profile) if fit.error > _POOR]
     if poor:
         _note(f"measured times differ from their fit: {', '.join(poor)}; measure again while nothing else runs")
 
