@@ -156,10 +156,18 @@ def ascend(
     return samples
 
 
-def fitted(samples: Sequence[Sample], powers: Sequence[int]) -> Fit:
-    """The fit of these samples, with their spread; of too few samples only the highest powers."""
-    fit = least_squares([point[:2] for point in samples], powers[-len(samples) :])
-    return fit.model_copy(update={"spread": max(point.spread for point in samples)})
+def fitted(samples: Sequence[Sample], powers: Sequence[int], *, steps: bool = False) -> Fit:
+    """The fit of these samples, with their spread; of too few samples only the highest powers.
+
+    Args:
+        samples: by growing size.
+        powers: of the size, as :func:`least_squares` takes them.
+        steps: the curve has steps, so the samples themselves are kept and hold between them.
+    """
+    points = [point[:2] for point in samples]
+    fit = least_squares(points, powers[-len(samples) :])
+    kept = {"points": tuple(points), "error": 0.0} if steps else {}
+    return fit.model_copy(update={"spread": max(point.spread for point in samples), **kept})
 
 
 def measure_link(

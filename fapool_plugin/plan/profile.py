@@ -1,7 +1,7 @@
 """What work costs in seconds: measured numbers of one machine and one model, and what follows from them.
 
-A profile holds fits, never samples, and never a number from the source code. It does not know who computes what:
-that is the plan's. How the numbers are measured is not known here either.
+A profile holds fits, of a curve that has steps its points too, and never a number from the source code. It does not
+know who computes what: that is the plan's. How the numbers are measured is not known here either.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import inf
 from pathlib import Path
 from typing import Any, Self
@@ -42,16 +42,23 @@ def _version_in(text: str) -> Any:
 
 
 class Fit(_Measured):
-    """``seconds = a + b * n + c * n * n``, by least squares of relative errors over measured points."""
+    """``seconds = a + b * n + c * n * n``, by least squares of relative errors over measured points.
+
+    Where the curve has steps the points are kept, and straight lines go between them.
+    """
 
     a: float = Field(default=0.0, ge=0)
     b: float = Field(default=0.0, ge=0)
     c: float = Field(default=0.0, ge=0)
     error: float = Field(default=0.0, ge=0, description="Largest relative error over the points it was fitted to.")
     spread: float = Field(default=0.0, ge=0, description="Largest (max - min) / median over the repeats of one point.")
+    points: tuple[tuple[float, float], ...] = Field(default=(), description="(n, seconds) by growing n; or none.")
 
     def at(self, n: float) -> float:
         """Seconds at ``n``."""
+        for (n_0, s_0), (n_1, s_1) in pairwise(self.points):
+            if n_0 <= n <= n_1:
+                return s_0 + (s_1 - s_0) * (n - n_0) / (n_1 - n_0)
         return self.a + n * (self.b + n * self.c)
 
 

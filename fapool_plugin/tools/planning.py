@@ -346,6 +346,8 @@ def _fits(profile: Profile) -> Iterator[tuple[str, str, Fit]]:
 
 
 def _formula(fit: Fit) -> str:
+    if fit.points:
+        return " to ".join(f"{seconds:.2g} at {n:g}" for n, seconds in (fit.points[0], fit.points[-1]))
     terms = [f"{value:.2g}{unit}" for value, unit in ((fit.a, ""), (fit.b, " n"), (fit.c, " n²")) if value]
     return " + ".join(terms) or "0"
 

@@ -40,6 +40,9 @@ def fit(a: float = 0.0, b: float = 0.0, c: float = 0.0) -> Fit:
     return Fit(a=a, b=b, c=c, error=0.0, spread=0.0)
 
 
+STEPS = fit(a=1e-3, b=1e-4).model_copy(update={"points": ((1, 0.5e-3), (2, 1.5e-3), (16, 3e-3))})
+
+
 def profile(**changes: Any) -> Profile:
     values: dict[str, Any] = {
         "date": "2030-01-01T00:00:00+00:00",
@@ -56,7 +59,7 @@ def profile(**changes: Any) -> Profile:
             parameters=1234,
         ),
         "attention": (attention(),),
-        "linear": (LinearCost(threads=1, prefill=fit(b=1e-5), decode=fit(a=1e-3)),),
+        "linear": (LinearCost(threads=1, prefill=fit(b=1e-5), decode=STEPS),),
         "link": LinkCost(to_rank=fit(a=1e-4, b=1e-9), to_base=fit(a=1e-4, b=1e-9)),
         "activation_s": 0.001,
         "start_s": 1.0,
@@ -119,6 +122,13 @@ def test_no_fit_is_better(points: list[tuple[int, float]]) -> None:
         moved = mine.copy()
         moved[power] = max(0.0, moved[power] + step * seconds.min())
         assert loss(mine) <= loss(moved) + slack, f"{found}: moving coefficient {power} by {step} is better"
+
+
+@pytest.mark.parametrize(
+    ("n", "seconds"), [(1, 0.5e-3), (1.5, 1e-3), (2, 1.5e-3), (9, 2.25e-3), (16, 3e-3), (17, 2.7e-3), (0.5, 1.05e-3)]
+)
+def test_kept_points_hold_between_the_first_and_the_last(n: float, seconds: float) -> None:
+    assert STEPS.at(n) == pytest.approx(seconds, rel=1e-12), f"{STEPS.at(n)} is not {seconds}"
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,9 @@ def measure_linear(
             # A step is run to its end where that can be: of its time the head is a large part, and a few layers alone
             # would find their weights in the processor's cache.
             decode = ascend(sequences, lambda size: opened.timed(size, 1, each_s), each_s, at_least=2, until=until)
-            costs.append(LinearCost(threads=count, prefill=fitted(prefill, (0, 1)), decode=fitted(decode, (0, 1))))
+            # One sequence is a product with a vector, two are one with a matrix: no line goes through both.
+            fits = fitted(prefill, (0, 1)), fitted(decode, (0, 1), steps=True)
+            costs.append(LinearCost(threads=count, prefill=fits[0], decode=fits[1]))
         progress("linear", len(threads), len(threads))
     return tuple(costs)
 
