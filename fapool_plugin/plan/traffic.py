@@ -89,8 +89,8 @@ class _Run:
                 job.waiting = False
                 self._go_on(job, self.now)
         for job in self.jobs:
-            self._idle_losses(job, self.found.seconds)
             self._fallen(job, self.found.seconds)
+            self._idle_losses(job, self.found.seconds)
             self._back(job, self.found.seconds)
         return self.found
 
@@ -291,13 +291,13 @@ class _Run:
         while True:
             again_s = sum(self._prompt_s(job, other, other.computed) for other in lost)
             end = at + again_s + (self._piece_s(job, one, target) if one else 0.0)
-            self._survives(job, min(end, job.lost_at))
             if job.lost_at > end:
                 break
             at = self._lose(job, at)
             if job.filling is not one:
                 one = None
             lost = job.away
+        self._survives(job, end)
         self.found.replays += len(lost)
         self.found.lost_s += again_s
         return end
@@ -312,10 +312,11 @@ class _Run:
 
     def _lose(self, job: Job, begun: float) -> float:
         """The first rank to be lost is, in a forward that began then; from when on it is known."""
+        at = max(begun, job.lost_at + self.setting.wear.detect_s)
+        self._survives(job, at)
         rank = min(job.ranks, key=lambda one: one.lost_at)
-        at = max(begun, rank.lost_at + self.setting.wear.detect_s)
         self.found.losses += 1
-        self.found.lost_s += max(0.0, min(at, job.down_at) - begun)
+        self.found.lost_s += at - begun
         self.found.lent.append(Lent(job.number, rank.number, rank.since, rank.lost_at))
         job.ranks.remove(rank)
         job.pool.lose(rank)
@@ -354,7 +355,6 @@ class _Run:
             one.left -= steps
             one.computed += steps
         self._end(job, end)
-        self._survives(job, lost_at if lost else end)
         return self._compute(job, self._lose(job, end), lost=job.away) if lost else end
 
     def _end(self, job: Job, now: float) -> None:

@@ -306,7 +306,7 @@ def _told(row: dict[str, Any]) -> str:
     """What only some simulations have."""
     told = {
         f"{row['waited_s']:.1f} s waited for ranks": row["waited_s"],
-        f"{row['base_losses']} bases lost": row["base_losses"],
+        f"{row['base_losses']} base(s) lost": row["base_losses"],
         f"{row['losses']} ranks lost, {row['lost_s']:.1f} s of jobs lost by it": row["losses"],
         f"{row['replays']} replays": row["replays"],
     }

@@ -88,7 +88,7 @@ class Job:
     filling: Seq | None = None
     ranks: list[int] = field(default_factory=list)
     gone: dict[int, float] = field(default_factory=dict)
-    """Those of them that were lost, and when."""
+    """Those that were lost and are not known to be, and when."""
     doing: str = ""
     began: float = 0.0
     ends: float = inf
@@ -151,6 +151,8 @@ class Walk:
         job.due |= self.t == job.down
         lost = {rank: self.t for rank in job.ranks if self.t in self.downs[rank]}
         job.gone |= lost
+        job.ranks = [rank for rank in job.ranks if rank not in lost]
+        self.free |= lost.keys()  # and down for a time
         if lost and job.uses():
             job.doing, job.ends = "stalled", inf
         if job.doing == "stalled":
@@ -158,24 +160,24 @@ class Walk:
 
     def stall(self, job: Job) -> None:
         """Until all that is gone is known: then what is left goes on."""
-        if any(self.t < at + self.made.wear.detect_s for at in job.gone.values()):
-            return
-        job.ranks = [rank for rank in job.ranks if rank not in job.gone]
-        self.free |= job.gone.keys()
-        job.gone = {}
+        job.gone = {rank: at for rank, at in job.gone.items() if self.t < at + self.made.wear.detect_s}
         held = [*job.active, *([job.filling] if job.filling else [])]
-        while sum(one.whole for one in held) > self.speeds.room(len(job.ranks)):
+        while sum(one.whole for one in held) > self.speeds.room(len(job.ranks) + len(job.gone)):
             out = next((one for one in reversed(held) if one.long), held[-1])
             held.remove(out)
             out.computed = 0
             job.queue.insert(0, out)
         job.active = [one for one in job.active if one in held]
         job.filling = job.filling if job.filling in held else None
+        if job.gone:
+            return
         away = [one for one in job.active if one.long]
         takes = sum(self.speeds.prompt_s(one.computed, len(job.ranks)) for one in away)
         if job.filling:
             takes += self.speeds.prompt_s(job.filling.known, len(job.ranks))
         job.doing, job.ends, job.blocked = ("prompt" if job.filling else "again"), max(self.t, job.began) + takes, False
+        if not takes:
+            job.doing, job.ends, job.due = "", inf, True
 
     def ended(self, job: Job) -> None:
         if job.ends != self.t:
@@ -272,7 +274,7 @@ class Walk:
         job.asked, job.since, job.until = None, None, -inf
 
     def give(self, job: Job) -> None:
-        if job.ranks:
+        if job.ranks or job.gone:
             self.free |= set(job.ranks)
             job.ranks, job.gone = [], {}
             self.wake()
