@@ -22,7 +22,7 @@ from math import ceil, inf, isnan, nan
 
 from fapool_plugin.plan.arrivals import Request
 from fapool_plugin.plan.jobs import Active, Job, Setting
-from fapool_plugin.plan.lending import Pool, places
+from fapool_plugin.plan.lending import Pool, Rank, places
 from fapool_plugin.plan.outcome import Busy, Lent, Outcome, Served
 from fapool_plugin.plan.speeds import Speeds
 
@@ -166,6 +166,9 @@ class _Run:
         known_at = job.up_at - wear.restart_s + wear.detect_s
         if now >= job.up_at:
             return False
+        # Ranks that are lost meanwhile are others' as soon as they are back.
+        for rank in [one for one in job.ranks if one.lost_at <= known_at]:
+            self._drop(job, rank)
         if now >= known_at and not self.setting.fixed:
             self._back(job, now)
         self._later(job, known_at if now < known_at else job.up_at)
@@ -315,13 +318,8 @@ class _Run:
         at = max(begun, job.lost_at + self.setting.wear.detect_s)
         self._survives(job, at)
         rank = min(job.ranks, key=lambda one: one.lost_at)
-        self.found.losses += 1
         self.found.lost_s += at - begun
-        self.found.lent.append(Lent(job.number, rank.number, rank.since, rank.lost_at))
-        job.ranks.remove(rank)
-        job.pool.lose(rank)
-        job.changed()
-        self._wake(job.pool, rank.up_at)
+        self._drop(job, rank)
         held = [*job.active, *([job.filling] if job.filling else [])]
         room, keys = self.speeds.room(len(job.ranks)), sum(one.whole for one in held)
         while keys > room:
@@ -337,6 +335,14 @@ class _Run:
             job.again.appendleft(youngest)
             self.found.evicted += 1
         return at
+
+    def _drop(self, job: Job, rank: Rank) -> None:
+        self.found.losses += 1
+        self.found.lent.append(Lent(job.number, rank.number, rank.since, rank.lost_at))
+        job.ranks.remove(rank)
+        job.pool.lose(rank)
+        job.changed()
+        self._wake(job.pool, rank.up_at)
 
     def _steps(self, job: Job, now: float, until: float) -> float:
         """When steps of the batch are done: until a sequence ends, or those that begin before ``until``, but one."""
