@@ -22,11 +22,13 @@ _DRAWN_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Wear:
-    """How ranks are lost: after ``mtbf_s`` in the mean, for ``restart_s`` each time."""
+    """How ranks, or the GPUs of a base, are lost: after ``mtbf_s`` in the mean, for ``restart_s`` each time. Who works
+    with them knows of it after ``detect_s``."""
 
     mtbf_s: float = inf
     restart_s: float = 60.0
     seed: int = 0
+    detect_s: float = 0.0
 
     def lives(self, rank: int) -> Iterator[float]:
         """Seconds that a rank of this number is up, time after time."""
@@ -58,8 +60,8 @@ class Pool:
     wear: Wear
     free: dict[int, list[Rank]] = field(default_factory=dict)
     """By leaf."""
-    waiting: list[int] = field(default_factory=list)
-    """Jobs that go on when ranks are there again."""
+    waiting: dict[int, float] = field(default_factory=dict)
+    """Jobs that go on when ranks are there again, and since when they wait for them."""
 
     def join(self, number: int, leaf: int, at_s: float) -> None:
         """A rank that is there from ``at_s`` on."""

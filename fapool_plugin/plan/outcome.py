@@ -54,6 +54,9 @@ class Outcome:
     """Leases that got ranks again, or more."""
     unleased: int = 0
     """Long prompts that found no rank."""
+    waited_s: float = 0.0
+    """Of all jobs, for ranks that others had."""
+    base_losses: int = 0
     losses: int = 0
     """Leased ranks that were lost."""
     replays: int = 0
@@ -61,7 +64,8 @@ class Outcome:
     evicted: int = 0
     """Of them those that went back to the queue, for want of room."""
     lost_s: float = 0.0
-    """Of all jobs: forwards that were abandoned, and replays but for those of sequences that went back."""
+    """Of all jobs, by lost ranks: forwards that were abandoned, the time until a loss is known, and replays but for
+    those of sequences that went back."""
 
     @property
     def base_busy_s(self) -> float:

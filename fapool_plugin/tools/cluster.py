@@ -169,15 +169,15 @@ def _table(found: Found, ranks: int, pairs: Sequence[tuple[Outlook, Outlook | No
         cells = {"tokens": f"{row.tokens}{'~' if row.marks() else ''}"}
         if not ranks:
             cells["A/L"] = f"{row.alone_s / row.linear_s - 1:.2f}"
-        cells["alone"] = _ms(row.alone_s, row.alone_holds)
+        cells["alone"] = milliseconds(row.alone_s, row.alone_holds)
         if row.pooled:
             if decode:
-                cells["whole"] = _ms(row.pooled.whole_s, row.memory.holds)
-            cells["pool"] = _ms(row.pooled.seconds, row.memory.holds)
+                cells["whole"] = milliseconds(row.pooled.whole_s, row.memory.holds)
+            cells["pool"] = milliseconds(row.pooled.seconds, row.memory.holds)
             cells["x"] = f"{row.alone_s / row.pooled.seconds:.2f}"
             if slow and slow.pooled:
-                cells["slow"] = _ms(slow.pooled.seconds, row.memory.holds)
-        cells |= {_SHORT[other.name]: _ms(other.seconds, other.holds) for other in row.others()}
+                cells["slow"] = milliseconds(slow.pooled.seconds, row.memory.holds)
+        cells |= {_SHORT[other.name]: milliseconds(other.seconds, other.holds) for other in row.others()}
         if not ranks:
             cells["all"] = f"{row.memory.alone / 1e9:.0f}"
         else:
@@ -211,25 +211,30 @@ _EXPLAINED = [
 ]
 
 
-def _ms(seconds: float, holds: bool) -> str:
-    return f"{seconds * 1e3:.3g}{'' if holds else '*'}" if seconds < 1 else f"{seconds * 1e3:.0f}{'' if holds else '*'}"
+def milliseconds(seconds: float, holds: bool) -> str:
+    """With a star where it does not fit into memory."""
+    return (f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}") + ("" if holds else "*")
 
 
 def _since(length: int | None) -> str:
     return f"not up to {_THRESHOLD_UP_TO} tokens" if length is None else f"from {length} tokens on"
 
 
-def values(found: Sequence[Found]) -> dict[str, Any]:
-    """Predictions and what they were made of, as plain JSON values."""
-    cluster = found[0].outlooks[0].cluster
-    gpu = cluster.hardware
+def about(cluster: Cluster) -> dict[str, Any]:
+    """What is planned on, as plain JSON values."""
     return {
-        "hardware": gpu.model_dump(mode="json", exclude={"attention", "gemm", "all_reduce"}),
+        "hardware": cluster.hardware.model_dump(mode="json", exclude={"attention", "gemm", "all_reduce"}),
         "model": asdict(cluster.model),
         "base_ranks": cluster.base,
         "link": cluster.link,
         "ask_s": cluster.ask_s,
         "oversubscription": cluster.oversubscription,
+    }
+
+
+def values(found: Sequence[Found]) -> dict[str, Any]:
+    """Predictions and what they were made of, as plain JSON values."""
+    return about(found[0].outlooks[0].cluster) | {
         "plans": [
             {
                 "kind": one.kind,

@@ -20,10 +20,10 @@ from rich.table import Table
 
 from fapool_plugin.plan.arrivals import Request, arrivals
 from fapool_plugin.plan.cluster import Cluster
+from fapool_plugin.plan.jobs import Setting
 from fapool_plugin.plan.lending import Wear
 from fapool_plugin.plan.outcome import Outcome, percentiles
 from fapool_plugin.plan.speeds import Divided, Planned, Speeds
-from fapool_plugin.plan.traffic import Setting
 from fapool_plugin.plan.traffic import simulate as serve
 from fapool_plugin.tools.cluster import find_hardware, read_model
 from fapool_plugin.tools.options import check_counts, check_output, check_picture, numbers, one_line_errors
@@ -57,6 +57,18 @@ def simulate(
         float | None, typer.Option(help="Hours after which a pool rank is lost, in the mean; default: never.")
     ] = None,
     restart_s: Annotated[float, typer.Option(help="Seconds until a lost rank is there again.")] = 60.0,
+    base_mtbf_hours: Annotated[
+        float | None,
+        typer.Option(help="The same of each GPU of a base, which takes its job with it; default: never."),
+    ] = None,
+    base_restart_s: Annotated[float, typer.Option(help="Seconds until a lost base is there again.")] = 300.0,
+    detect_s: Annotated[
+        float, typer.Option(help="Seconds until a loss is known; a process that ends is known at once.")
+    ] = 0.0,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Long prompts wait for ranks, no longer than those would save."),
+    ] = False,
     joins: Annotated[
         str | None, typer.Option(help="Ranks that come to each pool later, such as 600:8 for 8 after 600 seconds.")
     ] = None,
@@ -93,7 +105,8 @@ def simulate(
                 f"--rate {rate} for --seconds {seconds} is {rate * seconds:.3g} requests; give at most "
                 f"{_MOST_REQUESTS:.0e}"
             )
-        wear, later = _wear(mtbf_hours, restart_s, seed), read_joins(joins)
+        wear, later = _wear("", mtbf_hours, restart_s, seed, detect_s), read_joins(joins)
+        base_wear = _wear("base-", base_mtbf_hours, base_restart_s, seed, detect_s)
         if not 1 <= oversubscription < inf or (oversubscription > 1 and leaf_gpus is None):
             raise ValueError(
                 f"--oversubscription is {oversubscription}: give at least 1, and --leaf-gpus, the GPUs under each leaf"
@@ -107,14 +120,15 @@ def simulate(
             requests = read_trace(trace)
         else:
             requests = arrivals(rate, seconds, seed, long_part=long_part, bursts=bursts)
-        common: dict[str, Any] = {"threshold": threshold, "chunk": chunk, "base": ranks}
+        common: dict[str, Any] = {"threshold": threshold, "chunk": chunk, "base": ranks, "base_wear": base_wear}
         if leaf_gpus is not None:
             common["leaf"] = leaf_gpus
         rows, outcomes = [], []
         for pool in sizes:
             most = pool + sum(count for _, count in later if pool)
             asked = min(most, lease or max(1, pool // ceil(jobs / pools)))
-            elastic = Setting(jobs, pool, asked, pools=pools, joins=later if pool else (), wear=wear, **common)
+            joining = later if pool else ()
+            elastic = Setting(jobs, pool, asked, pools=pools, joins=joining, wear=wear, waits=wait, **common)
             ways = [
                 (str(pool), elastic, Planned(cluster, oversubscription)),
                 *others(elastic, cluster, oversubscription),
@@ -122,8 +136,7 @@ def simulate(
             for name, setting, speeds in ways:
                 began = time.perf_counter()
                 found = serve(requests, setting, speeds)
-                gpus = ranks * (speeds.groups if isinstance(speeds, Divided) else 1)
-                made = figures(found, setting, gpus)
+                made = figures(found, setting)
                 outcomes.append(found)
                 rows.append({"name": name} | made | {"simulated_in_s": time.perf_counter() - began})
         show(rows, f"{len(requests)} requests, {jobs} job(s) of {ranks} {cluster.hardware.name}")
@@ -132,16 +145,17 @@ def simulate(
         if json_file is not None:
             what = {"jobs": jobs, "base_ranks": ranks, "threshold": threshold, "link": link, "model": asdict(model)}
             what |= {"pools_of_ranks": pools, "mtbf_hours": mtbf_hours, "restart_s": restart_s, "joins": later}
-            what |= {"leaf_gpus": leaf_gpus, "oversubscription": oversubscription, "chunk": chunk}
+            what |= {"base_mtbf_hours": base_mtbf_hours, "base_restart_s": base_restart_s, "detect_s": detect_s}
+            what |= {"leaf_gpus": leaf_gpus, "oversubscription": oversubscription, "chunk": chunk, "wait": wait}
             json_file.write_text(json.dumps(what | {"pools": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def others(elastic: Setting, cluster: Cluster, oversubscription: float) -> list[tuple[str, Setting, Speeds]]:
     """What else the GPUs of this pool could do: ranks of one job each, bases more, or context parallelism in each job
-    for every prompt. Only where there are enough of them; bases' GPUs are never lost."""
+    for every prompt. Only where there are enough of them. A job on more GPUs is lost more often."""
     base, whole = cluster.base, elastic.pool * elastic.pools
     each, found = elastic.each, list[tuple[str, Setting, Speeds]]()
-    alone = replace(elastic, pool=0, lease=0, joins=(), pools=1)
+    alone = replace(elastic, pool=0, lease=0, joins=(), pools=1, leaf=1 << 40)
     if each:
         fixed = replace(elastic, lease=each, fixed=True, joins=())
         found.append((f"{elastic.pool} fixed", fixed, Planned(cluster, oversubscription)))
@@ -149,19 +163,23 @@ def others(elastic: Setting, cluster: Cluster, oversubscription: float) -> list[
         more = replace(alone, jobs=elastic.jobs + whole // base)
         found.append((f"{elastic.pool} as bases", more, Planned(cluster)))
     if each >= base:
-        found.append((f"{elastic.pool} as CP", alone, Divided(cluster, 1 + each // base)))
+        groups = 1 + each // base
+        found.append((f"{elastic.pool} as CP", replace(alone, base=groups * base), Divided(cluster, groups)))
     return found
 
 
-def _wear(mtbf_hours: float | None, restart_s: float, seed: int) -> Wear:
+def _wear(whose: str, mtbf_hours: float | None, restart_s: float, seed: int, detect_s: float) -> Wear:
+    if not 0 <= detect_s < inf:
+        raise ValueError(f"--detect-s is {detect_s}; give at least 0")
     if mtbf_hours is None:
         return Wear()
-    if not 0 < restart_s < mtbf_hours * 3600 < inf:
+    if not (0 < restart_s < mtbf_hours * 3600 < inf and detect_s <= restart_s):
         raise ValueError(
-            f"--mtbf-hours {mtbf_hours}, --restart-s {restart_s}: give numbers above 0, and a time to restart that is "
-            "shorter than the mean time between losses"
+            f"--{whose}mtbf-hours {mtbf_hours}, --{whose}restart-s {restart_s}, --detect-s {detect_s}: give numbers "
+            "above 0, and a time to restart that is shorter than the mean time between losses and no shorter than the "
+            "time until a loss is known"
         )
-    return Wear(mtbf_hours * 3600, restart_s, seed)
+    return Wear(mtbf_hours * 3600, restart_s, seed, detect_s)
 
 
 def read_joins(text: str | None) -> tuple[tuple[float, int], ...]:
@@ -211,13 +229,13 @@ def _whole(value: Any) -> int:
     return value
 
 
-def figures(found: Outcome, setting: Setting, base_ranks: int) -> dict[str, Any]:
+def figures(found: Outcome, setting: Setting) -> dict[str, Any]:
     """What is shown of a simulation, as plain JSON values; percentiles are of 50, 95 and 99 %."""
     pool = setting.pool * setting.pools
     later = setting.pools * sum(ranks * max(0.0, found.seconds - at) for at, ranks in setting.joins)
     pool_s, leased_s = pool * found.seconds + later, found.leased_s
     tokens = sum(one.request.new for one in found.served)
-    hours = setting.jobs * base_ranks * found.seconds / 3600
+    hours = setting.jobs * setting.base * found.seconds / 3600
     kinds = {
         kind: {
             "requests": len(ones),
@@ -238,6 +256,8 @@ def figures(found: Outcome, setting: Setting, base_ranks: int) -> dict[str, Any]
         "leases": found.leases,
         "grown": found.grown,
         "unleased": found.unleased,
+        "waited_s": found.waited_s,
+        "base_losses": found.base_losses,
         "losses": found.losses,
         "replays": found.replays,
         "evicted": found.evicted,
@@ -275,14 +295,19 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
         "busy: bases' time; leased: the pool's; GPU h: of bases and leased ranks for a million new tokens",
     ]
     lines += [
-        f"{row['name']}: {row['refused']} refused, {row['unleased']} long ones found no ranks, {_losses(row)}"
+        f"{row['name']}: {row['refused']} refused, {row['unleased']} long ones found no ranks, {_told(row)}"
         f"simulated in {row['simulated_in_s']:.1f} s"
         for row in rows
     ]
     Console().print("\n".join(lines), highlight=False)
 
 
-def _losses(row: dict[str, Any]) -> str:
-    if not row["losses"]:
-        return ""
-    return f"{row['losses']} ranks lost, {row['replays']} replays, {row['lost_s']:.1f} s of jobs lost by it, "
+def _told(row: dict[str, Any]) -> str:
+    """What only some simulations have."""
+    told = {
+        f"{row['waited_s']:.1f} s waited for ranks": row["waited_s"],
+        f"{row['base_losses']} base(s) lost": row["base_losses"],
+        f"{row['losses']} ranks lost, {row['lost_s']:.1f} s of jobs lost by it": row["losses"],
+        f"{row['replays']} replays": row["replays"],
+    }
+    return "".join(f"{what}, " for what, there in told.items() if there)

@@ -53,7 +53,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outco
                 )
         axis.set(yscale="log", ylabel=label)
         axis.set_xticks(places, labels=names, rotation=30, ha="right")
-        axis.legend(fontsize="x-small", ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axis.legend(fontsize="x-small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for index, (row, found) in enumerate(zip(rows, outcomes, strict=True)):
         edges = np.linspace(0.0, found.seconds, _SPANS + 1)
         middle = (edges[1:] + edges[:-1]) / 2

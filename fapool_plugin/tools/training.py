@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fapool_plugin.plan.cluster import Cluster
 from fapool_plugin.plan.training import Training
+from fapool_plugin.tools.cluster import about, milliseconds
 
 _SHORT = {"replicas": "repl", "ring": "ring", "data parallel": "DP"}
 ASSUMED = "backward is twice a forward's products and 2.5 times its attention"
@@ -56,10 +57,13 @@ def _table(rows: Sequence[Training]) -> Table:
     lines = []
     for row in rows:
         cells = {"tokens": f"{row.tokens}{'~' if row.marks() else ''}", "A/L": f"{row.alone_s / row.linear_s - 1:.2f}"}
-        cells["alone"] = _ms(row.alone_s, row.holds)
+        cells["alone"] = milliseconds(row.alone_s, row.holds)
         if row.pooled:
-            cells |= {"pool": _ms(row.pooled.seconds, row.holds), "x": f"{row.alone_s / row.pooled.seconds:.2f}"}
-        cells |= {_SHORT[other.name]: _ms(other.seconds, other.holds) for other in row.others()}
+            cells |= {
+                "pool": milliseconds(row.pooled.seconds, row.holds),
+                "x": f"{row.alone_s / row.pooled.seconds:.2f}",
+            }
+        cells |= {_SHORT[other.name]: milliseconds(other.seconds, other.holds) for other in row.others()}
         lines.append(cells | {"GB": f"{row.alone_bytes / 1e9:.0f}"})
     table = Table(
         *lines[0], box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
@@ -73,20 +77,9 @@ def _table(rows: Sequence[Training]) -> Table:
     return table
 
 
-def _ms(seconds: float, holds: bool) -> str:
-    return (f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}") + ("" if holds else "*")
-
-
 def values(found: Sequence[Training]) -> dict[str, Any]:
     """Predictions and what they were made of, as plain JSON values."""
-    cluster = found[0].cluster
-    return {
-        "hardware": cluster.hardware.model_dump(mode="json", exclude={"attention", "gemm", "all_reduce"}),
-        "model": asdict(cluster.model),
-        "base_ranks": cluster.base,
-        "link": cluster.link,
-        "ask_s": cluster.ask_s,
-        "oversubscription": cluster.oversubscription,
+    return about(found[0].cluster) | {
         "kind": "training",
         "recompute": found[0].recompute,
         "assumed": ASSUMED,

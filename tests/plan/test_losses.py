@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fapool_plugin.plan.arrivals import Request, arrivals
+from fapool_plugin.plan.jobs import Setting
 from fapool_plugin.plan.lending import Pool, Wear, places
 from fapool_plugin.plan.outcome import Outcome
-from fapool_plugin.plan.traffic import Setting, simulate
+from fapool_plugin.plan.traffic import simulate
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,34 @@ def test_without_ranks_the_base_computes_alone_and_short_ones_lose_nothing() -> 
     assert by[1000].first_s == pytest.approx(5.5 - 0.1)
     assert found.seconds == pytest.approx(5.5 + 8.001 + 10 * 0.01)
     assert (found.replays, found.leases, found.unleased) == (1, 1, 0)
+
+
+def test_who_waits_for_a_lost_rank_waits_until_that_is_known() -> None:
+    wear = replace(lose({0: [4.5125], 1: [5.0]}), restart_s=9.0, detect_s=2.0)
+    found = simulate([Request(0, 8000, 101)], setting(wear=wear), Plain())
+    # Known at 6.5125; the next one is dead by then, which is known at 7, and only then keys are computed again.
+    assert found.seconds == pytest.approx(7.0 + 8.003 / 2 + 98 * 0.005)
+    assert (found.losses, found.replays) == (2, 1)
+    assert found.lost_s == pytest.approx(7.0 - 4.51 + 8.003 / 2)
+    # Heartbeats go on while the base computes a short prompt, from 4.5 to 5.5.
+    requests = [Request(0, 8000, 11), Request(0.1, 1000, 11)]
+    found = simulate(requests, setting(wear=replace(lose({0: [4.75]}), restart_s=9.0, detect_s=0.5)), Plain())
+    assert found.seconds == pytest.approx(5.5 + 8.001 / 2 + 10 * 0.005)
+
+
+def test_a_lost_base_begins_again_and_its_ranks_are_free_meanwhile() -> None:
+    base = Told(restart_s=10.0, detect_s=1.0, told={1 << 32: [4.6]})
+    requests = [Request(0, 8000, 101), Request(1, 6000, 1)]
+    found = simulate(requests, setting(jobs=2, base_wear=base, waits=True), Plain())
+    by = {one.request.prompt: one for one in found.served}
+    # The other job waited from 1 on, for at most the 3 s that ranks save it; then it began alone.
+    assert found.waited_s == pytest.approx(3.0)
+    assert by[6000].first_s == pytest.approx(3.0 + 6.0)
+    # Twenty steps are done when the base is lost; its 8,020 tokens are computed again, and 80 more follow.
+    assert by[8000].first_s == pytest.approx(4.5)
+    assert found.seconds == pytest.approx(14.6 + 0.5 + 8.020 / 2 + 80 * 0.005 - 0.005, abs=0.006)
+    assert (found.base_losses, found.replays, found.losses) == (1, 1, 0)
+    assert [one.stop for one in found.lent][:4] == pytest.approx([5.6] * 4)
 
 
 def test_a_lease_grows_again() -> None:
@@ -200,7 +229,14 @@ def test_pools_are_apart() -> None:
 REQUESTS = st.lists(
     st.builds(Request, st.floats(0, 30), st.integers(1, 9000), st.integers(1, 60)), min_size=1, max_size=14
 )
-WEARS = st.builds(Wear, mtbf_s=st.floats(2.1, 40), restart_s=st.floats(0.1, 2), seed=st.integers(0, 99))
+WEARS = st.builds(
+    Wear,
+    mtbf_s=st.floats(2.1, 40),
+    restart_s=st.floats(0.1, 2),
+    seed=st.integers(0, 99),
+    detect_s=st.sampled_from([0.0, 0.1]),
+)
+BASES = st.builds(Wear, mtbf_s=st.floats(100, 400), restart_s=st.floats(0.1, 9), detect_s=st.sampled_from([0.0, 0.1]))
 SETTINGS = st.builds(
     Setting,
     jobs=st.integers(2, 4),
@@ -212,6 +248,8 @@ SETTINGS = st.builds(
     wear=WEARS,
     chunk=st.sampled_from([0, 700]),
     base=st.just(2),
+    base_wear=BASES,
+    waits=st.booleans(),
     leaf=st.sampled_from([3, 6, 1 << 40]),
 )
 SPEEDS = st.builds(Plain, most=st.sampled_from([6000, 9060, inf]), more=st.sampled_from([9060, 20_000, inf]))
@@ -259,10 +297,12 @@ def test_each_request_is_served_once_and_each_rank_lent_to_one_job(requests, mad
     found = simulate(requests, made, speeds)
     check(requests, made, found)
     assert found == simulate(list(reversed(requests)), made, speeds), "the same seed gives the same"
-    never = simulate(requests, replace(made, wear=Wear()), speeds)
-    assert never == simulate(requests, replace(made, wear=Wear(mtbf_s=1e15)), speeds), "nothing lost, nothing changed"
-    check(requests, replace(made, wear=Wear()), never)
-    assert never.losses == never.replays == never.evicted == never.lost_s == 0
+    made = replace(made, wear=Wear(), base_wear=Wear())
+    never = simulate(requests, made, speeds)
+    rarely = replace(made, wear=Wear(mtbf_s=1e15, detect_s=3.0), base_wear=Wear(mtbf_s=1e15))
+    assert never == simulate(requests, rarely, speeds), "nothing lost, nothing changed"
+    check(requests, made, never)
+    assert never.losses == never.base_losses == never.replays == never.evicted == never.lost_s == 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 from statistics import mean
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from fapool_plugin.plan.arrivals import Request, arrivals
+from fapool_plugin.plan.jobs import Setting
 from fapool_plugin.plan.outcome import percentiles
-from fapool_plugin.plan.traffic import Setting, simulate
+from fapool_plugin.plan.traffic import simulate
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,34 @@ def test_jobs_share_the_pool() -> None:
     found = simulate([Request(0, 8000, 2), Request(0, 8000, 2)], two, Plain(most=5000, more=10_000))
     assert sorted(round(one.first_s, 2) for one in found.served) == [4.0, pytest.approx(8.01, abs=0.01)]
     assert (found.leases, found.unleased, found.refused) == (2, 0, 0)
+
+
+def test_a_prompt_waits_for_ranks_as_long_as_they_save() -> None:
+    two = replace(POOLED, jobs=2, waits=True)
+    found = simulate([Request(0, 8000, 1), Request(2, 8000, 1)], two, Plain())
+    # The ranks are free at 4.5; without them the second would have been done at 10.
+    assert [one.first_s for one in found.served] == pytest.approx([4.5, 2.5 + 4.5])
+    assert found.waited_s == pytest.approx(2.5)
+    assert found.unleased == 0
+    never = simulate([Request(0, 8000, 1), Request(2, 8000, 1)], replace(two, waits=False), Plain())
+    assert [one.first_s for one in never.served] == pytest.approx([4.5, 8.0])
+    # They come too late for one of 6,000 tokens, which waits the 3 s that they save. Steps go on meanwhile.
+    requests = [Request(0, 20_000, 1), Request(0.1, 1000, 1000), Request(0.2, 1, 1), Request(1.105, 6000, 1)]
+    found = simulate(requests, two, Plain())
+    by = {one.request.prompt: one for one in found.served}
+    assert found.waited_s == pytest.approx(3.0, abs=0.011), "up to a step more"
+    assert by[6000].first_s == pytest.approx(0.005 + 3.0 + 6.0, abs=0.011), "it asks after the step that it came in"
+    assert by[1000].token_s == pytest.approx((6.0 + 999 * 0.01) / 999)
+
+
+def test_who_waits_longest_is_next() -> None:
+    """Three jobs and one lease; the first one's next prompt asks behind those that wait."""
+    requests = [Request(0, 8000, 1), Request(1.0, 9000, 1), Request(1.1, 7000, 1), Request(1.2, 50_000, 1)]
+    found = simulate(requests, replace(POOLED, jobs=3, waits=True), Plain())
+    begun = list(dict.fromkeys((one.start, one.job) for one in sorted(found.lent, key=lambda one: one.start)))
+    # The third waits for 3.5 s at most, and computes alone from 4.6 on.
+    assert begun == [(0.0, 0), (4.5, 1), (9.5, 0)]
+    assert found.waited_s == pytest.approx(3.5 + 3.5 + 5.0)
 
 
 def test_what_fits_nowhere_is_refused_and_what_has_no_room_waits() -> None:

@@ -104,3 +104,36 @@ def test_figures_in_the_papers_text() -> None:
     assert products == pytest.approx(2.31e-3, rel=0.01)
     at = [made.alone_s("decode", 1024, tokens) / made.linear_s(1024, 1024) - 1 for tokens in (560, 640)]
     assert at[0] < 1 < at[1], f"attention passes the rest near 600 tokens: {at}"
+    assert model.parameters * 2 / 1e9 == pytest.approx(2.7, abs=0.05)
+    many = 4 * hardware.attention_s("prefill", 4, 4, 128, 16, 4096) / made.linear_s(16 * 4096, 16)
+    assert many == pytest.approx(0.08, abs=0.005), "with 16 prompts at a time"
+
+
+def test_many_lanes_cost_less_each() -> None:
+    """Why 1.35 ns a key and sequence, of 256 lanes, is too much for the 4,096 of the paper's batch."""
+    hardware = Hardware.load(ROOT / "configs" / "hardware" / "a100-sxm.json")
+    for heads, batch, keys, expected in (
+        (4, 64, 8192, 1.65), (4, 128, 8192, 1.37), (8, 128, 8192, 1.28), (4, 64, 32_768, 1.35), (4, 1024, 512, 1.34),
+        (4, 1024, 1024, 1.19), (4, 1024, 8192, 1.14),
+    ):  # fmt: skip
+        seconds = hardware.attention_s("decode", heads, heads, 128, batch, keys) * 4 / heads
+        assert seconds / batch / keys * 1e9 == pytest.approx(expected, abs=0.006), f"{heads} x {batch} x {keys}"
+
+
+def test_as_many_lanes_as_processors() -> None:
+    """27 rows of 4 heads on 108 processors take what 16 take, but no more than the best part of the bandwidth."""
+    model, base = read_model(ROOT / "configs" / "paper_8base_32pool.json", None)
+    hardware = Hardware.load(ROOT / "configs" / "hardware" / "a100-sxm.json")
+    (table,) = [one for one in hardware.attention if (one.heads, one.kv_heads) == (4, 4)]
+    points, lane = table.decode, 2 * 128 * 2
+    at = {(b, n): us * 1e-6 for b, row in points.micros.items() for n, us in zip(points.lengths, row, strict=False)}
+    best = max(b * 4 * n * lane / seconds for (b, n), seconds in at.items() if b * 4 * n * lane > 4e8)
+    assert 0.8 < best / hardware.memory_bytes_per_s < 1, f"{best:.3g} bytes a second, with no cache that holds them"
+    row = [max(at[16, n] * 1e6, 27 * 4 * n * lane / best * 1e6) for n in points.lengths if (16, n) in at]
+    decode = points.model_copy(update={"micros": points.micros | {27: row}})
+    others = [one for one in hardware.attention if one is not table]
+    tables = [*others, table.model_copy(update={"decode": decode})]
+    made = Cluster(hardware.model_copy(update={"attention": tables}), model, base, "between-nodes")
+    for tokens, expected in ((8192, 11.8), (16_384, 19.8)):
+        found = made.pooled("decode", 1024, tokens, 32).seconds * 1e3
+        assert found == pytest.approx(expected, abs=0.05), f"{tokens}: {found} ms"

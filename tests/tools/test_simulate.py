@@ -12,8 +12,9 @@ from typer.testing import CliRunner, Result
 from fapool_plugin.plan.arrivals import Request
 from fapool_plugin.plan.cluster import Cluster
 from fapool_plugin.plan.context_parallel import keys_divided_s, ring_s, ulysses_s
+from fapool_plugin.plan.jobs import Setting
 from fapool_plugin.plan.speeds import Divided, Planned, Speeds
-from fapool_plugin.plan.traffic import Setting, simulate
+from fapool_plugin.plan.traffic import simulate
 from fapool_plugin.tools import cli
 from fapool_plugin.tools.cluster import find_hardware, read_model
 from fapool_plugin.tools.traffic_plot import within
@@ -72,21 +73,27 @@ def test_losses_joins_leaves_and_chunks(tmp_path: Path) -> None:
     """Each is told and counted, and the same seed gives the same."""
     args = ("--pool-ranks", 4, "--jobs", 2, "--rate", 1, "--seconds", 20, "--long-part", 0.3, "--threshold", 500)
     more = ("--mtbf-hours", 0.005, "--restart-s", 10, "--joins", "5:2", "--pools", 2, "--chunk", 8192)
+    lost = ("--base-mtbf-hours", 0.009, "--base-restart-s", 5, "--detect-s", 2, "--wait")
     found = []
     for name in ("a", "b"):
         out = tmp_path / name
-        done = invoke("simulate", *HARDWARE, *args, *more, "--leaf-gpus", 8, "--oversubscription", 4, "--json", out)
+        done = invoke(
+            "simulate", *HARDWARE, *args, *more, *lost, "--leaf-gpus", 8, "--oversubscription", 4, "--json", out
+        )
         assert done.exit_code == 0, done.output
         found.append(json.loads(out.read_text()))
         for row in found[-1]["pools"]:
             row.pop("simulated_in_s")
     assert found[0] == found[1]
     assert (found[0]["joins"], found[0]["oversubscription"], found[0]["chunk"]) == ([[5.0, 2]], 4.0, 8192)
-    elastic, fixed, bases, _ = found[0]["pools"]
+    elastic, fixed, bases, divided = found[0]["pools"]
     assert elastic["losses"] > 0
     assert elastic["lost_s"] > 0
     assert f"{elastic['losses']} ranks lost" in done.output
     assert (bases["name"], bases["jobs"], bases["losses"]) == ("4 as bases", 2 + 8 // 2, 0)
+    assert divided["base_losses"] > elastic["base_losses"] > 0, "three times as many GPUs"
+    assert elastic["base_losses"] < bases["base_losses"], "three times as many bases"
+    assert f"{elastic['base_losses']} base(s) lost" in " ".join(done.output.split())
     assert fixed["lease"] == 4
     requests = sum(elastic[kind]["requests"] for kind in ("short", "long"))
     assert all(sum(row[kind]["requests"] for kind in ("short", "long")) == requests for row in found[0]["pools"])
@@ -154,6 +161,10 @@ def test_a_wrong_trace_is_told_in_a_line(lines: str, told: str, tmp_path: Path) 
         (("--mtbf-hours", "nan"), "--mtbf-hours nan"),
         (("--mtbf-hours", 0.01, "--restart-s", 60), "a time to restart that is shorter"),
         (("--mtbf-hours", 1, "--restart-s", 0), "--restart-s 0.0"),
+        (("--mtbf-hours", 1, "--detect-s", 90), "--detect-s 90.0: give numbers above 0"),
+        (("--detect-s", "inf"), "--detect-s is inf"),
+        (("--base-mtbf-hours", "nan"), "--base-mtbf-hours nan"),
+        (("--base-mtbf-hours", 0.1), "bases are lost after 180 s in the mean, missed after 0 s and back after 300 s"),
         (("--oversubscription", 0.5, "--leaf-gpus", 8), "--oversubscription is 0.5"),
         (("--oversubscription", 2), "and --leaf-gpus"),
         (("--leaf-gpus", 1), "1 GPUs under a leaf switch, 2 of a base"),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from fapool_plugin.plan.cluster import Cluster
-from fapool_plugin.plan.context_parallel import ring_s, ulysses_s
 from fapool_plugin.plan.training import Training
 from fapool_plugin.tools.cluster import find_hardware, read_model
 
@@ -17,21 +16,6 @@ LINES = (ROOT / "docs" / "simulation.md").read_text(encoding="utf-8").splitlines
 
 def model(name: str):
     return read_model(ROOT / "configs" / "models" / f"{name}.json", 8)[0]
-
-
-@pytest.mark.parametrize(
-    ("groups", "gpus", "name", "shown"),
-    [(4, 2, "llama3_8b", "Llama-3-8B"), (8, 1, "llama3_8b", "Llama-3-8B"), (2, 4, "llama3_70b", "Llama-3-70B")],
-)
-def test_context_parallelism_on_the_same_gpus(groups: int, gpus: int, name: str, shown: str) -> None:
-    hardware = find_hardware("h100-sxm")
-    divided, whole = (Cluster(hardware, model(name), base, "same-node") for base in (gpus, 8))
-    ratios = [
-        min(ring_s(divided, n, groups), ulysses_s(divided, n, groups)) / whole.alone_s("prefill", 1, n)
-        for n in (256, 512, 1024, 4096, 8192, 65_536)
-    ]
-    row = f"| {groups} x {gpus} | {shown} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |"
-    assert row in LINES, f"it is now {row}"
 
 
 @pytest.mark.parametrize("tokens", [4096, 16_384, 32_768, 65_536, 131_072])
