@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from fapool_plugin.base.forward import StaysHome
+from fapool_plugin.base.record import Record
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.layer import PartOfLayer, PooledHybridLayer, PooledLayer
-from fapool_plugin.integrations.huggingface.replay import Record
 
 
 class PooledCache(DynamicCache):
