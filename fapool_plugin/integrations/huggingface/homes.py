@@ -68,6 +68,9 @@ class Homes:
             if lost := agreed_loss(self.manager, lost):
                 cache.state.owned = owned
                 raise KeysLost(lost)
+            if scope.decided.ranks:
+                # Another sequence for them now, and the forward has begun as the old one, with which the lease ended.
+                self.manager.leases.sequences.add(cache.state.id)
         if cache.state.owned is not None:
             cache.state.owned.full = ""  # it may have been cut since
         cache.watch()
