@@ -219,6 +219,17 @@ def test_padded_rows(model: Any, reference: Any) -> None:
         del context
 
 
+def test_padding_behind_a_row_may_be_seen_later(model: Any, reference: Any) -> None:
+    """No token of its row sees it, so it is computed as if it were not hidden, and steps may show it."""
+    context, ids = StaticInferenceContext(2, 100), random_ids(2, LONG + 1)
+    mask = mm.causal_mask([0, 0], LONG, [LONG, 33])
+    mm.logits_of(model, ids[:, :LONG], mask, inference_context=context)
+    context.increment_sequence_len_offset(LONG)
+    logits = mm.logits_of(model, ids[:, LONG:], inference_context=context)
+    close(logits[:, -1], reference(ids).logits[:, -1])
+    assert not model.fa_pool.stats()["replays"], "keys of padding were missing"
+
+
 @pytest.mark.parametrize(
     ("at", "lost"),
     [("step", 1), *(pytest.param(*each, marks=FULL) for each in product(("prompt", "step", "between"), (1, 2)))],
