@@ -54,7 +54,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     taken = manager.batches.taken(ranks)
     # Base ranks that share a model use every pool rank at the same time.
     room = [max(0, rank.memory_limit // manager.base_ranks - taken[number]) for number, rank in enumerate(ranks)]
-    spare = _base_room(k_BKTD.device, ranks, room, config.pool == "local") - _WAVES * config.wave_mib * MIB
+    spare = base_room(k_BKTD.device, ranks, room, config.pool == "local") - _WAVES * config.wave_mib * MIB
     room.append(max(0, spare) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
@@ -84,7 +84,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     return state.owned
 
 
-def _base_room(device: torch.device, ranks: Sequence[PoolRank], room: Sequence[int], local: bool) -> int:
+def base_room(device: torch.device, ranks: Sequence[PoolRank], room: Sequence[int], local: bool) -> int:
     """Bytes that the base has for keys: ranks will take theirs of the same memory, where that is one."""
     if device.type == "cuda":
         mine = identity(device)

@@ -192,6 +192,11 @@ class OwnedKeys:
         if at_once:
             raise KeysLost(reason)
 
+    def give_back(self, reason: str) -> None:
+        """Keys are lost, and the base's share needs room no more; nor is any reserved."""
+        self.broken, self.reserved = reason, [0] * len(self.reserved)
+        self.own.clear()
+
     def fill_up(self, reason: str, *, at_once: bool) -> None:
         """There is no room. Raises NoRoom if ``at_once``."""
         self.full = reason
@@ -237,6 +242,8 @@ class OwnedKeys:
 
     def fetch(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys (B, K, T, D) and values (B, K, T, E) of a layer, 0 where there is padding. Raises KeysLost."""
+        if self.broken:
+            raise KeysLost(self.broken)
         columns, (dtype, device, dim, v_dim) = self.columns(layer), self.kinds[layer]
         geometry = self._up_to(columns)
         shape = len(geometry.starts), self.owners.kv_heads, columns

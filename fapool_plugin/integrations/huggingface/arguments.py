@@ -14,9 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from fapool_plugin.base.record import Given, moved
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.masks import documents_between, packed_documents
+
+_MAKE_NO_KEYS = {
+    "past_key_values", "use_cache", "labels", "logits_to_keep", "cache_position", "output_hidden_states", "return_dict",
+    "output_attentions", "num_items_in_batch",
+}  # fmt: skip
 
 
 def tokens_of(given: dict[str, Any]) -> Tensor | None:
@@ -108,3 +114,16 @@ def with_cache(
         at = names.index("past_key_values")
         return (*args[:at], cache, *args[at + 1 :]), kwargs
     return args, kwargs | {"past_key_values": cache}
+
+
+def making_keys(given: dict[str, Any]) -> Given:
+    """Those arguments that a replay needs."""
+    return {name: value for name, value in given.items() if name not in _MAKE_NO_KEYS}
+
+
+def once_more(owner: PreTrainedModel, given: Given, cache: Any) -> dict[str, Any]:
+    """Arguments of a forward that makes keys once more, and as little else as the model allows."""
+    again = moved(given, next(owner.parameters()).device)
+    if "logits_to_keep" in inspect.signature(owner.forward).parameters:
+        again["logits_to_keep"] = 1
+    return again | {"past_key_values": cache, "use_cache": True}

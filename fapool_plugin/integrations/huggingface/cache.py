@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from fapool_plugin.base.forward import StaysHome
+from fapool_plugin.base.record import Record
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.layer import PartOfLayer, PooledHybridLayer, PooledLayer
-from fapool_plugin.integrations.huggingface.replay import Record
 
 
 class PooledCache(DynamicCache):
@@ -135,14 +135,19 @@ class PooledCache(DynamicCache):
     def rewinder(self) -> Callable[[], None]:
         """What makes all layers forget what a forward from here on appends, should it be interrupted."""
         length = self.get_seq_length()
-        # Other layers put new tensors in the place of old ones and change none: their attributes are their state.
-        others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, PooledLayer)]
+        # Windows put new tensors in the place of old ones and change none: their attributes are their state. States of
+        # linear attention, in dicts by their numbers, are written to.
+        others = [
+            (layer, {name: _apart(value) for name, value in vars(layer).items() if not pooled or type(value) is dict})
+            for layer in self.layers
+            for pooled in [isinstance(layer, PooledLayer)]
+        ]
 
         def rewind() -> None:
             for layer in self.pooled_layers:
                 layer.rewind(length)
             for layer, before in others:
-                vars(layer).update(before)
+                vars(layer).update({name: _apart(value) for name, value in before.items()})
             if self.state.owned is not None and not any(self.state.owned.dealt.values()):
                 self.start_anew()
 
@@ -185,3 +190,10 @@ class PooledCache(DynamicCache):
         self.state.owned, self.state.id, self._ends = None, secrets.randbits(62), None
         self.state.residency.forget()
         self.watch()
+
+
+def _apart(value: Any) -> Any:
+    """A dict with copies of its tensors; anything else as it is."""
+    if type(value) is not dict:
+        return value
+    return {key: state.clone() if isinstance(state, Tensor) else state for key, state in value.items()}

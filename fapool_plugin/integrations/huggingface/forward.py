@@ -26,6 +26,7 @@ from fapool_plugin.integrations.huggingface.arguments import (
     by_name,
     decoder_of,
     documents_in,
+    making_keys,
     past_columns,
     tokens_of,
     traced_reason,
@@ -201,7 +202,7 @@ class Forwards:
                     output = self._inside(owner, enter, args, kwargs, scope)
             completed = True
             if mine is not None and mine.record is not None:
-                mine.record.add(owner, given, start, mine.get_seq_length())
+                mine.record.add(owner, making_keys(given), start, mine.get_seq_length())
             return output
         except BaseException as error:
             if scope.owning and rewind is not None:

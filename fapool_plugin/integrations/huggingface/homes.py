@@ -9,7 +9,6 @@ Knows caches and forwards' decisions; not how a forward is computed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,20 +20,20 @@ from torch import Tensor
 from fapool_plugin.base.admission import PoolMemoryError
 from fapool_plugin.base.forward import StaysHome
 from fapool_plugin.base.owned import FailedWithout, KeysLost, NoRoom
+from fapool_plugin.base.record import Record, autocast_of, unseen
+from fapool_plugin.base.recovery import agreed_loss, check_complete, known_loss, no_room, replaying
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import MIB
+from fapool_plugin.integrations.huggingface.arguments import once_more
 from fapool_plugin.integrations.huggingface.attention import Scope
 from fapool_plugin.integrations.huggingface.blocks import Wave, collector_reason
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.failures import is_of_a_hook, is_out_of_memory, let_go
 from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed
-from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen
 from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.wire.link import first_line
-
-_ANOTHERS = "another base rank lost keys"
 
 
 @dataclass
@@ -66,11 +65,12 @@ class Homes:
                 cache.come_home()
             except KeysLost as error:
                 lost = str(error)
-            if self.manager.base_ranks > 1 and not self.manager.agree((int(not lost), 0))[0]:
-                lost = lost or _ANOTHERS
-            if lost:
+            if lost := agreed_loss(self.manager, lost):
                 cache.state.owned = owned
                 raise KeysLost(lost)
+            if scope.decided.ranks:
+                # Another sequence for them now, and the forward has begun as the old one, with which the lease ended.
+                self.manager.leases.sequences.add(cache.state.id)
         if cache.state.owned is not None:
             cache.state.owned.full = ""  # it may have been cut since
         cache.watch()
@@ -81,14 +81,7 @@ class Homes:
 
         Raises KeysLost, NoRoom, or StaysHome if keys did not reach their owners.
         """
-        owned = cache.state.owned
-        broken, full = (owned.broken, owned.full) if owned is not None else ("", "")
-        if self.manager.base_ranks > 1:
-            whole, room = self.manager.agree((int(not broken), int(not full)))
-            if not room:
-                raise NoRoom(full or "a pool rank of another base rank has no room for more keys")
-            if not whole:
-                raise KeysLost(broken or _ANOTHERS)
+        check_complete(self.manager, cache.state.owned)
         cache.settle()
 
     def wave(self, decoder: Any, scope: Scope) -> Wave | None:
@@ -172,13 +165,9 @@ class Homes:
         owned, manager = cache.state.owned, self.manager
         if owned is None:
             return
-        manager.heed()
-        gone = owned.gone(manager.ranks)
-        if manager.base_ranks > 1 and not manager.agree((int(not gone), 0))[0]:
-            gone = gone or _ANOTHERS
-        if not gone:
+        if not (gone := known_loss(manager, owned)):
             return
-        past, began = cache.get_seq_length(), time.perf_counter()
+        past = cache.get_seq_length()
         if not past:
             cache.start_anew()
             return
@@ -189,16 +178,12 @@ class Homes:
                 'brings back: begin this sequence again, or set kv_redundancy to "peer"'
             )
         owner = cache.record.owner()
-        manager.counters.log("replay", f"{past} columns are computed once more: {gone}")
         scratch = self.new_cache(owner.config.get_text_config(decoder=True), cache.state.anew(past))
-        with unseen(owner, is_own_hook):
+        with replaying(manager, owned, past, gone), unseen(owner, is_own_hook):
             for given in cache.record.forwards(past):
                 with autocast_of(given), torch.no_grad():
-                    owner(**arguments(owner, given, scratch))
-        cache.adopt(scratch)
-        manager.counters.replays += 1
-        manager.counters.replayed_tokens += past
-        manager.counters.log("replay", f"took {time.perf_counter() - began:.1f} s")
+                    owner(**once_more(owner, given, scratch))
+            cache.adopt(scratch)
 
     def instead_of(
         self, error: BaseException, owner: Any, cache: PooledCache | None, scope: Scope
@@ -218,11 +203,7 @@ class Homes:
         config, geometry = self.manager.config, scope.decided.geometry
         rows, columns = (len(geometry.starts), geometry.columns) if geometry is not None else (0, 0)
         if isinstance(error, NoRoom):
-            limit = config.memory_limit_mib or "null"
-            return PoolMemoryError(
-                f"fa_pool: {error} at {columns} tokens a sequence (memory_limit_mib {limit}): raise memory_limit_mib "
-                "or pool_ranks, or generate less; the cache is as it was before this forward"
-            )
+            return no_room(error, config, columns)
         told = first_line(error)
         let_go(error)
         return PoolMemoryError(

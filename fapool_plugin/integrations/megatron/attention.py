@@ -1,4 +1,5 @@
-"""Megatron-core: the ``core_attention`` of a layer, which computes as its forward was decided.
+"""Megatron-core: the ``core_attention`` of a layer, which computes as its forward was decided, and the self attention
+around it where keys live on the pool.
 
 Knows Megatron's contract, masks and packed documents; not how a forward is decided, nor how work is shared out.
 """
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fapool_plugin.base.attention import FAPoolAttention
 from fapool_plugin.base.forward import Forward, refusal
 from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.integrations.megatron.contexts import Keys
 from fapool_plugin.kernels.forward import attend
 
 OUTSIDE = "a layer was called outside its model's forward: build FAPoolGPTModel, and call the whole model"
@@ -55,6 +58,8 @@ class Scope:
     """Where packed documents lie, if they are packed."""
     pooled: tuple[Document, ...] = ()
     """Those of them that are rows of a pooled forward."""
+    keys: Keys | None = None
+    """Of an inference context, where they may live on the pool."""
 
 
 SCOPE: ContextVar[Scope | None] = ContextVar("fapool_megatron_scope", default=None)
@@ -109,7 +114,7 @@ class FAPoolCoreAttention(MegatronModule):
 
         Args:
             query: (S, B, H, D), of packed documents (S, H, D); H: this rank's heads. After RoPE.
-            key: (T, B, K, D) or (S, K, D), the past included.
+            key: (T, B, K, D) or (S, K, D), the past included; (S, B, K, D) where keys may live on the pool.
             value: (T, B, K, E) or (S, K, E).
             attention_mask: (1 or B, 1, S, T), True where a query does not see a key; None: causal.
             attn_mask_type: causal, padding_causal, or after a prompt no_mask.
@@ -144,6 +149,10 @@ class FAPoolCoreAttention(MegatronModule):
         self, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, scope: Scope | None, masked: Tensor | None
     ) -> Tensor:
         """(B, S, H, E), as the forward was decided."""
+        columns = k_BKTD.shape[2]
+        if scope is not None and scope.keys is not None:
+            columns += scope.keys.past
+            k_BKTD, v_BKTE = scope.keys.given(self.core.layer, k_BKTD, v_BKTE)
 
         def local() -> Tensor:
             return self._local(q_BHSD, k_BKTD, v_BKTE, masked)
@@ -152,7 +161,7 @@ class FAPoolCoreAttention(MegatronModule):
             return local()
         if not scope.decided.pooled:
             return self.core(q_BHSD, k_BKTD, v_BKTE, decided=scope.decided, local=local)
-        return self._pooled(q_BHSD, k_BKTD, v_BKTE, scope.decided)
+        return self._pooled(q_BHSD, k_BKTD, v_BKTE, scope.decided, columns, owned=scope.keys is not None)
 
     def _packed(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scope: Scope | None, packed: tuple[Document, ...]
@@ -177,7 +186,7 @@ class FAPoolCoreAttention(MegatronModule):
             pad_sequence([one.of(x_THD) for one in pooled], batch_first=True).transpose(1, 2)
             for x_THD in (q_THD, k_TKD, v_TKE)
         )
-        rows_BSHE = self._pooled(q_BHSD, k_BKSD, v_BKSE, scope.decided)
+        rows_BSHE = self._pooled(q_BHSD, k_BKSD, v_BKSE, scope.decided, k_BKSD.shape[2], owned=False)
         parts = {one: row_SHE[: one.tokens] for one, row_SHE in zip(pooled, rows_BSHE, strict=True)}
         return _joined(alone() | parts, q_THD, v_TKE.shape[2])
 
@@ -186,9 +195,12 @@ class FAPoolCoreAttention(MegatronModule):
         q_BHSD, k_BKSD, v_BKSE = (document.of(x_THD).transpose(0, 1)[None] for x_THD in (q_THD, k_TKD, v_TKE))
         return self._local(q_BHSD, k_BKSD, v_BKSE, None)[0]
 
-    def _pooled(self, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, decided: Forward) -> Tensor:
+    def _pooled(
+        self, q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, decided: Forward, columns: int, *, owned: bool
+    ) -> Tensor:
+        """(B, S, H, E) of queries that see ``columns`` keys, of which those with owners are not given."""
         geometry = decided.geometry
-        shape = (q_BHSD.shape[0], k_BKTD.shape[2], q_BHSD.shape[2])
+        shape = (q_BHSD.shape[0], columns, q_BHSD.shape[2])
         if geometry is None or (len(geometry.starts), geometry.columns, geometry.columns - geometry.q_column) != shape:
             raise ValueError(
                 f"layer {self.core.layer + 1} has {shape[2]} queries for {shape[0]} rows of {shape[1]} keys, its "
@@ -200,7 +212,8 @@ class FAPoolCoreAttention(MegatronModule):
             v_BKTE,
             decided=decided,
             # Megatron keeps keys before RoPE and rotates all of them in every call: each is what it was before.
-            resident=decided.lasting,
+            resident=decided.lasting and not owned,
+            owned=owned,
             softmax_scale=self.softmax_scale,
         )
 
@@ -236,6 +249,27 @@ class FAPoolCoreAttention(MegatronModule):
             if manager.config.strict:
                 raise refusal(OUTSIDE, key.shape[0], manager.threshold)
             manager.counters.stay_local(OUTSIDE)
+
+
+class FAPoolSelfAttention(SelfAttention):
+    """Megatron's, where keys may live on the pool: a static context gets no storage, and ``core_attention`` the new
+    keys only, rotated at their own positions. (Megatron stores keys from before that, and turns all in each step.)"""
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        scope = SCOPE.get()
+        mine = scope is not None and scope.manager is self.core_attention.core.manager
+        if inference_context is None or scope is None or not mine or scope.keys is None:
+            return super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+            )
+        start, stop = scope.keys.past, scope.keys.past + key.shape[0]
+        if rotary_pos_emb is not None:
+            rotary_pos_emb = tuple(angles[start:stop] for angles in rotary_pos_emb)
+        mask_type = AttnMaskType.no_mask if start else self.attn_mask_type
+        return query, key, value, rotary_pos_emb, mask_type, None
 
 
 def documents(packed: PackedSeqParams, tokens: int) -> tuple[Document, ...]:

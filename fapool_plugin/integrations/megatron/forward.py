@@ -1,62 +1,81 @@
 """Megatron-core: one forward of a whole model, decided before its first layer and ended after its last.
 
-Reads lengths from masks, packs and inference contexts, and remembers what pool ranks hold of a context's cache. What
-happens in a layer is in attention.
+Reads lengths from masks, packs and inference contexts. What is known of a context is in contexts, what happens in a
+layer in attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fapool_plugin.base.owned import KeysLost
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.megatron.attention import SCOPE, Scope, documents
+from fapool_plugin.integrations.megatron.contexts import Kept, Keys, inputs, kept_of, recover, remember
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.plan.shares import Geometry
 
 _ROWS_AT_ONCE = 1024
 """Of a mask, compared with the one that is expected: a second mask of its size would be large."""
-_KEPT = "fapool_kept"
 
 
-@dataclass(eq=False)
-class Kept:
-    """What is known of an inference context's cache; its attribute, so that both end together.
+def run(model: Any, manager: ResourceManager, given: Mapping[str, Any], enter: Callable[[], Tensor]) -> Tensor:
+    """A model's forward with these arguments, which ``enter`` makes; once more, if keys are lost on the way.
 
-    Megatron's contexts are compared by value and have no hash, so that no table can be keyed by them.
+    Raises ValueError as :func:`one_forward` does, PoolMemoryError if keys do not fit, RuntimeError if lost ones cannot
+    be computed once more.
     """
-
-    manager: ResourceManager
-    rows: tuple[int, int]
-    """The first of the cache's rows, and how many."""
-    state: SequenceState = field(default_factory=SequenceState)
-    columns: int = 0
-    memory: Any = None
-    """The first layer's keys, to see them exchanged."""
+    context = given.get("inference_context")
+    for _ in range(manager.config.pool_ranks + 2):
+        if context is not None and context.is_static_batching():
+            recover(context, manager, _shape(model, given)[0])
+        with suppress(KeysLost), one_forward(model, manager, given):
+            return enter()
+    raise RuntimeError("fa_pool: keys on the pool are lost again and again; see stats()['events']")
 
 
 @contextmanager
 def one_forward(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> Iterator[None]:
     """Decides a model's forward from the arguments it was given, and ends it, after errors and interrupts, too.
 
-    Raises ValueError for arguments that no layer could compute exactly.
+    Raises ValueError for arguments that no layer could compute exactly, KeysLost if all is as it was before.
     """
     scope, kept = _decide(model, manager, given)
+    keys, decided = scope.keys, scope.decided
     before, completed = SCOPE.set(scope), False
     try:
+        if keys is not None:
+            keys.prepare(_past(given), decided.geometry if decided.pooled else None)
         yield
+        if keys is not None and kept is not None:
+            keys.complete()
+            _record(model, given, kept, keys, decided.geometry)
         completed = True
+    except BaseException as error:
+        if keys is not None and (instead := keys.undo(error)) is not error:
+            raise instead from None
+        raise
     finally:
         SCOPE.reset(before)
-        manager.end(scope.decided, completed=completed)
+        manager.end(decided, completed=completed)
         if kept is not None:
-            kept.memory = _memory(given["inference_context"])
+            remember(kept, given["inference_context"])
+
+
+def _record(model: Any, given: Mapping[str, Any], kept: Kept, keys: Keys, geometry: Geometry | None) -> None:
+    """Remembers what a complete forward was given."""
+    (batch, new), past, mask = _shape(model, given), _past(given), given.get("attention_mask")
+    kept.columns = past + new
+    plain = mask is not None and mask.ndim == 4 and mask.shape[1:] == (1, new, kept.columns)
+    seen = geometry or (positions(mask, batch, past, kept.columns) if plain else "broadcast")
+    keys.record.add(model, inputs(given, None if mask is None else seen), past, kept.columns)
 
 
 def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> tuple[Scope, Kept | None]:
@@ -69,9 +88,14 @@ def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> t
     if context is not None and packed is not None:
         raise ValueError("packed_seq_params beside an inference context: give each document a row of its own")
     batch, new = _shape(model, given)
-    past = int(context.sequence_len_offset) if context is not None else 0
+    past = _past(given)
     columns = past + new
-    kept = _kept(context, manager, batch, past, columns, model) if context is not None else None
+    kept = keys = None
+    if context is not None:
+        kept = kept_of(context, manager, batch, past, columns, model.config.num_layers)
+        keys = kept.keys
+        if keys is not None:
+            keys.refuse_seen(mask, kept.rows[0])
     state = kept.state if kept is not None else SequenceState()
     whole = documents(packed, new) if packed is not None else None
     # A document at or under the threshold stays with the base, as it would alone.
@@ -83,7 +107,11 @@ def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> t
         if whole is not None:
             lengths = tuple(one.tokens for one in pooled)
             return Geometry((0,) * len(pooled), lengths, 0, max(lengths))
-        return positions(mask, batch, past, columns)
+        seen = positions(mask, batch, past, columns)
+        if keys is None or isinstance(seen, str):
+            return seen
+        # What comes behind a row's tokens is seen by none of them, and perhaps by steps: its keys are kept, too.
+        return replace(seen, stops=(columns,) * batch)
 
     grads = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     training = grads or model.training
@@ -111,7 +139,13 @@ def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> t
     )
     if training and decided.pooled:
         decided = decided.in_graph(manager.watch)
-    return Scope(manager, decided, whole, pooled), kept
+    return Scope(manager, decided, whole, pooled, keys), kept
+
+
+def _past(given: Mapping[str, Any]) -> int:
+    """Columns before a forward's own."""
+    context = given.get("inference_context")
+    return int(context.sequence_len_offset) if context is not None else 0
 
 
 def _shape(model: Any, given: Mapping[str, Any]) -> tuple[int, int]:
@@ -123,26 +157,6 @@ def _shape(model: Any, given: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError("neither input_ids nor decoder_input was given")
     parts = model.pg_collection.tp.size() if model.config.sequence_parallel else 1
     return int(hidden_SBH.shape[1]), int(hidden_SBH.shape[0]) * parts
-
-
-def _kept(context: Any, manager: ResourceManager, batch: int, past: int, columns: int, model: Any) -> Kept:
-    """What is known of a context's cache, as far as it is still true."""
-    kept, rows = getattr(context, _KEPT, None), (int(context.batch_size_offset), batch)
-    known = isinstance(kept, Kept) and kept.manager is manager and kept.rows == rows and past > 0
-    if not isinstance(kept, Kept) or not known or kept.memory is not _memory(context):
-        kept = Kept(manager, rows, SequenceState(capacity=context.max_sequence_length))
-        manager.watch(kept, kept.state)
-        # The sequence that was here before ends with what was known of it.
-        setattr(context, _KEPT, kept)
-    elif past < kept.columns:
-        for layer in range(model.config.num_layers):
-            kept.state.crop(layer, past)
-    kept.columns = columns
-    return kept
-
-
-def _memory(context: Any) -> Any:
-    return next((k for k, _ in context.key_value_memory_dict.values()), None)
 
 
 def positions(mask: Tensor | None, batch: int, past: int, columns: int) -> Geometry | str:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fapool_plugin.base.agreement import Agree
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
-from fapool_plugin.integrations.megatron.attention import FAPoolCoreAttention
-from fapool_plugin.integrations.megatron.forward import one_forward
+from fapool_plugin.integrations.megatron.attention import FAPoolCoreAttention, FAPoolSelfAttention
+from fapool_plugin.integrations.megatron.forward import run
 from fapool_plugin.integrations.megatron.host import allocate_cache, settle_on_cpu
 from fapool_plugin.ranks.pools import open_manager
 
@@ -55,12 +55,11 @@ def get_fapool_layer_spec(
             f"threshold = {settings.threshold!r}, profile = {settings.profile!r}: nothing measures Megatron's own "
             "models yet; give the threshold as a number, and no profile"
         )
-    if settings.kv_home == "pool":
+    if settings.kv_home == "pool" and (config.num_moe_experts or config.sequence_parallel):
+        what = "num_moe_experts" if config.num_moe_experts else "sequence_parallel"
         raise FAPoolConfigError(
-            'kv_home = "pool": Megatron\'s attention keeps its keys from before rotary embedding, in storage of a '
-            "context's largest batch and length, and turns all of them in every step, so all must be here; set kv_home "
-            'to "base", or give the pool a Hugging Face model, over several base ranks by '
-            "fapool_plugin.integrations.tensor_parallel.parallel.load_parallel with Megatron's layers"
+            f'kv_home = "pool" with {what} = {getattr(config, what)}: that a replay of lost keys gives the same there '
+            'has not been shown; set kv_home to "base"'
         )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -72,6 +71,8 @@ def get_fapool_layer_spec(
     manager = open_manager(settings, agree, config.tensor_model_parallel_size)
     core = functools.partial(FAPoolCoreAttention, manager=manager, agrees=agree is not None)
     spec.submodules.self_attention.submodules.core_attention = core
+    if settings.kv_home == "pool":
+        spec.submodules.self_attention.module = FAPoolSelfAttention
     return spec
 
 
@@ -98,11 +99,13 @@ class FAPoolGPTModel(GPTModel):
             settle_on_cpu(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As GPTModel's. Raises ValueError, too, for what cannot be computed exactly."""
+        """As GPTModel's. Raises ValueError, too, for what cannot be computed exactly; where keys live on the pool,
+        PoolMemoryError for what does not fit, and RuntimeError if lost keys cannot be computed once more."""
         given = inspect.signature(super().forward).bind(*args, **kwargs).arguments
         context = given.get("inference_context")
         context = given.get("inference_params") if context is None else context
-        if context is not None and context.is_static_batching() and not torch.cuda.is_available():
+        stored = context is not None and context.is_static_batching() and self.fa_pool.config.kv_home == "base"
+        if stored and not torch.cuda.is_available():
             allocate_cache(self, context)
-        with one_forward(self, self.fa_pool, given | {"inference_context": context}):
-            return super().forward(*args, **kwargs)
+        enter = functools.partial(super().forward, *args, **kwargs)
+        return run(self, self.fa_pool, given | {"inference_context": context}, enter)

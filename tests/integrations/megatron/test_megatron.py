@@ -142,9 +142,9 @@ def test_only_long_documents_become_rows(model: Any, monkeypatch: pytest.MonkeyP
     rows, alone = [], []
     pooled, document = FAPoolCoreAttention._pooled, FAPoolCoreAttention._document
 
-    def pooled_noted(self: Any, q: Tensor, k: Tensor, v: Tensor, decided: Any) -> Tensor:
+    def pooled_noted(self: Any, q: Tensor, k: Tensor, v: Tensor, decided: Any, columns: int, *, owned: bool) -> Tensor:
         rows.append((tuple(q.shape), decided.geometry.stops))
-        return pooled(self, q, k, v, decided)
+        return pooled(self, q, k, v, decided, columns, owned=owned)
 
     def document_noted(self: Any, one: Document, *given: Tensor) -> Tensor:
         alone.append(one)

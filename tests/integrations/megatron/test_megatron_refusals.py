@@ -109,7 +109,6 @@ def test_a_layer_in_another_place_is_refused(settings: dict[str, Any], others: d
     ("fa_pool", "told"),
     [
         ({"threshold": "auto"}, "give the threshold as a number"),
-        ({"kv_home": "pool"}, 'from before rotary embedding.*set kv_home to "base".*load_parallel'),
         ({"profile": "profile.json"}, "no profile"),
         ({"treshold": 3}, 'did you mean "threshold"'),
         ({"pool_ranks": 10**6}, "memory"),

@@ -1,12 +1,12 @@
-"""Hugging Face: what a sequence's forwards were given, so that lost keys can be computed once more.
+"""What a sequence's forwards were given, so that lost keys can be computed once more.
 
 Inputs of forwards that differ in nothing but their tokens are joined: the replay of a prompt and a thousand steps is
-one forward. Knows a model's arguments; not who owns keys, nor when they are lost.
+one forward. Knows names of inputs and where their positions lie, no framework; not who owns keys, nor when they are
+lost.
 """
 
 from __future__ import annotations
 
-import inspect
 import weakref
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,11 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _ALONG = {"input_ids": -1, "inputs_embeds": 1, "position_ids": -1, "attention_mask": -1}
-"""Arguments that have positions, and in which dimension."""
-_LEFT_OUT = {
-    "past_key_values", "use_cache", "labels", "logits_to_keep", "cache_position", "output_hidden_states", "return_dict",
-    "output_attentions", "num_items_in_batch",
-}  # fmt: skip
+"""Inputs that have positions, and in which dimension: the mask's are those before its forward, too."""
 _AUTOCAST = "autocast"
 """Beside a forward's arguments: (device type, dtype, enabled)."""
 _MOST = 256
@@ -49,12 +45,11 @@ class Record:
         """The version that keys were made with."""
 
     def add(self, owner: nn.Module, given: Given, start: int, stop: int) -> None:
-        """A forward of the columns [start, stop) is complete."""
+        """A forward of the columns [start, stop) is complete; ``given``: what made its keys, by name."""
         self.crop(start)
         if not self._forwards or self._owner is None:
             self._owner, self._weights = weakref.ref(owner), version_of(owner)
-        kept = {name: value for name, value in given.items() if name not in _LEFT_OUT and value is not None}
-        inputs = {name: _held(value) for name, value in kept.items()}
+        inputs = {name: _held(value) for name, value in given.items() if value is not None}
         self._forwards.append((stop, inputs | {_AUTOCAST: _autocast(next(owner.parameters()).device.type)}))
         if len(self._forwards) >= _MOST:
             self._forwards = list(self._joined())
@@ -111,12 +106,13 @@ class Record:
         return self._forwards[at - 1][0] if at else 0
 
     def _joined(self) -> Iterator[tuple[int, Given]]:
-        """Neighbours as one where they have the same arguments, all of them known to have positions."""
+        """Neighbours as one where they have the same inputs, all of them known to have positions, and hide the same."""
         run: list[Given] = []
         last = 0
         for stop, given in self._forwards:
             alike = run and given.keys() == run[0].keys() and given[_AUTOCAST] == run[0][_AUTOCAST]
-            if run and not (self._joins and alike and given.keys() <= _ALONG.keys() | {_AUTOCAST}):
+            known = alike and given.keys() <= _ALONG.keys() | {_AUTOCAST} and _hides_as(given, run[-1])
+            if run and not (self._joins and known):
                 yield last, _together(run)
                 run = []
             run.append(given)
@@ -146,14 +142,11 @@ def _value_of(weight: Tensor) -> tuple[int, int]:
     return version, zlib.crc32(some.view(torch.uint8).numpy().data)
 
 
-def arguments(owner: nn.Module, given: Given, cache: Any) -> Given:
-    """Those of a forward that makes keys once more, and as little else as the model allows."""
-    device = next(owner.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
-    del moved[_AUTOCAST]
-    if "logits_to_keep" in inspect.signature(owner.forward).parameters:
-        moved["logits_to_keep"] = 1
-    return moved | {"past_key_values": cache, "use_cache": True}
+def moved(given: Given, device: torch.device) -> Given:
+    """A forward's inputs, to be given once more."""
+    there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+    del there[_AUTOCAST]
+    return there
 
 
 def autocast_of(given: Given) -> torch.autocast:
@@ -196,9 +189,18 @@ def _cut(given: Given, start: int, stop: int, columns: int) -> Given:
         if isinstance(value, Tensor) and name in _ALONG:
             dim, size = _ALONG[name], value.shape[_ALONG[name]]
             # A mask has all columns before its forward, too.
-            keep = size - (stop - columns)
-            cut[name] = value.narrow(dim, 0, keep)
+            cut[name] = value.narrow(dim, 0, size - (stop - columns))
+            if name == "attention_mask" and value.ndim == 4 and value.shape[2] > 1:
+                cut[name] = cut[name].narrow(2, 0, value.shape[2] - (stop - columns))
     return cut
+
+
+def _hides_as(given: Given, before: Given) -> bool:
+    """Whether a forward's mask (B, T) goes on with that of the one before it: a joined forward has the last."""
+    mask, earlier = given.get("attention_mask"), before.get("attention_mask")
+    if mask is None or not isinstance(mask, Tensor) or not isinstance(earlier, Tensor):
+        return mask is None
+    return mask.ndim == 2 and torch.equal(mask[:, : earlier.shape[1]], earlier)
 
 
 def _together(run: list[Given]) -> Given:
