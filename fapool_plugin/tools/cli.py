@@ -284,8 +284,11 @@ def plan(
         check_picture(plot)
         if kv_home == KVHome.pool:
             check_counts({"--batch": batch, "--memory-limit-mib": memory_limit_mib})
+            if plot is not None:
+                raise ValueError("--plot does not draw what fits; leave it out, or take --json")
             shape = planning.shape_to_hold(model, profile, setting)
-            fitting.show(fitting.outlook(shape, sizes, batch, setting.pool_ranks, memory_limit_mib, base_memory_mib))
+            found_to_fit = fitting.outlook(shape, sizes, batch, setting.pool_ranks, memory_limit_mib, base_memory_mib)
+            fitting.report(found_to_fit, json_file)
             return
         known = planning.find_profile(model, profile, setting)
         setting = setting.as_measured(known)

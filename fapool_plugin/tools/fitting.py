@@ -5,8 +5,10 @@ Asks the machine for what is free; how keys are cut is not known here.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -45,8 +47,8 @@ def outlook(
     return Fitting(batch, rank_mib, base_mib, batches, {at: longest(shape, batch, room) for at, room in rooms.items()})
 
 
-def show(found: Fitting) -> None:
-    """Prints one table: a line for each number of pool ranks."""
+def report(found: Fitting, json_file: Path | None) -> None:
+    """Prints one table, a line for each number of pool ranks, and writes its numbers where a file is named."""
     lengths = list(next(iter(found.batches.values())))
     last = f"longest, batch {found.batch}"
     table = Table(
@@ -62,3 +64,5 @@ def show(found: Fitting) -> None:
         "(--base-memory-mib); 0 ranks: the base alone"
     )
     Console().print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")

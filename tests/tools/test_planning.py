@@ -149,6 +149,28 @@ def test_another_machines_profile_is_told(profile, forbidden, tmp_path, config_o
         assert told in done.output, done.output
 
 
+def test_plan_says_what_fits_with_keys_on_the_pool(config_only: Path, tmp_path: Path) -> None:
+    file = tmp_path / "fits.json"
+    args = ("--kv-home", "pool", "--model", config_only, "--lengths", "512,2048", "--batch", 4, "--pool-ranks", "1,3")
+    room = ("--memory-limit-mib", 8, "--base-memory-mib", 8)
+    done = invoke("plan", *args, *room, "--json", file)
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    # Keys and values of 2 heads of 8 in 2 layers in fp32.
+    position = 2 * 2 * 2 * 8 * 4
+    for ranks in (0, 1, 3):
+        positions = (1 + ranks) * 8 * 2**20 // position
+        for tokens in (512, 2048):
+            fits, most = found["batches"][str(ranks)][str(tokens)], positions // tokens
+            assert most * 0.9 - 1 <= fits <= most, f"{fits} of at most {most} rows of {tokens} with {ranks} ranks"
+            assert str(fits) in done.output, done.output
+        most = positions // 4
+        assert 0.9 * most <= found["longest"][str(ranks)] <= most, f"{found['longest']}, at most {most}"
+    refused = invoke("plan", *args, *room, "--plot", tmp_path / "fits.png")
+    assert refused.exit_code == 2, refused.output
+    assert "--plot does not draw what fits" in refused.output, refused.output
+
+
 @pytest.mark.processes
 @pytest.mark.timeout(120)
 def test_calibrate_measures_a_real_model_and_plan_uses_it(tmp_path) -> None:
