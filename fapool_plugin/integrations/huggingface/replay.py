@@ -1,20 +1,27 @@
 """Hugging Face: what a sequence's forwards were given, so that lost keys can be computed once more.
 
 Inputs of forwards that differ in nothing but their tokens are joined: the replay of a prompt and a thousand steps is
-one forward. Knows a model's arguments; not who owns keys, nor when they are lost.
+one forward. What its inputs do not tell of a forward (other weights or adapters, hooks that alter what modules return)
+makes keys that no replay brings back, which is said rather than guessed. Knows a model's arguments; not who owns keys,
+nor when they are lost.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_leaves
+
+from fapool_plugin.base.kept_calls import fingerprint
+from fapool_plugin.integrations.huggingface.random_numbers import RandomNumbers
 
 _ALONG = {"input_ids": -1, "inputs_embeds": 1, "position_ids": -1, "attention_mask": -1}
 """Arguments that have positions, and in which dimension."""
@@ -24,11 +31,12 @@ _LEFT_OUT = {
 }  # fmt: skip
 _AUTOCAST = "autocast"
 """Beside a forward's arguments: (device type, dtype, enabled)."""
+_OF_ROWS = {*_ALONG, "token_type_ids"}
+"""Arguments that have the batch's rows."""
+_BY_HAND = "keys of this cache were written by hand, or by a forward past the model's own call"
+_CHANGED = "the model's weights or adapters have changed since they were made, or its modules or their mode"
 _MOST = 256
 """Forwards that are kept apart, at most: joining copies all tokens."""
-
-_ENTRIES = 64
-"""Of each weight, that are compared beside its version, at least if it has so many."""
 
 Given = dict[str, Any]
 
@@ -45,14 +53,37 @@ class Record:
         self._forwards: list[tuple[int, Given]] = []
         """Each with the column after its last."""
         self._owner: Any = None
-        self._weights: tuple[Any, ...] = ()
-        """The version that keys were made with."""
+        self._made_with: Any = None
+        """The model as it was when keys were made: what is cheap to look at, and once they may be lost the rest."""
+        self._values = b""
+        self._spoiled = ""
+        """Why keys cannot be computed once more, whatever the model is now."""
 
-    def add(self, owner: nn.Module, given: Given, start: int, stop: int) -> None:
-        """A forward of the columns [start, stop) is complete."""
+    def add(self, owner: nn.Module, given: Given, start: int, stop: int, *, away: bool, odd: str = "") -> None:
+        """A forward of the columns [start, stop) is complete.
+
+        Args:
+            away: whether its keys may be lost from now on.
+            odd: what it did that its inputs do not tell.
+        """
         self.crop(start)
-        if not self._forwards or self._owner is None:
-            self._owner, self._weights = weakref.ref(owner), version_of(owner)
+        taken_over = self._owner is None and bool(self._forwards)
+        if not start:
+            self._spoiled, self._values, self._made_with = "", b"", version_of(owner)
+        elif not self._forwards or self._forwards[-1][0] < start:
+            self._spoil(_BY_HAND)
+        elif taken_over:  # by the bits alone: a copy, or another process, has other tensors
+            self._spoil(_CHANGED if self._values not in (b"", values_of(owner)) else "")
+            self._made_with = version_of(owner)
+        elif (one := self._owner()) is not owner and decoder_in(one) is not decoder_in(owner):
+            self._spoil("another model has gone on with this cache")
+        elif _adapters(owner) != self._made_with[0]:
+            self._spoil(_CHANGED)
+        self._spoil(odd)
+        if not start or taken_over:
+            self._owner = weakref.ref(owner)
+        if away and not self._values:
+            self._values = values_of(owner)
         kept = {name: value for name, value in given.items() if name not in _LEFT_OUT and value is not None}
         inputs = {name: _held(value) for name, value in kept.items()}
         self._forwards.append((stop, inputs | {_AUTOCAST: _autocast(next(owner.parameters()).device.type)}))
@@ -65,12 +96,16 @@ class Record:
             self._forwards.pop()
         if self._forwards and self._forwards[-1][0] > columns:
             (stop, given), start = self._forwards.pop(), self._start(-1) if len(self._forwards) > 1 else 0
+            self._spoil("" if _can_be_cut(given) else "a forward with arguments that cannot be cut was cut")
             self._forwards.append((columns, _cut(given, start, stop, columns)))
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes a copy of row ``rows[i]``."""
         index = rows.to("cpu")
         index = index.nonzero().flatten() if index.dtype == torch.bool else index
+        for _, given in self._forwards:
+            tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
+            self._spoil("" if tensors <= _OF_ROWS else "rows changed of a forward whose arguments have none")
         self._forwards = [
             (stop, {name: _rows(name, value, index) for name, value in given.items()}) for stop, given in self._joined()
         ]
@@ -80,13 +115,16 @@ class Record:
         rows = next((x.shape[0] for _, given in self._forwards for x in given.values() if isinstance(x, Tensor)), 0)
         self.select(torch.arange(rows).repeat_interleave(repeats))
 
-    def owner(self) -> Any:
-        """Whose forwards they were. Raises RuntimeError if its keys cannot be computed once more."""
-        owner = self._owner() if self._owner is not None else None
-        if owner is None or version_of(owner) != self._weights:
+    def owner(self, *, edited: bool) -> Any:
+        """Whose forwards they were. Raises RuntimeError if its keys cannot be computed once more, or were ``edited``
+        since."""
+        owner, reason = self._owner() if self._owner is not None else None, _BY_HAND if edited else self._spoiled
+        if not reason and (owner is None or version_of(owner) != self._made_with or values_of(owner) != self._values):
+            reason = _CHANGED
+        if reason:
             raise RuntimeError(
-                "fa_pool: keys were lost with a pool rank, and the model's weights or adapters have changed since they "
-                "were made: begin this sequence again, with a new cache"
+                f"fa_pool: keys were lost with a pool rank, and {reason}, so no replay brings them back: begin this "
+                'sequence again, with a new cache, or set kv_redundancy to "peer"'
             )
         return owner
 
@@ -99,12 +137,15 @@ class Record:
     def copy(self) -> Record:
         """A record of its own, of the same forwards."""
         twin = Record(joins=self._joins)
-        twin._forwards, twin._owner, twin._weights = list(self._forwards), self._owner, self._weights
+        twin.__dict__.update(vars(self), _forwards=list(self._forwards))
         return twin
 
     def __getstate__(self) -> Given:
-        # A reference to a model does not travel: who continues from a pickle is taken for the same model.
-        return dict(vars(self)) | {"_owner": None}
+        # A reference to a model does not travel: a model of the same bits that continues is taken for the same.
+        return dict(vars(self)) | {"_owner": None, "_made_with": None}
+
+    def _spoil(self, reason: str) -> None:
+        self._spoiled = self._spoiled or reason
 
     def _start(self, index: int) -> int:
         at = index % len(self._forwards)
@@ -116,7 +157,7 @@ class Record:
         last = 0
         for stop, given in self._forwards:
             alike = run and given.keys() == run[0].keys() and given[_AUTOCAST] == run[0][_AUTOCAST]
-            if run and not (self._joins and alike and given.keys() <= _ALONG.keys() | {_AUTOCAST}):
+            if run and not (self._joins and alike and _can_be_joined(given) and _same_past(run[-1], given)):
                 yield last, _together(run)
                 run = []
             run.append(given)
@@ -126,24 +167,30 @@ class Record:
 
 
 def version_of(owner: nn.Module) -> tuple[Any, ...]:
-    """What is another value once weights or adapters have changed."""
-    adapters = getattr(owner, "active_adapters", None)
-    try:
-        active = tuple(adapters()) if callable(adapters) else adapters
-    except ValueError:  # transformers': no adapter is loaded
-        active = None
-    return active, tuple((id(weight), *_value_of(weight)) for weight in owner.parameters())
+    """What is another value once weights, buffers, adapters or modules have changed, but by writes to their ``data``.
+    What was made in inference mode has no version."""
+    tensors = (*owner.parameters(), *owner.buffers())
+    modules = [(id(m), m.training, id(vars(m).get("forward"))) for m in owner.modules()]
+    return _adapters(owner), modules, [(id(x), 0 if x.is_inference() else x._version) for x in tensors]
 
 
-def _value_of(weight: Tensor) -> tuple[int, int]:
-    """Its version, and a checksum of some entries: writes to ``weight.data`` are in no version. What was made in
-    inference mode has none; of that all entries count."""
-    x, version = weight.detach(), 0 if weight.is_inference() else weight._version
-    if type(x) is not Tensor or x.device.type == "meta" or not x.numel():
-        return version, 0
-    step = 1 if weight.is_inference() else max(1, x.numel() // _ENTRIES)
-    some = x.reshape(-1)[::step].to("cpu").contiguous()
-    return version, zlib.crc32(some.view(torch.uint8).numpy().data)
+def values_of(owner: nn.Module) -> bytes:
+    """The same of all bits, writes to ``data`` included. Of tensors that are sharded, quantized or elsewhere: none."""
+    tensors = [x.detach() for x in (*owner.parameters(), *owner.buffers()) if x.numel() and not x.is_meta]
+    plain = [x for x in tensors if type(x) is Tensor]
+    return _fingerprint(*plain) if plain else b"none"
+
+
+def _adapters(owner: nn.Module) -> list[Any]:
+    """What may be switched to and fro at no cost, and so is looked at in each forward."""
+    tuned = [m for m in owner.modules() if getattr(type(m), "merged_adapters", None) is not None]
+    names = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+    return [owner.training, *(repr([getattr(m, name, None) for name in names]) for m in tuned)]
+
+
+def decoder_in(owner: Any) -> Any:
+    """The decoder of a model, which may be called by itself."""
+    return owner.get_decoder() if hasattr(owner, "get_decoder") else owner
 
 
 def arguments(owner: nn.Module, given: Given, cache: Any) -> Given:
@@ -169,19 +216,79 @@ def _autocast(device: str) -> tuple[str, torch.dtype, bool]:
 @contextmanager
 def unseen(owner: nn.Module, own: Callable[[Any], bool]) -> Iterator[None]:
     """Within it users' hooks are off and random numbers are drawn from a copy of their state."""
-    random, taken = torch.get_rng_state(), []
-    for module in owner.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not own(hook)]:
-                taken.append((hooks, dict(hooks)))
-                del hooks[key]
+    numbers, taken = RandomNumbers.now(), []
+    for hooks, key, _ in _users_hooks(owner, own):
+        taken.append((hooks, dict(hooks)))
+        del hooks[key]
     try:
         yield
     finally:
         for hooks, before in reversed(taken):
             hooks.clear()
             hooks.update(before)
-        torch.set_rng_state(random)
+        numbers.set()
+
+
+@contextmanager
+def watched(owner: nn.Module, own: Callable[[Any], bool], draws_none: Callable[[Any], bool]) -> Iterator[list[str]]:
+    """Within it a forward is made, of which inputs do not tell all if there is anything in the list afterwards: a hook
+    altered what modules are given or return, or the model drew random numbers."""
+    found, numbers, wrapped = list[str](), RandomNumbers.now(), []
+    everywhere: Any = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    users = [*_users_hooks(owner, own), *((hooks, key, hook) for hooks in everywhere for key, hook in hooks.items())]
+    for hooks, key, hook in users:
+        hooks[key] = _noting(hook, found)
+        wrapped.append((hooks, key, hook, hooks[key]))
+    try:
+        yield found
+    finally:
+        for hooks, key, hook, noting in wrapped:
+            if hooks.get(key) is noting:
+                hooks[key] = hook
+        if RandomNumbers.now() != numbers and (owner.training or not draws_none(owner)):
+            found.append("a forward drew random numbers")
+
+
+def _users_hooks(owner: nn.Module, own: Callable[[Any], bool]) -> list[tuple[dict[int, Any], int, Any]]:
+    return [
+        (hooks, key, hook)
+        for module in owner.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for key, hook in hooks.items()
+        if not own(hook)
+    ]
+
+
+def _noting(hook: Any, found: list[str]) -> Any:
+    """The hook, which says if it alters anything."""
+
+    @functools.wraps(hook, updated=())
+    def noting(*args: Any) -> Any:
+        before, given = [(x, _bits(x)) for x in _tensors(args)], _ids(args)
+        result = hook(*args)
+        alike = result is None or _ids(result) in (_ids(args[-1]), _ids(args[1:]))
+        if not alike or _ids(args) != given or any(_bits(x) != bits for x, bits in before):
+            found.append("a hook altered what modules are given or return")
+        return result
+
+    return noting
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _ids(values: Any) -> list[int]:
+    return [id(x) for x in _tensors(values)]
+
+
+def _bits(x: Tensor) -> Any:
+    """What writes to a tensor change. One that was made in inference mode counts none."""
+    return _fingerprint(x) if x.is_inference() else x._version
+
+
+def _fingerprint(*tensors: Tensor) -> bytes:
+    return fingerprint(*(x.reshape(1, 1, -1, x.shape[-1] if x.ndim else 1) for x in tensors))
 
 
 def _held(value: Any) -> Any:
@@ -193,12 +300,29 @@ def _cut(given: Given, start: int, stop: int, columns: int) -> Given:
     """Inputs of the columns [start, stop) up to a column."""
     cut = dict(given)
     for name, value in given.items():
-        if isinstance(value, Tensor) and name in _ALONG:
+        if isinstance(value, Tensor):
             dim, size = _ALONG[name], value.shape[_ALONG[name]]
             # A mask has all columns before its forward, too.
             keep = size - (stop - columns)
             cut[name] = value.narrow(dim, 0, keep)
     return cut
+
+
+def _can_be_cut(given: Given) -> bool:
+    """Whether all arguments that may have positions are known to have them."""
+    mask, names = given.get("attention_mask"), given.keys() - _ALONG.keys() - {_AUTOCAST}
+    plain = all(isinstance(given[name], bool | int | float | str) for name in names)
+    return plain and (mask is None or (isinstance(mask, Tensor) and mask.ndim == 2))
+
+
+def _can_be_joined(given: Given) -> bool:
+    return given.keys() <= _ALONG.keys() | {_AUTOCAST} and _can_be_cut(given)
+
+
+def _same_past(earlier: Given, later: Given) -> bool:
+    """Whether a forward's mask shows and hides what its predecessor's did."""
+    mine, other = (given.get("attention_mask") for given in (earlier, later))
+    return mine is None or other is None or torch.equal(other[:, : mine.shape[1]] != 0, mine != 0)
 
 
 def _together(run: list[Given]) -> Given:
