@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kv_home import LENGTHS, ON_THE_POOL, Steps
-from tests.models import Pair, assert_close, padded_batch, random_ids, save_model
+from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, in_threads
+from tests.models import assert_close, padded_batch, random_ids, save_model
 
 pytestmark = [
     pytest.mark.processes,
@@ -27,11 +27,11 @@ HOMES: dict[str, dict[str, Any]] = {"base": {}, "pool": ON_THE_POOL}
 @contextmanager
 def begun(folder: Path, home: str, lengths: list[int] = LENGTHS, **settings: Any) -> Iterator[Steps]:
     """A prompt is done, by both models."""
-    with Pair.of(folder, pool_ranks=2, **(HOMES[home] | settings)) as pair, torch.no_grad():
+    with in_threads(folder, pool_ranks=2, **(HOMES[home] | settings)) as pair, torch.no_grad():
         yield Steps(pair, *padded_batch(lengths))
 
 
-def cut(cache: Any) -> None:
+def shortened(cache: Any) -> None:
     cache.crop(-20)
 
 
@@ -40,14 +40,14 @@ def reordered(cache: Any) -> None:
 
 
 @pytest.mark.parametrize("home", HOMES)
-@pytest.mark.parametrize("change", [cut, reordered])
+@pytest.mark.parametrize("change", [shortened, reordered])
 def test_a_snapshot_is_the_readers(folder: Path, home: str, change: Callable[[Any], None]) -> None:
     """Where caches are concatenated, nothing that a user has read is written to any more."""
     with begun(folder, home) as steps:
         mask = steps.mask
         snapshots = [[(layer.keys, layer.values) for layer in cache.layers] for cache in (steps.cache, steps.expected)]
         steps.both(change)
-        steps.mask = mask[:, :-20] if change is cut else mask[[2, 2, 0]]
+        steps.mask = mask[:, :-20] if change is shortened else mask[[2, 2, 0]]
         steps(30, "a branch")
         for cache, snapshot in zip((steps.cache, steps.expected), snapshots, strict=True):
             for layer, (keys, values) in zip(cache.layers, snapshot, strict=True):
@@ -83,7 +83,7 @@ def test_other_rows_than_the_caches_are_refused(folder: Path, home: str) -> None
 @pytest.mark.parametrize("left", [True, False])
 def test_a_mask_that_shows_padding_is_refused(folder: Path, home: str, left: bool) -> None:
     ids, mask = padded_batch([60, 41], left=left)
-    with Pair.of(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
+    with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
         cache = pair.model(ids, attention_mask=mask, use_cache=True).past_key_values
         for shown in (None, torch.ones(2, 61), torch.ones(2, 1, 1, 61, dtype=torch.bool)):
             with pytest.raises(ValueError, match="was padding when its keys were made"):
@@ -148,7 +148,7 @@ def in_other_order(model: Any) -> None:
 @pytest.mark.parametrize("home", HOMES)
 @pytest.mark.parametrize("change", [another_layer, a_layer_twice, in_other_order])
 def test_layers_that_were_changed_after_pooling(folder: Path, home: str, change: Callable[[Any], None]) -> None:
-    with Pair.of(folder, pool_ranks=2, blocks=4, **HOMES[home]) as pair, torch.no_grad():
+    with in_threads(folder, pool_ranks=2, blocks=4, **HOMES[home]) as pair, torch.no_grad():
         for model in (pair.model, pair.reference):
             change(model)
         steps = Steps(pair, *padded_batch([300, 211]))
@@ -159,7 +159,7 @@ def test_layers_that_were_changed_after_pooling(folder: Path, home: str, change:
 @pytest.mark.parametrize("home", HOMES)
 def test_a_forward_inside_of_a_forward(folder: Path, home: str) -> None:
     """A hook calls the model with other tokens and another mask, of the same size."""
-    with Pair.of(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
+    with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
         answers = []
         for model in (pair.model, pair.reference):
             inside: list[Tensor] = []
@@ -201,7 +201,7 @@ def test_a_wave_is_for_models_that_may_be_cut(tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {"hook": {}, "rope": {"rope_parameters": rope, "max_position_embeddings": 64}}
     for name, more in cases.items():
         folder = save_model("llama", tmp_path / name, **more)
-        with Pair.of(folder, pool_ranks=2, **settings) as pair, torch.no_grad():
+        with in_threads(folder, pool_ranks=2, **settings) as pair, torch.no_grad():
             ids, mask = padded_batch([300, 300 if name == "hook" else 233, 300])
             for model in (pair.model, pair.reference):
                 if name == "hook":

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, kill
+from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, cut, in_threads
 from tests.models import Pair, assert_close, padded_batch, random_ids
 
 pytestmark = [
@@ -27,8 +27,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def pair(folder: Path) -> Iterator[Pair]:
+    """A Llama with two pool ranks that own its keys."""
+    with in_threads(folder, pool_ranks=2, **ON_THE_POOL) as pair:
+        yield pair
+
+
 def refused(steps: Steps, told: str) -> None:
-    kill(1)
+    cut(steps.pair.model)
     with pytest.raises(RuntimeError, match=told):
         steps(1, "after a loss")
 
@@ -67,7 +74,7 @@ def test_a_hook_that_altered_a_step(steps: Steps, hook: Callable[..., Any], befo
 def test_a_hook_that_returns_what_it_is_given_alters_nothing(steps: Steps) -> None:
     with hooked(steps, lambda module, args, output: output):
         steps(1, "looked at")
-    kill(1)
+    cut(steps.pair.model)
     steps(1, "after a loss")
     assert steps.pair.model.fa_pool.stats()["replays"] == 1
 
@@ -89,7 +96,7 @@ def test_a_model_that_draws_random_numbers(pair: Pair) -> None:
     ids, mask = padded_batch(LENGTHS)
     with torch.no_grad():
         cache = pair.model(ids, attention_mask=mask, use_cache=True).past_key_values
-        kill(1)
+        cut(pair.model)
         mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
         with pytest.raises(RuntimeError, match="drew random numbers"):
             pair.model(random_ids(3, 1), attention_mask=mask, past_key_values=cache)
@@ -183,7 +190,7 @@ def test_a_mask_that_hides_more_from_some_step_on(steps: Steps) -> None:
     steps.mask[:, :40] = 0
     steps(1, "sees less")
     steps(2, "goes on so")
-    kill(1)
+    cut(steps.pair.model)
     steps(1, "after a loss")
     assert steps.pair.model.fa_pool.stats()["replays"] == 1
 
@@ -198,7 +205,7 @@ def test_masks_of_pairs_in_a_short_beginning(pair: Pair) -> None:
             cache = model(ids[:, :8], attention_mask=pairs, use_cache=True).past_key_values
             model(ids[:, 8:50], attention_mask=torch.ones(1, 50), past_key_values=cache)
             if model is pair.model:
-                kill(1)
+                cut(pair.model)
             mask = torch.ones(1, 60)
             answers.append(model(ids[:, 50:], attention_mask=mask, past_key_values=cache).logits)
     assert pair.model.fa_pool.stats()["replays"] == 1
@@ -211,14 +218,14 @@ def test_linear_states_go_back_with_a_forward_that_was_lost(tmp_path: Path) -> N
 
     more = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 128}
     folder = save_config(tiny_config("falcon_h1", without=("initializer_range",), **more), tmp_path)
-    with Pair.of(folder, pool_ranks=2, **ON_THE_POOL) as pair, torch.no_grad():
+    with in_threads(folder, pool_ranks=2, **ON_THE_POOL) as pair, torch.no_grad():
         steps = Steps(pair, *padded_batch([60, 60]))
         steps(1, "a step", tolerance=1e-4)
         armed = [False]
 
         def lose(*_: Any) -> None:
             if armed.pop() if armed else False:
-                kill(1)
+                cut(pair.model)
 
         hook = pair.model.model.layers[0].register_forward_hook(lose)
         armed.append(True)
