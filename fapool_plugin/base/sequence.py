@@ -125,12 +125,16 @@ class SequenceState:
     """Its keys, if they have owners."""
     owning: bool = False
     """Whether a forward is under way whose keys go to owners."""
+    blank_BT: Tensor | None = None
+    """Columns without tokens, whose keys are not what the model makes of padding; None: there are none, or keys were
+    put in their place by hand."""
     under_way: bool = False
     """Whether keys are read and written by a forward, or by the cache as a whole: not by hand."""
 
-    def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int], dict[str, bool]]:
+    def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int], dict[str, Any]]:
         """Copies and pickles go their own way: under another id, resident nowhere."""
-        return SequenceState, (self.prompt_columns, self.capacity, self.copies), {"edited": self.edited}
+        more = {"edited": self.edited, "blank_BT": self.blank_BT}
+        return SequenceState, (self.prompt_columns, self.capacity, self.copies), more
 
     def anew(self) -> SequenceState:
         """For the same sequences, computed once more as they were: what was short is so again, whatever its mask."""

@@ -53,8 +53,6 @@ class PooledCache(DynamicCache):
             elif type(layer) is LinearAttentionAndFullAttentionLayer:
                 self.layers[index] = PooledHybridLayer(index, state, block, len(layer.conv_states), ownable=mine)
         self._ends: weakref.finalize[Any, Any] | None = None
-        self._blank_BT: Tensor | None = None
-        """Columns without tokens, whose keys are not what the model makes of padding."""
         self.watch()
 
     @property
@@ -133,7 +131,7 @@ class PooledCache(DynamicCache):
     def leave_blank(self, geometry: Geometry) -> None:
         """A pooled forward of these columns is complete: attention was 0 where there is no token."""
         past, columns = geometry.q_column, geometry.columns
-        old = self._blank_BT[:, :past] if self._blank_BT is not None else None
+        old = self.state.blank_BT[:, :past] if self.state.blank_BT is not None else None
         starts, stops = (torch.tensor(x, device="cpu")[:, None] for x in (geometry.starts, geometry.stops))
         if int(starts.max()) > past or int(stops.min()) < columns:
             at = torch.arange(columns, device="cpu")[None]
@@ -141,13 +139,13 @@ class PooledCache(DynamicCache):
             if old is not None:
                 new[:, : old.shape[1]] |= old
             old = new
-        self._blank_BT = old
+        self.state.blank_BT = old
 
     def refuse_blank(self, mask: Any, past: int) -> None:
         """Raises ValueError for a mask that shows what was padding when its keys were made."""
-        if self._blank_BT is None or not past:
+        if self.state.blank_BT is None or not past:
             return
-        shown = self._blank_BT[:, :past]
+        shown = self.state.blank_BT[:, :past]
         if isinstance(mask, Tensor) and mask.ndim in (2, 4):
             # Of a mask of pairs: True, or next to 0, is what is seen.
             seen = mask != 0 if mask.dtype == torch.bool or mask.ndim == 2 else mask > -1
@@ -195,8 +193,8 @@ class PooledCache(DynamicCache):
             super().batch_select_indices(indices)
 
     def _rows_change(self, chosen: Callable[[Tensor], Tensor]) -> None:
-        if self._blank_BT is not None:
-            self._blank_BT = chosen(self._blank_BT)
+        if self.state.blank_BT is not None:
+            self.state.blank_BT = chosen(self.state.blank_BT)
 
     @contextmanager
     def _as_a_whole(self) -> Iterator[None]:
@@ -244,6 +242,7 @@ class PooledCache(DynamicCache):
         twin.state = memo[id(self.state)] = SequenceState(self.state.prompt_columns, self.state.capacity)
         twin.record = self.record.copy() if self.record is not None else None
         twin.state.ownable, twin.state.edited = self.state.ownable, self.state.edited
+        twin.state.blank_BT = self.state.blank_BT
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.watch()
         return twin

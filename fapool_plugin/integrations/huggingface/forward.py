@@ -182,7 +182,7 @@ class Forwards:
                 args, kwargs = with_cache(owner, args, kwargs, cache)
             # What is compiled inside was traced without a pool.
             eager = scope.decided.pooled and is_compiled(owner)
-            rewind = Rewind(scope) if scope.decided.pooled else None
+            rewind = Rewind(scope) if scope.decided.pooled or mine is not None else None
             start = mine.get_seq_length() if mine is not None else 0
             watching = self.homes.watching(owner, mine)
             with torch.compiler.set_stance("force_eager") if eager else nullcontext(), watching as odd:
@@ -206,9 +206,9 @@ class Forwards:
                 self.homes.note(owner, mine, given, start, scope, odd)
             return output
         except BaseException as error:
-            if scope.owning and rewind is not None:
-                # Layers are at different lengths, and keys are with owners.
-                rewind()
+            if rewind is not None:
+                # Layers are at different lengths, and keys may be with owners.
+                rewind(random=scope.owning)
             if scope.owning and (instead := self.homes.instead_of(error, owner, mine, scope)) is not None:
                 raise instead from None
             raise

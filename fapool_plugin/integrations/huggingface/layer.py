@@ -59,7 +59,7 @@ class PooledLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, value: Any) -> None:
-        self._stay()
+        self._are_put()
         self._keys = value
 
     @property
@@ -70,7 +70,7 @@ class PooledLayer(DynamicLayer):
 
     @values.setter
     def values(self, value: Any) -> None:
-        self._stay()
+        self._are_put()
         self._values = value
 
     @property
@@ -93,7 +93,7 @@ class PooledLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         elif self._keys is not None:
             self._take_over_edited()
-        self.keys, self.values = self._kv.append(key_states, value_states)
+        self._keys, self._values = self._kv.append(key_states, value_states)
         self._sealed = self._seal()
         return self._keys, self._values
 
@@ -298,6 +298,11 @@ class PooledLayer(DynamicLayer):
         self._keys, self._values = self._kv.append(k_BKTD, v_BKTE)
         self._sealed = self._seal()
 
+    def _are_put(self) -> None:
+        self._stay()
+        if not self.state.under_way:
+            self.state.blank_BT = None
+
     def _stay(self) -> None:
         """What is put here counts, and what was away does no more."""
         if self._away:
@@ -317,7 +322,7 @@ class PooledLayer(DynamicLayer):
         self._show_stored()
 
     def _show_stored(self) -> None:
-        self.keys, self.values = self._kv.views()
+        self._keys, self._values = self._kv.views()
         self._sealed = self._seal()
 
     def _seal(self) -> tuple[object, ...]:

@@ -8,13 +8,14 @@ from fapool_plugin.integrations.huggingface.random_numbers import RandomNumbers
 
 
 class Rewind:
-    """Takes a forward back to where it is now: what it drew and what its cache was given."""
+    """Takes a forward back to where it is now: what its cache was given, and what it drew."""
 
     def __init__(self, scope: Scope) -> None:
         self._random = RandomNumbers.now()
         self._cache = scope.cache.rewinder() if isinstance(scope.cache, PooledCache) else None
 
-    def __call__(self) -> None:
-        self._random.set()
+    def __call__(self, *, random: bool = True) -> None:
+        if random:
+            self._random.set()
         if self._cache is not None:
             self._cache()

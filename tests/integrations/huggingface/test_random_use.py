@@ -212,13 +212,13 @@ class Walk:
 
     def hide(self) -> None:
         """From now on some tokens at the beginning are not seen."""
-        first = int(self.mask.argmax(1).max())
-        self.mask = self.mask.clone()
-        self.mask[:, : min(first + self.choose.randint(1, 4), self.mask.shape[1] - 2)] = 0
+        first = int(self.mask.argmax(1).min()) + self.choose.randint(1, 4)
+        if int(self.mask[:, first:].sum(1).min()) > 1:
+            self.mask = self.mask.clone()
+            self.mask[:, :first] = 0
 
     def interrupt(self) -> None:
-        """A copy of the cache, since a plain one is half done then; keys that live on the pool are as before."""
-        cache = self.caches[0] if self.pair.model.fa_pool.config.kv_home == "pool" else copy.deepcopy(self.caches[0])
+        """In mid-forward: the cache is as before, where a plain one is half done."""
 
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt
@@ -227,7 +227,10 @@ class Walk:
         try:
             with pytest.raises(KeyboardInterrupt):
                 self.pair.model(
-                    random_ids(self.rows, 2), attention_mask=self._longer(2), past_key_values=cache, use_cache=True
+                    random_ids(self.rows, 2),
+                    attention_mask=self._longer(2),
+                    past_key_values=self.caches[0],
+                    use_cache=True,
                 )
         finally:
             hook.remove()
