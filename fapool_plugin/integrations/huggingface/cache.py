@@ -128,11 +128,13 @@ class PooledCache(DynamicCache):
         self.come_home()
         self.start_anew(manager)
 
-    def leave_blank(self, geometry: Geometry) -> None:
-        """A pooled forward of these columns is complete: attention was 0 where there is no token."""
+    def leave_blank(self, geometry: Geometry, *, left: bool) -> None:
+        """A pooled forward of these columns is complete: attention was 0 where there is no token. With ``left`` the
+        model's own is not, before a row's first token."""
         past, columns = geometry.q_column, geometry.columns
         old = self.state.blank_BT[:, :past] if self.state.blank_BT is not None else None
         starts, stops = (torch.tensor(x, device="cpu")[:, None] for x in (geometry.starts, geometry.stops))
+        starts = starts if left else torch.zeros_like(starts)
         if int(starts.max()) > past or int(stops.min()) < columns:
             at = torch.arange(columns, device="cpu")[None]
             new = ((at < starts) | (at >= stops)) & (at >= past)

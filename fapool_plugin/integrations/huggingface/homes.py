@@ -27,6 +27,7 @@ from fapool_plugin.config import MIB
 from fapool_plugin.integrations.huggingface.attention import Scope
 from fapool_plugin.integrations.huggingface.blocks import Wave, collector_reason
 from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.failures import is_of_a_hook, is_out_of_memory, let_go
 from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed, is_surveyed_alone
 from fapool_plugin.integrations.huggingface.replay import Record, arguments, autocast_of, unseen, watched
@@ -93,7 +94,9 @@ class Homes:
     ) -> None:
         """A forward of a cache is complete."""
         if scope.decided.is_pooled and scope.decided.geometry is not None:
-            cache.leave_blank(scope.decided.geometry)
+            # transformers' sdpa attention is 0 as well where a query sees nothing.
+            left = local_name(owner.config.get_text_config(decoder=True)) != "sdpa"
+            cache.leave_blank(scope.decided.geometry, left=left)
         if cache.record is not None:
             odd_one = next(iter(odd), "")
             cache.record.add(owner, given, start, cache.get_seq_length(), away=scope.owning, odd=odd_one)

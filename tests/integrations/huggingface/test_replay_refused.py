@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, cut, in_threads
-from tests.models import Pair, assert_close, padded_batch, random_ids
+from tests.models import Pair, assert_close, padded_batch, random_ids, save_config, tiny_config
 
 pytestmark = [
     pytest.mark.processes,
@@ -212,23 +212,33 @@ def test_masks_of_pairs_in_a_short_beginning(pair: Pair) -> None:
     assert_close(*answers)
 
 
-def test_linear_states_go_back_with_a_forward_that_was_lost(tmp_path: Path) -> None:
-    """What linear attention carries is written in place, layers before the loss being ahead of those behind it."""
-    from tests.models import save_config, tiny_config
+LINEAR: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mlp_only_layers": [0, 1, 2, 3],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
 
-    more = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 128}
-    folder = save_config(tiny_config("falcon_h1", without=("initializer_range",), **more), tmp_path)
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_states_go_back_with_a_forward_that_was_lost(tmp_path: Path, name: str) -> None:
+    """What linear attention carries is written in place, by layers before the loss and not by those behind it."""
+    folder = save_config(tiny_config(name, num_hidden_layers=4, **LINEAR[name]), tmp_path)
     with in_threads(folder, pool_ranks=2, **ON_THE_POOL) as pair, torch.no_grad():
         steps = Steps(pair, *padded_batch([60, 60]))
         steps(1, "a step", tolerance=1e-4)
-        armed = [False]
+        armed = [cut]
 
         def lose(*_: Any) -> None:
-            if armed.pop() if armed else False:
-                cut(pair.model)
+            if armed:
+                armed.pop()(pair.model)
 
-        hook = pair.model.model.layers[0].register_forward_hook(lose)
-        armed.append(True)
+        hook = pair.model.model.layers[1].register_forward_hook(lose)
         steps(1, "lost on its way", tolerance=1e-4)
         hook.remove()
         steps(1, "after it", tolerance=1e-4)
