@@ -34,7 +34,7 @@ class BaseConfig(BaseModel):
 
     tensor_parallel: Literal["none", "megatron", "deepspeed"] | None = Field(
         None,
-        description="Who splits the model over base ranks: Megatron-core's layers, DeepSpeed's AutoTP, or nobody; "
+        description="Who splits the model over base ranks: Megatron-core's layers, DeepSpeed's AutoTP, or none; "
         "null: as init_inference's own tp_size asks, by Megatron-core where it is installed.",
     )
     tensor_parallel_size: int | None = Field(
@@ -87,7 +87,7 @@ class FAPoolConfig(BaseModel):
         "machine of a launch: links between machines are authenticated and encrypted with it.",
     )
     insecure: bool = Field(
-        False, description="true: links between machines without a key, which whoever reaches their ports can use."
+        False, description="true: links between machines without a key, which all that reach their ports can use."
     )
     base: BaseConfig = Field(
         BaseConfig(tensor_parallel=None, tensor_parallel_size=None),
@@ -168,7 +168,7 @@ class FAPoolConfig(BaseModel):
     kv_home: Literal["base", "pool"] = Field(
         "base",
         description="Where keys live above the threshold; base: the base keeps all, pool ranks have copies; pool: each "
-        "key has one owner, a pool rank or the base, and nobody else keeps it.",
+        "key has one owner, a pool rank or the base, and it is kept nowhere else.",
     )
     kv_redundancy: Literal["recompute", "peer", "host"] = Field(
         "recompute",

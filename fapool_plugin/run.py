@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _enter(path: str | None) -> None:
-    """Does what the config's section asks for. Without one nothing is loaded, and a file that is none is the script's
-    matter."""
+    """Does what the config's section asks for. Without one nothing is loaded, and a file that is none is left to
+    the script."""
     try:
         settings = section_of(path) if path is not None and SECTION in Path(path).read_text(encoding="utf-8") else None
     except (OSError, UnicodeDecodeError):

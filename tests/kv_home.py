@@ -5,7 +5,9 @@ Knows caches by what they answer; which rank owns what is not known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.integrations.huggingface.layer import PooledLayer
-from tests.models import TOLERANCE, Pair, assert_close, random_ids, workers
+from tests.models import TOLERANCE, Pair, assert_close, eager, load_pooled, random_ids, workers
+from tests.thread_pool import ThreadPool
 
 ON_THE_POOL: dict[str, Any] = {"kv_home": "pool", "timeout_s": 2.0}
 LENGTHS = [90, 61, 90]
@@ -24,6 +27,21 @@ def kill(count: int) -> None:
     """Ends so many pool ranks, the ones that started first."""
     for pid in sorted(workers())[:count]:
         psutil.Process(pid).kill()
+
+
+@contextmanager
+def in_threads(folder: Path, **settings: Any) -> Iterator[Pair]:
+    """Both models; the pool ranks are threads, so that there is no process to wait for."""
+    model = load_pooled(folder, **settings)
+    model.fa_pool.leases.source = ThreadPool
+    with model.fa_pool:
+        yield Pair(folder, eager(folder), model)
+
+
+def cut(model: Any) -> None:
+    """A pool rank is lost, if any is leased."""
+    for rank in model.fa_pool.ranks[:1]:
+        rank.link.fail("cut")
 
 
 class Steps:

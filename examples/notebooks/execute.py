@@ -3,7 +3,7 @@
     python examples/notebooks/execute.py                       # all that lie beside this file
     python examples/notebooks/execute.py 01_quickstart.ipynb   # one
 
-Whoever changes a notebook runs this, on a machine that does little else, and commits the result. The tests run every
+Run this after a notebook was changed, on a machine that does little else, and commit the result. The tests run every
 notebook with smaller numbers and look at what is committed. A notebook needs one cell with the tag ``parameters`` that
 assigns all that makes it long, no output on stderr, at least one picture, and no path of the machine it ran on.
 """

@@ -1,6 +1,6 @@
 """Asks the forecast, with the profile there is and what is true now, and corrects it by what forwards really take.
 
-Knows seconds and lengths. It decides nothing: whoever asks does.
+Knows seconds and lengths. It decides nothing: its caller does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FORGOTTEN = 0.95
 
 
 class Profiler(Protocol):
-    """Measures the model at hand; the host's matter."""
+    """Measures the model at hand; a framework's module has it."""
 
     def known(self) -> Profile | None:
         """The profile kept for this machine and model, if it holds."""

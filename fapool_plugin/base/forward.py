@@ -229,7 +229,7 @@ class Forward:
         if self.whole is not None:
             few, prompt = 0, tuple(self.whole.rows)
         elif state is not None and self.phase == "decode" and len(state.line) == len(line):
-            # Whoever holds a lane's keys goes on with them, whatever its part is now.
+            # The rank that holds a lane's keys goes on with them, whatever its part is now.
             line, prompt = state.line, state.prompt
         plan = make_plan(self.geometry, kv_heads, line, mode=self.config.partition, few_queries=few, prompt=prompt)
         if plan.axis == "keys":

@@ -1,7 +1,7 @@
 """Keys of a batch that pool ranks own, and the base its share: nowhere else is a copy.
 
 Says what a layer's call asks of the owners, computes the base's share of it from the base's own keys, and brings keys
-back where somebody wants to see them. Knows ranks and tensors; not how answers are gathered or merged, nor what is done
+back where they are to be seen. Knows ranks and tensors; not how answers are gathered or merged, nor what is done
 when an owner is lost.
 """
 

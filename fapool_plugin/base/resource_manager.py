@@ -53,7 +53,7 @@ class ResourceManager:
         self.config, self._agree = config, agree or unasked
         self.base_ranks = base_ranks  # that share one model, and so use every pool rank at the same time
         self.threshold = config.threshold if isinstance(config.threshold, int) else sys.maxsize
-        """In tokens; for "auto" nothing is pooled until whoever measures has set it."""
+        """In tokens; for "auto" nothing is pooled until it has been measured."""
         self.clock = Clock(CPU)
         self.copies: Copies | None = None  # on a CPU nothing has to be
         self.counters, self.timeline = Counters(), Timeline(self.clock.now)
@@ -272,7 +272,7 @@ class ResourceManager:
         return ends
 
     def reap(self) -> None:
-        """Frees sequences that have ended; gives the lease back when none is left. Waits for nobody."""
+        """Frees sequences that have ended; gives the lease back when none is left. Waits for no forward."""
         if self._busy.acquire(blocking=False):
             try:
                 self._reap()

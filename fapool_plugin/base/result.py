@@ -1,6 +1,6 @@
 """The result of one attention call as it comes together: tiles computed here, partial results merged in.
 
-Exact whoever computed what: (out, lse) in fp32 (fp64 for fp64 inputs), parts of the same queries merged by their LSE.
+Exact, whatever rank computes what: (out, lse) in fp32 (fp64 for fp64 inputs), parts of one query merged by their LSE.
 Where each sequence has one query, lanes of all rows lie side by side in memory, and a rank's share of them is a run, or
 a few. Knows tensors and tiles; no ranks.
 """

@@ -35,7 +35,13 @@ class GrowingKV:
 
     def append(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new positions; returns views of all keys (B, K, T, D) and values (B, K, T, E), in the wider dtype of
-        old and new ones, as concatenation has it."""
+        old and new ones, as concatenation has it. Raises ValueError for other rows, heads or dims."""
+        for old, new in self._pairs(k_BKSD, v_BKSE):
+            if old is not None and any(old.shape[dim] != new.shape[dim] for dim in (0, 1, 3)):
+                raise ValueError(
+                    f"a cache of {old.shape[0]} rows x {old.shape[1]} heads x {old.shape[3]} dims is given new keys of "
+                    f"{new.shape[0]} x {new.shape[1]} x {new.shape[3]}: go on with all rows of its batch, by its model"
+                )
         stop = self.length + k_BKSD.shape[2]
         wider = any(
             x is not None and torch.promote_types(x.dtype, y.dtype) != x.dtype for x, y in self._pairs(k_BKSD, v_BKSE)
@@ -93,9 +99,9 @@ class SequenceState:
     """
 
     prompt_columns: int = 0
-    """Length of the whole prompt, padding included; 0 when nobody said."""
+    """Length of the whole prompt, padding included; 0 when that is not known."""
     capacity: int = 0
-    """Positions the sequence will need at most; 0 when nobody said."""
+    """Positions the sequence will need at most; 0 when that is not known."""
     copies: int = 1
     """Rows r // copies are copies of one prompt (beams)."""
     starts: tuple[int, ...] | None = None
@@ -114,19 +120,25 @@ class SequenceState:
     ownable: bool = False
     """Whether its keys are to have owners, above the threshold."""
     edited: bool = False
-    """Whether somebody has put other keys in the place of those that its forwards made."""
+    """Whether other keys were put by hand in the place of those that its forwards made."""
     owned: OwnedKeys | None = None
     """Its keys, if they have owners."""
     owning: bool = False
     """Whether a forward is under way whose keys go to owners."""
+    blank_BT: Tensor | None = None
+    """Columns without tokens, whose keys are not what the model makes of padding; None: there are none, or keys were
+    put in their place by hand."""
+    under_way: bool = False
+    """Whether keys are read and written by a forward, or by the cache as a whole: not by hand."""
 
-    def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int]]:
+    def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int], dict[str, Any]]:
         """Copies and pickles go their own way: under another id, resident nowhere."""
-        return SequenceState, (self.prompt_columns, self.capacity, self.copies)
+        more = {"edited": self.edited, "blank_BT": self.blank_BT}
+        return SequenceState, (self.prompt_columns, self.capacity, self.copies), more
 
-    def anew(self, columns: int) -> SequenceState:
-        """For the first ``columns`` columns of the same sequences, computed once more."""
-        return SequenceState(columns, self.capacity, self.copies)
+    def anew(self) -> SequenceState:
+        """For the same sequences, computed once more as they were: what was short is so again, whatever its mask."""
+        return SequenceState(0, self.capacity, self.copies)
 
     def place(self, starts: tuple[int, ...]) -> None:
         """Says where rows start. If that changed, positions mean something else and nothing is resident."""
@@ -148,7 +160,7 @@ class SequenceState:
         self.residency.crop(layer, np.maximum(0, columns - self._first_columns()))
 
     def rows_changed(self) -> None:
-        """The batch has other rows now: nobody holds anything of them, and who copies whom is not known."""
+        """The batch has other rows now: nothing of them is held anywhere, and which is a copy of which is not known."""
         self.copies, self.line, self.prompt = 1, (), None
         self.residency.forget()
 

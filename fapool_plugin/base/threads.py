@@ -1,7 +1,7 @@
 """CPU threads that the base leaves to local pool ranks while it uses them, and has back afterwards.
 
 A forward says when it ends. Of a backward autograd's engine tells the end, but not if it fails: what such a one has
-left lent is taken back when the next forward begins. Knows threads, and nobody who computes with them.
+left lent is taken back when the next forward begins. Knows threads, and not what computes with them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 class SharedThreads:
-    """Lends once, whoever asks how often.
+    """Lends once, however often it is asked.
 
     Args:
         left: how many of so many threads the base keeps, with so many pool ranks.

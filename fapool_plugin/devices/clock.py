@@ -41,10 +41,6 @@ class Moment:
             return (self.ns - earlier.ns) / 1e9
         return earlier.event.elapsed_time(self.event) / 1e3 if self.event.query() else None
 
-    def reached(self) -> bool:
-        """Whether the device has come as far."""
-        return self.event is None or bool(self.event.query())
-
     def wait(self) -> None:
         """Until the device has come as far."""
         if self.event is not None:

@@ -145,10 +145,6 @@ class Staged:
             self._event = None
         return self._parts
 
-    def is_there(self) -> bool:
-        """Whether nothing would be waited for."""
-        return self._event is None or bool(self._event.query())
-
 
 def sendable(copies: Copies | None, payload: Payload, takes: Takes = _never) -> Payload:
     """A payload as a link sends it, waited for; as it is where nothing has to be copied."""

@@ -69,7 +69,7 @@ def _can_flash_4(case: Case) -> bool:
     dims, major = (case.head_dim, case.v_head_dim), case.capability[0]
     # `_validate_head_dims` of flash_attn/cute/interface.py, once dims are multiples of 8.
     fits = max(dims) <= (256 if major == 9 else 128) or (major in (10, 11) and dims in ((192, 128), (256, 256)))
-    # It cuts no keys unless told how often; its softcap is a score function that is compiled, and nobody has tried it.
+    # It cuts no keys unless told how often; its softcap is a score function that is compiled, and it is untried.
     able = case._flash and major in (9, 10, 11) and fits and not case.decode and not case.softcap
     return able and flash_attn.function(flash_attn.FLASH_4) is not None
 

@@ -1,10 +1,10 @@
 """torch's flash operators for CPUs: no window on the left, no softcap.
 
-They are asked for causal squares and unmasked rectangles only, so it never matters that they align a causal mask to the
-upper left: every query sees the first `offset` keys, and then a square begins. The operator works on one sequence, head
-and block of queries at a time, so a decode step gives it no more to do at once than it has KV heads. Here the keys of
-few queries are cut until every thread has as much. Its backward works on one sequence and head at a time, which are not
-cut. (The operators: Dao 2023, FlashAttention-2; cutting keys: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding.)
+They are asked for causal squares and unmasked rectangles only: that they align a causal mask to the upper left has no
+effect, since every query sees the first `offset` keys, and then a square begins. The operator works on one sequence,
+head and block of queries at a time, so a decode step gives it no more to do at once than it has KV heads. Here the keys
+of few queries are cut until every thread has as much. Its backward works on one sequence and head at a time, which are
+not cut. (The operators: Dao 2023, FlashAttention-2; cutting keys: Dao, Haziza, Massa and Sizov 2023, Flash-Decoding.)
 """
 
 from functools import lru_cache, partial

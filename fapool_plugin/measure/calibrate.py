@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody sees."""
+    """Progress that is not shown."""
 
 
 def machine(device: torch.device = CPU) -> Machine:

@@ -63,7 +63,7 @@ def serve(read: Callable[[], Any], port: int, metrics: Callable[[Any], Iterator[
         raise ModuleNotFoundError(
             "metrics for Prometheus need prometheus_client: pip install fapool-plugin[metrics]", name=error.name
         ) from None
-    # A registry of its own: the library's default one adds numbers about this process that nobody asked for.
+    # A registry of its own: the library's default one adds numbers about this process that were not asked for.
     registry = prometheus_client.CollectorRegistry(auto_describe=True)
     registry.register(_Collector(read, metrics or of_job))
     try:

@@ -2,7 +2,7 @@
 
 Spans are told to it, it measures nothing; it does not know what they are spans of.
 
-The file is in the Trace Event Format, as a JSON array with one event a line. Of that format's liberties one matters
+The file is in the Trace Event Format, as a JSON array with one event a line. Of that format's liberties one counts
 here: the closing bracket may be missing, so what a process wrote before it died can still be shown and read.
 """
 

@@ -90,7 +90,7 @@ class LinkCost(_Measured):
 
     ``to_rank`` and ``to_base`` are seconds on the way, copies at both ends included. ``send`` and ``take`` are
     processor seconds of the end that a message leaves and of the end where it arrives, in whichever threads: where all
-    cores compute, somebody waits for them.
+    cores compute, a call waits for them.
     """
 
     to_rank: Fit

@@ -73,7 +73,7 @@ class Plan:
     base: Share
     axis: Literal["queries", "keys"]
     ranks: tuple[Any, ...] = ()
-    """Whose the shares are, in their order; what names a rank is the caller's matter."""
+    """Whose the shares are, in their order; what names a rank is the caller's to say."""
     worked_out: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What the caller has derived from it, to be found again at the next layer."""
 

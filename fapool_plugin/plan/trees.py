@@ -49,7 +49,7 @@ def arrangements(ranks: int, fan_in: int, nodes: Sequence[int]) -> dict[Reductio
 def reduction_s(parents: Parents, link: LinkCost, sizes: Sequence[int], whole: int) -> float:
     """Seconds from the moment at which all ranks have their results to that at which the base has merged them.
 
-    Receiving is serial: whoever merges takes one message after the other, those that are ready first. That is what
+    Receiving is serial: a rank that merges takes one message after the other, those that are ready first. That is what
     many direct results cost the base; what a tree costs is that ranks wait for each other. A link between ranks is
     taken to cost what the way to the base does, and merging to be part of it.
 

@@ -103,7 +103,7 @@ def run_to_end(serve: Callable[[], object]) -> NoReturn:
 
 
 class Process(Protocol):
-    """A pool rank's, whoever started it."""
+    """A pool rank's, whatever started it."""
 
     @property
     def pid(self) -> int:

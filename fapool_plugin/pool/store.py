@@ -25,7 +25,7 @@ class KeptTile(NamedTuple):
 class CallStore:
     """The training calls a pool rank keeps whole, by sequence and number, until their gradients are asked for.
 
-    Nothing is copied, so nobody may write to what is kept. Where there is no room left nothing makes way.
+    Nothing is copied, so what is kept may not be written to. Where there is no room left nothing makes way.
 
     Args:
         prefixes: with which they share one limit.

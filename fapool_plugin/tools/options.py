@@ -1,6 +1,6 @@
 """What all commands do with what was typed: check it before any work, and tell every error in one line.
 
-Knows options by name only; what they mean is the commands' matter.
+Knows options by name only; what they mean is the commands' to say.
 """
 
 from __future__ import annotations

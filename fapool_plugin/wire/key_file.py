@@ -26,5 +26,5 @@ def read_key(path: str) -> bytes:
 
 
 def lease_token(key: bytes, run: str) -> int:
-    """The lease of a run, alike at all that have the key, and known to nobody else."""
+    """The lease of a run, alike at all that have the key, and known nowhere else."""
     return int.from_bytes(hmac.digest(key, b"lease " + run.encode(), "sha256")[:8], "little") >> 2

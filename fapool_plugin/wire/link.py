@@ -185,7 +185,7 @@ class Link:
             self.loop.wait(lambda: len(self._outgoing) <= messages or self.lost)
 
     def fail(self, reason: str) -> str:
-        """Marks the link as lost, once, and wakes whoever waits for it. Returns the first reason given."""
+        """Marks the link as lost, once, and wakes all that wait for it. Returns the first reason given."""
         with self._losing:
             if self.lost is not None:
                 return self.lost

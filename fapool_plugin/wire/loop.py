@@ -1,4 +1,4 @@
-"""One poll loop for all links of a process's side, in both directions: whoever waits polls; while no caller does, a
+"""One poll loop for all links of a process's side, in both directions: a caller that waits polls; while none does, a
 thread.
 
       caller waits:  poll ─▶ its message ─▶ goes on        no other thread is woken for it

@@ -175,7 +175,7 @@ class Listener:
         return 1.0
 
     def abandon(self) -> None:
-        """It is another process's, or nobody accepts any more."""
+        """It is another process's, or it accepts no more."""
         self._listener.close()
 
     def _agree(self, sock: socket.socket, key: bytes) -> None:

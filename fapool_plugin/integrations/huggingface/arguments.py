@@ -1,4 +1,4 @@
-"""Hugging Face: what a forward was given, whoever was given it: tokens, a cache, documents, switches.
+"""Hugging Face: what a forward of any module was given: tokens, a cache, documents, switches.
 
 Knows modules' signatures and configurations; nothing of how a forward is decided.
 """

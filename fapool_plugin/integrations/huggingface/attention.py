@@ -34,6 +34,7 @@ from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.layer import PooledLayer, owned_dtype
 from fapool_plugin.integrations.huggingface.masks import not_causal, window_of
+from fapool_plugin.plan.shares import Geometry
 
 NAME = "fapool"
 """How the attention and the mask function are registered; transformers looks for "flash" in such names."""
@@ -44,6 +45,9 @@ _ACCOUNTED_FOR = {
     *("max_length_k", "num_items_in_batch", "output_attentions", "use_cache", "cache"),
 }
 """Arguments of attention functions that a forward's decision, or this module, has looked at."""
+
+
+_OTHER_MASK = "the model, or a hook of it, masks other columns than it was given a mask for"
 
 
 class _FullMask:
@@ -71,7 +75,7 @@ class Scope:
     owning: bool = False
     """Its new keys go to owners, and those of before are there."""
     last_only: bool = False
-    """Nobody looks at other positions of the decoder's output than the last."""
+    """Of the decoder's output only the last position is looked at."""
     recomputed: bool = False
     """Layers run once more in backward (gradient checkpointing), when no forward is open."""
     full_mask: _FullMask = field(default_factory=_FullMask)
@@ -108,6 +112,11 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     if (reason := not_causal(kwargs, scope.documents)) is not None:
         scope.decided.abandon(reason)
         return local(**kwargs)
+    if not scope.documents and not _is_decided_by(kwargs.get("attention_mask"), scope.decided.geometry):
+        if scope.decided.hand_over is not None:
+            raise CannotPool(_OTHER_MASK, ever=False)
+        scope.decided.abandon(_OTHER_MASK)
+        return local(**kwargs)
     scope.full_mask.make = functools.partial(local, **kwargs | sizes)
     if not scope.recomputed:
         scope.made.append((None, kwargs))
@@ -116,6 +125,18 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     ticket = torch.empty(0, device="cpu")
     ticket.fapool_scope = scope  # type: ignore[attr-defined]
     return ticket
+
+
+def _is_decided_by(mask: Any, geometry: Geometry | None) -> bool:
+    """Whether a padding mask is the one that its forward was decided by, or of another kind."""
+    if geometry is None or (mask is not None and (mask.ndim != 2 or len(mask) != len(geometry.starts))):
+        return True
+    starts, stops = geometry.starts, geometry.stops
+    if mask is None:
+        return not any(starts) and min(stops) == geometry.columns
+    at = torch.arange(geometry.columns, device=mask.device)
+    first, after = (torch.tensor(x, device=mask.device)[:, None] for x in (starts, stops))
+    return torch.equal(mask[:, : geometry.columns] != 0, (at >= first) & (at < after))
 
 
 def mask_again(kwargs: dict[str, Any]) -> Any:
@@ -144,6 +165,8 @@ def _attention(
     if core is None or torch.compiler.is_compiling():
         return function(module, query, key, value, attention_mask, **kwargs)
     scope = SCOPE.get()
+    if scope is not None and scope.manager is not core.manager:
+        scope = None  # a layer of another model, called by itself
     if (ticket := getattr(attention_mask, "fapool_scope", None)) is not None:
         scope, attention_mask = scope or ticket, None
     if scope is None and core.manager.in_pooled_forward:
@@ -292,7 +315,7 @@ def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor, value: Ten
     expands = hasattr(module, "expand_kv")
     return expands or all(
         given.data_ptr() == stored.data_ptr() and given.shape == stored.shape
-        for given, stored in ((key, layer.keys), (value, layer.values))
+        for given, stored in zip((key, value), layer.stored, strict=True)
     )
 
 

@@ -249,7 +249,7 @@ def _decode(
     model: Any, cache: Cache, ids: list[int], lengths: list[int], steps: int, clock: _AttentionClock | None = None
 ) -> Make:
     """Every turn takes one untimed and ``steps`` timed steps from the same cache, and takes them back. The fed tokens
-    are given, so that nobody's choices change the work. Its seconds are the median of its steps."""
+    are given, so that no choice of a model changes the work. Its seconds are the median of its steps."""
     tokens, batch = max(lengths), len(lengths)
     starts_B1 = tokens - torch.tensor(lengths)[:, None]
     # As generate() does, which gives none where no row is padded.

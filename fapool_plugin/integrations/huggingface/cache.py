@@ -8,17 +8,25 @@ from __future__ import annotations
 import copy
 import secrets
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from fapool_plugin.base.forward import StaysHome
 from fapool_plugin.base.record import Record
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.layer import PartOfLayer, PooledHybridLayer, PooledLayer
+from fapool_plugin.plan.shares import Geometry
 
 
 class PooledCache(DynamicCache):
@@ -46,6 +54,11 @@ class PooledCache(DynamicCache):
                 self.layers[index] = PooledHybridLayer(index, state, block, len(layer.conv_states), ownable=mine)
         self._ends: weakref.finalize[Any, Any] | None = None
         self.watch()
+
+    @property
+    def manager(self) -> ResourceManager:
+        """Whose ranks hold what there is of it."""
+        return self._manager
 
     @property
     def pooled_layers(self) -> list[PooledLayer]:
@@ -110,7 +123,47 @@ class PooledCache(DynamicCache):
             if isinstance(layer, PooledLayer):
                 self.layers[index].adopt(layer)
 
+    def move_to(self, manager: ResourceManager) -> None:
+        """Another model, or a copy of its model, goes on with it. Raises KeysLost."""
+        self.come_home()
+        self.start_anew(manager)
+
+    def leave_blank(self, geometry: Geometry, *, left: bool) -> None:
+        """A pooled forward of these columns is complete: attention was 0 where there is no token. With ``left`` the
+        model's own is not, before a row's first token."""
+        past, columns = geometry.q_column, geometry.columns
+        old = self.state.blank_BT[:, :past] if self.state.blank_BT is not None else None
+        starts, stops = (torch.tensor(x, device="cpu")[:, None] for x in (geometry.starts, geometry.stops))
+        starts = starts if left else torch.zeros_like(starts)
+        if int(starts.max()) > past or int(stops.min()) < columns:
+            at = torch.arange(columns, device="cpu")[None]
+            new = ((at < starts) | (at >= stops)) & (at >= past)
+            if old is not None:
+                new[:, : old.shape[1]] |= old
+            old = new
+        self.state.blank_BT = old
+
+    def refuse_blank(self, mask: Any, past: int) -> None:
+        """Raises ValueError for a mask that shows what was padding when its keys were made."""
+        if self.state.blank_BT is None or not past:
+            return
+        shown = self.state.blank_BT[:, :past]
+        if isinstance(mask, Tensor) and mask.ndim in (2, 4):
+            # Of a mask of pairs: True, or next to 0, is what is seen.
+            seen = mask != 0 if mask.dtype == torch.bool or mask.ndim == 2 else mask > -1
+            seen = seen if mask.ndim == 2 else seen.flatten(1, 2).any(1)
+            if len(seen) not in (1, len(shown)):
+                return  # other rows are refused where keys are
+            shown = shown & seen[:, : shown.shape[1]].to("cpu")
+        if bool(shown.any()):
+            row, column = shown.nonzero()[0].tolist()
+            raise ValueError(
+                f"attention_mask shows column {column} of row {row}, which was padding when its keys were made, and "
+                "fa_pool attends to nothing there. Give the prompt's mask, with a column more for each new token"
+            )
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._rows_change(lambda rows: rows[beam_idx.to(rows.device)])
         if self.record is not None:
             self.record.select(beam_idx)
         owned, rows = self.state.owned, beam_idx.tolist()
@@ -118,36 +171,66 @@ class PooledCache(DynamicCache):
             owned.select(rows)
         else:
             self._home_for("reorder_cache")
-        super().reorder_cache(beam_idx)
+        with self._as_a_whole():
+            super().reorder_cache(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        with self._as_a_whole():
+            super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._home_for("batch_repeat_interleave")
         if self.record is not None:
             self.record.repeat(repeats)
-        super().batch_repeat_interleave(repeats)
+        self._rows_change(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        with self._as_a_whole():
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._home_for("batch_select_indices")
         if self.record is not None:
             self.record.select(indices)
-        super().batch_select_indices(indices)
+        self._rows_change(lambda rows: rows[indices.to(rows.device)])
+        with self._as_a_whole():
+            super().batch_select_indices(indices)
+
+    def _rows_change(self, chosen: Callable[[Tensor], Tensor]) -> None:
+        if self.state.blank_BT is not None:
+            self.state.blank_BT = chosen(self.state.blank_BT)
+
+    @contextmanager
+    def _as_a_whole(self) -> Iterator[None]:
+        """Within it layers are changed by us, in a way that is recorded."""
+        before, self.state.under_way = self.state.under_way, True
+        try:
+            yield
+        finally:
+            self.state.under_way = before
 
     def rewinder(self) -> Callable[[], None]:
         """What makes all layers forget what a forward from here on appends, should it be interrupted."""
         length = self.get_seq_length()
-        # Windows put new tensors in the place of old ones and change none: their attributes are their state. States of
-        # linear attention, in dicts by their numbers, are written to.
-        others = [
-            (layer, {name: _apart(value) for name, value in vars(layer).items() if not pooled or type(value) is dict})
+        # Other layers put new tensors in the place of old ones and change none: their attributes are their state.
+        others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, PooledLayer)]
+        # But for states of linear attention, in dicts, of which a pooled layer may have some, too.
+        states = [
+            (value, dict(value), {key: x.clone() for key, x in value.items() if isinstance(x, Tensor)})
             for layer in self.layers
-            for pooled in [isinstance(layer, PooledLayer)]
+            if isinstance(layer, LinearAttentionLayer)
+            for value in vars(layer).values()
+            if isinstance(value, dict)
         ]
 
         def rewind() -> None:
             for layer in self.pooled_layers:
                 layer.rewind(length)
             for layer, before in others:
-                vars(layer).update({name: _apart(value) for name, value in before.items()})
+                vars(layer).update(before)
+            for value, items, copies in states:
+                value.clear()
+                value.update(items)
+                for key, x in copies.items():
+                    items[key].copy_(x)
             if self.state.owned is not None and not any(self.state.owned.dealt.values()):
                 self.start_anew()
 
@@ -161,6 +244,7 @@ class PooledCache(DynamicCache):
         twin.state = memo[id(self.state)] = SequenceState(self.state.prompt_columns, self.state.capacity)
         twin.record = self.record.copy() if self.record is not None else None
         twin.state.ownable, twin.state.edited = self.state.ownable, self.state.edited
+        twin.state.blank_BT = self.state.blank_BT
         twin.layers = copy.deepcopy(self.layers, memo)
         twin.watch()
         return twin
@@ -183,17 +267,11 @@ class PooledCache(DynamicCache):
             self._manager.counters.log("home", f"keys were fetched from the pool for {what}")
             self.come_home()
 
-    def start_anew(self) -> None:
-        """What ranks hold of the sequence goes; it is another one for them from now on."""
+    def start_anew(self, manager: ResourceManager | None = None) -> None:
+        """What ranks hold of the sequence goes; it is another one for them from now on, or for those of ``manager``."""
         if self._ends is not None:
             self._ends()
+        self._manager = manager or self._manager
         self.state.owned, self.state.id, self._ends = None, secrets.randbits(62), None
         self.state.residency.forget()
         self.watch()
-
-
-def _apart(value: Any) -> Any:
-    """A dict with copies of its tensors; anything else as it is."""
-    if type(value) is not dict:
-        return value
-    return {key: state.clone() if isinstance(state, Tensor) else state for key, state in value.items()}

@@ -40,7 +40,7 @@ def is_of_a_hook(error: BaseException, owner: nn.Module) -> bool:
 
 
 def let_go(error: BaseException) -> None:
-    """Gives back what a failed forward's frames hold: whoever catches an error may need the memory."""
+    """Gives back what a failed forward's frames hold: the handler of an error may need the memory."""
     traceback.clear_frames(error.__traceback__)
 
 

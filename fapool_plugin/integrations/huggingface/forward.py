@@ -26,7 +26,6 @@ from fapool_plugin.integrations.huggingface.arguments import (
     by_name,
     decoder_of,
     documents_in,
-    making_keys,
     past_columns,
     tokens_of,
     traced_reason,
@@ -61,6 +60,7 @@ from fapool_plugin.integrations.huggingface.pieces import (
 )
 from fapool_plugin.integrations.huggingface.probe import LENGTH, Probe
 from fapool_plugin.integrations.huggingface.rewind import Rewind
+from fapool_plugin.integrations.huggingface.supported import changed_reason
 from fapool_plugin.integrations.huggingface.training_cache import GraphCache
 from fapool_plugin.observe.metrics import Phase
 from fapool_plugin.plan.line import round_up
@@ -182,9 +182,10 @@ class Forwards:
                 args, kwargs = with_cache(owner, args, kwargs, cache)
             # What is compiled inside was traced without a pool.
             eager = scope.decided.pooled and is_compiled(owner)
-            rewind = Rewind(scope) if scope.decided.pooled else None
+            rewind = Rewind(scope) if scope.decided.pooled or mine is not None else None
             start = mine.get_seq_length() if mine is not None else 0
-            with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            watching = self.homes.watching(owner, mine)
+            with torch.compiler.set_stance("force_eager") if eager else nullcontext(), watching as odd:
                 try:
                     output = self._inside(owner, enter, args, kwargs, scope)
                     if scope.owning and mine is not None:
@@ -201,20 +202,20 @@ class Forwards:
                         self.homes.prepare(mine, scope)
                     output = self._inside(owner, enter, args, kwargs, scope)
             completed = True
-            if mine is not None and mine.record is not None:
-                mine.record.add(owner, making_keys(given), start, mine.get_seq_length())
+            if mine is not None:
+                self.homes.note(owner, mine, given, start, scope, odd)
             return output
         except BaseException as error:
-            if scope.owning and rewind is not None:
-                # Layers are at different lengths, and keys are with owners.
-                rewind()
+            if rewind is not None:
+                # Layers are at different lengths, and keys may be with owners.
+                rewind(random=scope.owning)
             if scope.owning and (instead := self.homes.instead_of(error, owner, mine, scope)) is not None:
                 raise instead from None
             raise
         finally:
             SCOPE.reset(before)
             if mine is not None:
-                mine.state.owning = False
+                mine.state.owning = mine.state.under_way = False
             self.manager.end(scope.decided, completed=completed)
 
     def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool) -> Scope:
@@ -228,6 +229,8 @@ class Forwards:
         state = cache.state if isinstance(cache, PooledCache) else SequenceState()
         batch, new = tokens.shape[:2]
         past = past_columns(cache, mask, new)
+        if isinstance(cache, PooledCache):
+            cache.refuse_blank(mask, past)
         # As transformers does, which looks for documents where it has neither mask nor cache.
         one_row = cache is None and mask is None and not caching and batch == 1
         documents = documents_in(decoder, given, new) if one_row else ()
@@ -238,9 +241,7 @@ class Forwards:
         one_block = "decode" if phase == "decode" else self.one_block
         # Looking at all modules is for forwards that may be pooled.
         if one_block is None and columns > self.manager.threshold:
-            one_block = one_block_reason(owner, given, training=training)
-            one_block = one_block or (hook_reason(decoder) if decoder is not None else None)
-            one_block = one_block or untried_reason(decoder, training=training, base_ranks=self.manager.base_ranks)
+            one_block = self._one_block(owner, decoder, given, training=training)
         if documents:
             one_block = one_block or "sequences are packed"
         if compiled:
@@ -254,7 +255,8 @@ class Forwards:
                 else padding(mask, batch, past, columns)
             ),
             state,
-            must_be_local=traced or self._local_reason(owner, given, cache, training),
+            must_be_local=traced
+            or self._local_reason(owner, given, cache, training=training, long=columns > self.manager.threshold),
             lasting=cache is not None or training,
             one_block=one_block,
             profiler=self.profiler(owner),
@@ -276,7 +278,13 @@ class Forwards:
             recomputed=training and is_checkpointed(owner),
         )
 
-    def _local_reason(self, owner: Any, given: dict[str, Any], cache: Any, training: bool) -> str | None:
+    def _one_block(self, owner: Any, decoder: Any, given: dict[str, Any], *, training: bool) -> str | None:
+        """Why a long forward cannot be cut; None if it can."""
+        reason = self.one_block or one_block_reason(owner, given, training=training)
+        reason = reason or (hook_reason(decoder) if decoder is not None else None)
+        return reason or untried_reason(decoder, training=training, base_ranks=self.manager.base_ranks)
+
+    def _local_reason(self, owner: Any, given: dict[str, Any], cache: Any, *, training: bool, long: bool) -> str | None:
         """Why a forward is local, whatever its length."""
         if training and cache is not None:
             return "gradients through a cache: pass none while training, or decode under torch.no_grad()"
@@ -290,7 +298,7 @@ class Forwards:
             return self.never
         if not self.full_layers:
             return "no layer has full attention: load the model without fa_pool"
-        return None
+        return changed_reason(owner, self.manager) if long else None
 
     def _inside(
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
@@ -298,6 +306,9 @@ class Forwards:
         decided, began = scope.decided, self.manager.clock.now()
         wave = self.homes.wave(owner, scope) if owner.fapool_in_rounds else None
         given = by_name(owner, args, kwargs)
+        if wave is not None and (reason := self._one_block(owner, owner, given, training=False)):
+            self.manager.counters.not_overlapped(reason)
+            wave = None
         if owner.fapool_in_rounds and (turns := self.homes.turns(owner, given, scope)) > 1:
             output = run_turns(owner, enter, given, scope, turns)
         elif not owner.fapool_in_rounds or (decided.blocks == 1 and wave is None):

@@ -10,7 +10,7 @@ Knows caches and forwards' decisions; not how a forward is computed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,19 @@ from torch import Tensor
 from fapool_plugin.base.admission import PoolMemoryError
 from fapool_plugin.base.forward import StaysHome
 from fapool_plugin.base.owned import FailedWithout, KeysLost, NoRoom
-from fapool_plugin.base.record import Record, autocast_of, unseen
+from fapool_plugin.base.record import Record, autocast_of
 from fapool_plugin.base.recovery import agreed_loss, check_complete, known_loss, no_room, replaying
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
+from fapool_plugin.base.unrecorded import unseen, watched
 from fapool_plugin.config import MIB
-from fapool_plugin.integrations.huggingface.arguments import once_more
+from fapool_plugin.integrations.huggingface.arguments import making_keys, once_more
 from fapool_plugin.integrations.huggingface.attention import Scope
 from fapool_plugin.integrations.huggingface.blocks import Wave, collector_reason
 from fapool_plugin.integrations.huggingface.cache import PooledCache
+from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.failures import is_of_a_hook, is_out_of_memory, let_go
-from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed
+from fapool_plugin.integrations.huggingface.pieces import hook_reason, is_own_hook, is_surveyed, is_surveyed_alone
 from fapool_plugin.observe.available_memory import left_for_job, left_for_process
 from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.wire.link import first_line
@@ -73,8 +75,30 @@ class Homes:
                 self.manager.leases.sequences.add(cache.state.id)
         if cache.state.owned is not None:
             cache.state.owned.full = ""  # it may have been cut since
+            rows, mine = (len(x.starts) if x is not None else 0 for x in (geometry, cache.state.owned.geometry))
+            if rows != mine:
+                raise ValueError(f"a cache of {mine} rows is given tokens of {rows}: go on with all rows of its batch")
         cache.watch()
-        cache.state.owning = scope.owning
+        cache.state.edited = cache.state.edited and bool(cache.get_seq_length())
+        cache.state.owning, cache.state.under_way = scope.owning, True
+
+    def watching(self, owner: Any, cache: PooledCache | None) -> AbstractContextManager[list[str]]:
+        """Within it a forward of a cache is made; what it did that its inputs do not tell is in the list afterwards."""
+        if cache is None or cache.record is None:
+            return nullcontext([])
+        return watched(owner, is_own_hook, is_surveyed_alone)
+
+    def note(
+        self, owner: Any, cache: PooledCache, given: dict[str, Any], start: int, scope: Scope, odd: list[str]
+    ) -> None:
+        """A forward of a cache is complete."""
+        if scope.decided.is_pooled and scope.decided.geometry is not None:
+            # transformers' sdpa attention is 0 as well where a query sees nothing.
+            left = local_name(owner.config.get_text_config(decoder=True)) != "sdpa"
+            cache.leave_blank(scope.decided.geometry, left=left)
+        if cache.record is not None:
+            odd_one = next(iter(odd), "")
+            cache.record.add(owner, making_keys(given), start, cache.get_seq_length(), away=scope.owning, odd=odd_one)
 
     def complete(self, cache: PooledCache) -> None:
         """At the end of a forward whose keys go to owners: all base ranks have theirs, or none goes on.
@@ -162,6 +186,8 @@ class Homes:
 
     def recover(self, cache: PooledCache) -> None:
         """Computes a cache's keys once more, if they are lost for any base rank."""
+        if cache.manager is not self.manager:
+            self._take_over(cache)
         owned, manager = cache.state.owned, self.manager
         if owned is None:
             return
@@ -172,18 +198,23 @@ class Homes:
             cache.start_anew()
             return
         assert cache.record is not None
-        if cache.state.edited:
-            raise RuntimeError(
-                "fa_pool: keys were lost with a pool rank, and keys of this cache were written by hand: no replay "
-                'brings back: begin this sequence again, or set kv_redundancy to "peer"'
-            )
-        owner = cache.record.owner()
-        scratch = self.new_cache(owner.config.get_text_config(decoder=True), cache.state.anew(past))
+        owner = cache.record.owner(edited=cache.state.edited)
+        scratch = self.new_cache(owner.config.get_text_config(decoder=True), cache.state.anew())
         with replaying(manager, owned, past, gone), unseen(owner, is_own_hook):
             for given in cache.record.forwards(past):
                 with autocast_of(given), torch.no_grad():
                     owner(**once_more(owner, given, scratch))
             cache.adopt(scratch)
+
+    def _take_over(self, cache: PooledCache) -> None:
+        """Another model's cache, or one that was pickled, is ours to go on with."""
+        try:
+            cache.move_to(self.manager)
+        except KeysLost as lost:
+            raise RuntimeError(
+                f"fa_pool: keys of this cache were with another model's pool, and are lost ({lost}): begin this "
+                "sequence again, with a new cache"
+            ) from None
 
     def instead_of(
         self, error: BaseException, owner: Any, cache: PooledCache | None, scope: Scope

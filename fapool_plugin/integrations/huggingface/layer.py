@@ -6,6 +6,7 @@ Knows transformers' contract for a cache's layer; not the forwards that fill it.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from fapool_plugin.base.forward import StaysHome
+from fapool_plugin.base.kept_calls import fingerprint
 from fapool_plugin.base.sequence import GrowingKV, SequenceState
 
 
@@ -23,7 +25,10 @@ def owned_dtype(k_BKSD: Tensor, v_BKSE: Tensor) -> torch.dtype:
 
 class PooledLayer(DynamicLayer):
     """A full-attention layer's keys and values, in storage that grows by blocks; or, while they are away with their
-    owners, none: then a call is given the new ones only. Whoever reads all of them brings them home.
+    owners, none: then a call is given the new ones only. To read all of them brings them home.
+
+    What was read by hand is the reader's own from then on, as where caches are concatenated: the next write goes to
+    storage of its own, and what the reader has changed counts.
 
     Args:
         ownable: whether its keys may have owners: what is stored is what its attention is given.
@@ -38,6 +43,9 @@ class PooledLayer(DynamicLayer):
         """Keys that were given away and have not been taken."""
         self._before: GrowingKV | None = None
         """What was here before a forward that gave it away, until that is complete."""
+        self._shown = b""
+        """A fingerprint of what was read by hand, since the last write."""
+        self.state = state
         super().__init__()
         self.index, self.state, self.ownable = index, state, ownable
         self._kv = GrowingKV(block, state.capacity)
@@ -51,7 +59,7 @@ class PooledLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, value: Any) -> None:
-        self._stay()
+        self._are_put()
         self._keys = value
 
     @property
@@ -62,24 +70,32 @@ class PooledLayer(DynamicLayer):
 
     @values.setter
     def values(self, value: Any) -> None:
-        self._stay()
+        self._are_put()
         self._values = value
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, to be looked at by us; they come home, if they are away."""
+        if self._away:
+            self._are_read()
+        return self._keys, self._values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._is_changed()
         if self.ownable and self.state.owning:
             return self._give_away(key_states, value_states)
         if self._away:
             self.come_home()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        else:
+        elif self._keys is not None:
             self._take_over_edited()
-        self.keys, self.values = self._kv.append(key_states, value_states)
+        self._keys, self._values = self._kv.append(key_states, value_states)
         self._sealed = self._seal()
-        return self.keys, self.values
+        return self._keys, self._values
 
     def gives(self, k_BKSD: Tensor) -> bool:
         """Whether these keys were given away last."""
@@ -130,7 +146,7 @@ class PooledLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         if self._away or self._new is not None:
             return self._columns
-        return int(super().get_seq_length()) if self._keys is not None else 0
+        return int(self._keys.shape[2]) if self.is_initialized and self._keys is not None else 0
 
     def reserve(self, positions: int) -> None:
         """Makes room for so many positions at once, if nothing is stored yet."""
@@ -145,8 +161,7 @@ class PooledLayer(DynamicLayer):
             if self.state.owned is not None:
                 self.state.owned.crop(self.index, 0)
             if self._kv.length:
-                self.keys, self.values = self._kv.views()
-                self._sealed = self._seal()
+                self._show_stored()
             else:
                 self.is_initialized = False
         if self._away:
@@ -155,8 +170,7 @@ class PooledLayer(DynamicLayer):
             self.is_initialized = False
         elif self.is_initialized and max(self._kv.length, self.get_seq_length()) > length:
             self._kv.crop(length)
-            self.keys, self.values = self._kv.views()
-            self._sealed = self._seal()
+            self._show_stored()
             self.state.crop(self.index, length)
 
     def reset(self) -> None:
@@ -166,32 +180,38 @@ class PooledLayer(DynamicLayer):
         self.state.crop(self.index, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if self._away:
-            if tokens_to_remove > 0:
-                raise ValueError(f"crop({tokens_to_remove}) on a cache layer; give the number to remove as a negative")
-            self._crop_away(max(0, self._columns + tokens_to_remove))
+        if tokens_to_remove > 0:
+            self.come_home()
+            super().crop(tokens_to_remove)  # raises, but for an old transformers, to whom it is a length
             return
-        ours = self.is_initialized and self._seal() == self._sealed
-        super().crop(tokens_to_remove)
-        if ours:
-            self._kv.crop(self.get_seq_length())
-            self._sealed = self._seal()
-        if self.is_initialized:
-            self.state.crop(self.index, self.get_seq_length())
+        columns = max(0, self.get_seq_length() + tokens_to_remove)
+        if self._away:
+            self._crop_away(columns)
+        elif self.is_initialized:
+            self._take_over_edited()
+            self._kv.crop(columns)
+            self._show_stored()
+            self.state.crop(self.index, columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._is_changed()
+        if self._away and not self.state.under_way:
+            self.come_home()
         if not self._away and self.get_seq_length() > 0:
             self._select(beam_idx)
             self.state.reorder(self.index, beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.get_seq_length() > 0:
-            self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
-            self.state.rows_changed()
+        self._rows_change(lambda rows: rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self._rows_change(lambda rows: rows[indices])
+
+    def _rows_change(self, chosen: Callable[[Tensor], Tensor]) -> None:
+        self._is_changed()
+        self.come_home()
         if self.get_seq_length() > 0:
-            self._select(torch.arange(self.keys.shape[0], device=self.keys.device)[indices])
+            self._select(chosen(torch.arange(self._keys.shape[0], device=self._keys.device)))
             self.state.rows_changed()
 
     def offload(self) -> None:
@@ -209,12 +229,12 @@ class PooledLayer(DynamicLayer):
             home = PooledLayer(self.index, self.state, self._kv.block)
             home._put(*self._fetched())
             state |= {name: vars(home)[name] for name in ("_away", "_columns", "_kv", "_keys", "_values", "_sealed")}
-        edited = not self._away and self._keys is not None and self._seal() != self._sealed
-        return state | {"_new": None, "_before": None, "_edited": edited}
+        edited = not self._away and self._keys is not None and self._is_edited()
+        return state | {"_new": None, "_before": None, "_shown": b"", "_edited": edited}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         edited = state.pop("_edited")
-        self.__dict__.update(state)
+        self.__dict__.update(state | ({"_sealed": ()} if edited else {}))
         if self._keys is not None and not edited:
             self._put(self._keys, self._values)  # storage and seal of its own
 
@@ -235,12 +255,25 @@ class PooledLayer(DynamicLayer):
         return self._new
 
     def _take_over_edited(self) -> None:
-        """If somebody put other keys here, or wrote into ours, those count now, and nobody holds them."""
-        if self._seal() != self._sealed:
+        """If other keys were put here, or ours written to, those count now, and are held nowhere."""
+        edited = self._is_edited()
+        if edited or self._shown:
             self._kv = GrowingKV(self._kv.block, self._kv.capacity)
-            self._kv.append(self.keys, self.values)
+            self._keys, self._values = self._kv.append(self._keys, self._values)
+            self._sealed, self._shown = self._seal(), b""
+        if edited:
             self.state.residency.forget()
             self.state.edited = True
+
+    def _is_edited(self) -> bool:
+        return self._seal() != self._sealed or self._shown not in (b"", self._bits())
+
+    def _is_changed(self) -> None:
+        """Something is about to be written; by hand, no record of forwards knows of it."""
+        self.state.edited = self.state.edited or not self.state.under_way
+
+    def _bits(self) -> bytes:
+        return fingerprint(self._keys, self._values) if self._keys.numel() else b"none"
 
     def _are_read(self) -> None:
         if self._away and self.state.owning:
@@ -252,6 +285,8 @@ class PooledLayer(DynamicLayer):
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
             self.come_home()
+        if not (self._shown or self.state.under_way) and self._keys is not None and self._values is not None:
+            self._shown = self._bits()
 
     def _fetched(self) -> tuple[Tensor, Tensor]:
         owned = self.state.owned
@@ -262,6 +297,11 @@ class PooledLayer(DynamicLayer):
         self._kv = GrowingKV(self._kv.block, self.state.capacity)
         self._keys, self._values = self._kv.append(k_BKTD, v_BKTE)
         self._sealed = self._seal()
+
+    def _are_put(self) -> None:
+        self._stay()
+        if not self.state.under_way:
+            self.state.blank_BT = None
 
     def _stay(self) -> None:
         """What is put here counts, and what was away does no more."""
@@ -277,14 +317,18 @@ class PooledLayer(DynamicLayer):
             self.state.owned.crop(self.index, columns)
 
     def _select(self, rows: Tensor) -> None:
-        self._kv.select_rows(rows.to(self.keys.device))
-        self.keys, self.values = self._kv.views()
+        self._take_over_edited()
+        self._kv.select_rows(rows.to(self._keys.device))
+        self._show_stored()
+
+    def _show_stored(self) -> None:
+        self._keys, self._values = self._kv.views()
         self._sealed = self._seal()
 
     def _seal(self) -> tuple[object, ...]:
-        """What changes when somebody else assigns or writes keys or values. (Storage of ours counts its writes, in
+        """What changes when keys or values are assigned or written by hand. (Storage of ours counts its writes, in
         inference mode, too; another's that was made in inference mode does not, and is taken as changed.)"""
-        both: tuple[torch.Tensor, ...] = (self.keys, self.values)
+        both: tuple[torch.Tensor, ...] = (self._keys, self._values)
         return tuple((x.data_ptr(), x.shape, object() if x.is_inference() else x._version) for x in both)
 
 

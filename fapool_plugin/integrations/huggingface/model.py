@@ -210,7 +210,7 @@ def _no_profiler(module: Any) -> None:
 def _profiler(config: FAPoolConfig, module: Any) -> Any:
     if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return None  # ZeRO-3: what gathers weights is done by all ranks or by none
-    # Measuring is a module's matter that most programs never need.
+    # Measuring is what most programs never need.
     from fapool_plugin.integrations.huggingface.profile import ModelProfiler
 
     return ModelProfiler(module, config)

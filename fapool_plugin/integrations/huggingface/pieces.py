@@ -137,6 +137,11 @@ def is_surveyed(decoder: Any) -> bool:
     return own and decoder.config.model_type in SURVEYED
 
 
+def is_surveyed_alone(decoder: Any) -> bool:
+    """Whether tests have tried this very model in pieces, and no module in it has code that is not known."""
+    return is_surveyed(decoder) and all(type(m).__module__.startswith(_KNOWN_CODE) for m in decoder.modules())
+
+
 def beyond_trial(decoder: Any, trial: int, geometry: Geometry, windows: Iterable[int]) -> str | None:
     """Which constant of a model lies between a trial's length and the forward's, and so was not tried; None if none
     does, or if tests have tried such a one."""
@@ -166,9 +171,9 @@ def structure(decoder: nn.Module) -> int:
 def values(decoder: nn.Module) -> object:
     """What else a verdict depends on where code is not known: values of weights, buffers and plain attributes. A gate
     that is closed hides what looks at other positions, until an optimizer opens it. None where all code is known."""
-    modules = list(decoder.modules())
-    if is_surveyed(decoder) and all(type(module).__module__.startswith(_KNOWN_CODE) for module in modules):
+    if is_surveyed_alone(decoder):
         return None
+    modules = list(decoder.modules())
     tensors = [x for x in (*decoder.parameters(), *decoder.buffers()) if x.numel() and not x.is_meta]
     plain = [[(name, x) for name, x in vars(module).items() if isinstance(x, _PLAIN)] for module in modules]
     try:

@@ -11,18 +11,17 @@ kept for what it depends on. What so few tokens cannot show is named in pieces. 
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from fapool_plugin.base.forward import CannotPool, Forward
+from fapool_plugin.base.random_numbers import RandomNumbers
 from fapool_plugin.base.rounds import Modes
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again
@@ -112,7 +111,7 @@ class _Trial:
                 self.given[name] = value.detach().requires_grad_()
                 parameters.append(self.given[name])
         self.wanted = parameters if self.training and torch.is_grad_enabled() else []
-        self.random = _Random.now()
+        self.random = RandomNumbers.now()
         self.kept = _Attributes.of(owner)
 
     def verdict(self) -> str:
@@ -182,7 +181,7 @@ class _Trial:
                 cut = given | {"past_key_values": None, "use_cache": False, "return_dict": True}
                 output = run_blocks(self.owner, self.enter, cut, scope, cache, LENGTH // _PIECES["positions"])
                 cache = cache if not self.training else None
-            left = (_Random.now(), Modes.now())
+            left = (RandomNumbers.now(), Modes.now())
             hidden = [x for x in output.values() if isinstance(x, Tensor) and x.ndim == 3]
             keys = (
                 output.get("past_key_values") if how == "plain" else cache if how == "cut" and not self.rows else None
@@ -344,35 +343,3 @@ class _Attributes:
             for buffer, value in self.buffers:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
-
-
-@dataclass
-class _Random:
-    """The random numbers to come: torch's, Python's and numpy's."""
-
-    torch_states: list[Tensor]
-    own: Any
-    numpy_state: Any
-
-    @classmethod
-    def now(cls) -> _Random:
-        """As they are."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return cls([torch.get_rng_state(), *devices], random.getstate(), numpy.random.get_state(legacy=True))
-
-    def set(self) -> None:
-        """Makes them come again."""
-        torch.set_rng_state(self.torch_states[0])
-        if len(self.torch_states) > 1:
-            torch.cuda.set_rng_state_all(self.torch_states[1:])
-        random.setstate(self.own)
-        numpy.random.set_state(self.numpy_state)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Random):
-            return False
-        mine, its = (
-            [(x.numpy() if isinstance(x, Tensor) else x).tobytes() for x in (*y.torch_states, y.numpy_state[1])]
-            for y in (self, other)
-        )
-        return mine == its and self.own == other.own and self.numpy_state[2:] == other.numpy_state[2:]

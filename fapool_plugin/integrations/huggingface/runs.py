@@ -48,7 +48,7 @@ class DemoModelError(OSError):
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody sees."""
+    """Progress that is not shown."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def demo_model(cache_dir: Path | str | None = None, progress: Progress = silent)
     cache.mkdir(parents=True, exist_ok=True)
     progress("looking for the demo model", 0, None)
     with FileLock(cache / "demo-model.lock"):
-        # Whoever holds the lock is alone, so unfinished folders are those of runs that were killed.
+        # The process that holds the lock is alone, so unfinished folders are those of runs that were killed.
         for left in cache.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
         if not _is_complete(target):

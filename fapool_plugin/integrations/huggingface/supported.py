@@ -33,6 +33,16 @@ def attention_modules(model: Any) -> Iterator[Any]:
             yield module
 
 
+def changed_reason(owner: Any, manager: Any) -> str | None:
+    """Why layers are not those that were pooled; None: they are. What has no view of its configuration, or is a copy,
+    would be left without the mask that pooled layers do without."""
+    for module in attention_modules(owner):
+        core, viewed = getattr(module, "fa_pool", None), getattr(module.config, "fapool_viewed", None)
+        if core is None or viewed is None or core.manager is not manager or core.layer != module.layer_idx:
+            return f"{type(module).__name__} {module.layer_idx} was changed after pooling: pool the model once more"
+    return None
+
+
 def ownable_layers(attentions: list[Any]) -> frozenset[int]:
     """Layers whose attention reads all of the very keys that are cached: no window, no latents that it expands."""
     users = Counter(module.layer_idx for module in attentions)

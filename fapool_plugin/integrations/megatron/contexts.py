@@ -21,10 +21,11 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
 from fapool_plugin.base.owned import KeysLost, NoRoom, OwnedKeys
-from fapool_plugin.base.record import Given, Record, autocast_of, moved, unseen
+from fapool_plugin.base.record import Given, Record, autocast_of, moved
 from fapool_plugin.base.recovery import agreed_loss, check_complete, known_loss, no_room, replaying
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import GrowingKV, SequenceState
+from fapool_plugin.base.unrecorded import unseen
 from fapool_plugin.plan.shares import Geometry
 
 _KEPT = "fapool_kept"
@@ -219,7 +220,7 @@ def recover(context: Any, manager: ResourceManager, batch: int) -> None:
     owned, record = kept.state.owned, kept.keys.record
     if owned is None or not (why := known_loss(manager, owned)):
         return
-    model = record.owner()
+    model = record.owner(edited=False)
     scratch = StaticInferenceContext(batch, context.max_sequence_length)
     with replaying(manager, owned, past, why), unseen(model, lambda hook: False):
         for given in record.forwards(past):

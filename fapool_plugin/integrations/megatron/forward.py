@@ -75,7 +75,7 @@ def _record(model: Any, given: Mapping[str, Any], kept: Kept, keys: Keys, geomet
     kept.columns = past + new
     plain = mask is not None and mask.ndim == 4 and mask.shape[1:] == (1, new, kept.columns)
     seen = geometry or (positions(mask, batch, past, kept.columns) if plain else "broadcast")
-    keys.record.add(model, inputs(given, None if mask is None else seen), past, kept.columns)
+    keys.record.add(model, inputs(given, None if mask is None else seen), past, kept.columns, away=keys.owning)
 
 
 def _decide(model: Any, manager: ResourceManager, given: Mapping[str, Any]) -> tuple[Scope, Kept | None]:

@@ -18,7 +18,7 @@ from fapool_plugin.config import BaseConfig, FAPoolConfigError
 def load_divided(path: str | os.PathLike[str], base: BaseConfig, **hf_kwargs: Any) -> tuple[Any, dist.ProcessGroup]:
     """This rank's part of a model, and the group of base ranks that share it. Called by all base ranks.
 
-    Starts torch.distributed if nobody has.
+    Starts torch.distributed if the program has not.
 
     Raises:
         FAPoolConfigError: ``tensor_parallel`` is not what a loader can do, or the size does not fit the base ranks.

@@ -44,7 +44,7 @@ class Checkpoint:
 
     Args:
         path: the model's folder or name.
-        hub: arguments for whoever downloads files.
+        hub: arguments for what downloads files.
         opened: closes the files.
 
     Raises:

@@ -183,7 +183,7 @@ class Team:
     def _last_words(self, rank: int) -> str:
         code = self._processes[rank].wait(_GRACE_S)
         said = _error_in((self.folder / f"stderr{rank}").read_text(errors="replace"))
-        # Nobody else ends a contender so.
+        # Nothing else ends a contender so.
         why = "killed, perhaps for want of memory: give less work, or free some; its last words: " if code == -9 else ""
         return f"its process ended with exit code {code}: {why}{said or 'none'}"
 
