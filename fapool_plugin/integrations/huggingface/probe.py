@@ -357,7 +357,7 @@ class _Random:
     @classmethod
     def now(cls) -> _Random:
         """As they are."""
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls([torch.get_rng_state(), *devices], random.getstate(), numpy.random.get_state(legacy=True))
 
     def set(self) -> None:
