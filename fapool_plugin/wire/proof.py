@@ -31,7 +31,7 @@ _PIECES, _AGAIN = 16, 8
 def fill(carrier: Slotted, nonce: int) -> None:
     """Writes to the other end's ring, all of it and some once more. Raises LinkLost: it fails, or takes too long."""
     size, deadline = carrier.theirs_bytes, time.monotonic() + LONGEST_S
-    pattern = _Pattern(nonce)
+    pattern = _Pattern(nonce, size)
     for at, start, nbytes in _pieces(size, size + size // _AGAIN):
         if time.monotonic() > deadline:
             raise LinkLost(f"{start} of {size} bytes were there after {LONGEST_S:g} s")
@@ -42,32 +42,36 @@ def fill(carrier: Slotted, nonce: int) -> None:
 
 def lacking(carrier: Slotted, nonce: int) -> int:
     """How many bytes of this end's ring are not what the other end wrote there. Raises LinkLost: a copy fails."""
-    size, pattern, wrong = carrier.mine_bytes, _Pattern(nonce), 0
-    again = size // _AGAIN
+    size, wrong = carrier.mine_bytes, 0
+    pattern, again = _Pattern(nonce, size), size // _AGAIN
     for at, _, nbytes in _pieces(size, size):
         body = carrier.room(nbytes)
         carrier.take(at, nbytes, body, 0)
-        twice = max(0, min(nbytes, again - at))
-        want = np.concatenate([pattern.part(size + at, twice), pattern.part(at + twice, nbytes - twice)])
-        wrong += int(np.count_nonzero(carrier.on_host(body) != want))
+        found, twice = carrier.on_host(body), max(0, min(nbytes, again - at))
+        for part, start in ((found[:twice], size + at), (found[twice:], at + twice)):
+            wrong += int(np.count_nonzero(part != pattern.part(start, len(part))))
     return wrong
 
 
 class _Pattern:
-    """Bytes without end."""
+    """Bytes without end, for a ring of this size."""
 
-    def __init__(self, nonce: int) -> None:
-        self._period = np.frombuffer(shake_128(nonce.to_bytes(8, "little")).digest(_PERIOD), dtype=np.uint8)
+    def __init__(self, nonce: int, size: int) -> None:
+        period = np.frombuffer(shake_128(nonce.to_bytes(8, "little")).digest(_PERIOD), dtype=np.uint8)
+        self._some = np.tile(period, 2 + _most(size) // _PERIOD)
 
     def part(self, start: int, nbytes: int) -> np.ndarray:
-        """So many of them, from a place on."""
-        first = start % _PERIOD
-        return np.tile(self._period, -(-(first + nbytes) // _PERIOD))[first : first + nbytes]
+        """As many of them as a piece has, or fewer, from a place on."""
+        return self._some[start % _PERIOD :][:nbytes]
+
+
+def _most(size: int) -> int:
+    return max(1, size // _PIECES - 1)  # odd: edges lie anywhere
 
 
 def _pieces(size: int, total: int) -> Iterator[tuple[int, int, int]]:
     """(where, of which bytes, how many): ``total`` bytes laid round a ring, none past its end."""
-    start, most = 0, max(1, size // _PIECES - 1)  # odd: edges lie anywhere
+    start, most = 0, _most(size)
     while start < total:
         at = start % size
         nbytes = min(most, size - at, total - start)
