@@ -316,6 +316,8 @@ def test_an_end_on_a_device_copies_by_page_locked_memory(loops: tuple[Loop, Loop
     base, pool = tcp_pair(loops, makers, RING, 20.0)
     greet(base, pool, devices)
     header, tensors = request(1, RING // 2)
+    for link in (base, pool):
+        assert link.terms.notes == ["bodies come to the host first: NIXL is given no memory of GPUs"]
     assert base.carrier.takes(RING // 2)
     base.send(header, [tensors[0], *(devices[0].given(flat(part)) for part in tensors[1:])])
     message = pool.receive(10.0)
