@@ -35,7 +35,7 @@ test-full: lint
 	$(BIN)/python -m pytest -m "not gpu"
 
 # Without what differs there: Gemma 2 is refused as it is loaded by default, and docs/gpu.md says the rest.
-OLDEST := kernels plan wire base pool store integrations/huggingface
+OLDEST := kernels devices plan wire base pool store integrations/huggingface
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest $(addprefix tests/,$(OLDEST)) -m "not full and not gpu" -k "not gemma2" @tests/oldest.args
 

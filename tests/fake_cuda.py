@@ -35,7 +35,7 @@ class _Views(TorchFunctionMode):
         if func is Tensor.copy_ and args[0].is_cuda:
             return aten.copy_(*args, **(kwargs or {}))
         if func is Tensor.to and args[0].is_cpu and len(args) == 2 and str(args[1]).startswith("cuda"):
-            return aten._to_copy(args[0], device=args[1])
+            return aten._to_copy(args[0], device=args[1], **(kwargs or {}))
         if func in (Tensor.nonzero, torch.nonzero) and args[0].is_cuda:
             raise Waits("the size of what is not zero is on the device")
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_cuda:
@@ -58,6 +58,10 @@ def _indexed(x: Tensor, at: Any) -> Tensor:
             dim = x.dim() - sum(rest is not None for rest in at[place + 1 :])
         elif isinstance(part, Tensor) and part.dtype == torch.bool:
             raise Waits("a mask as an index: the size of what it picks is on the device")
+        elif isinstance(part, Tensor):
+            if part.is_cpu:
+                raise Waits("an index of the host: it is brought to the device at once")
+            x, dim = aten.index_select(x, dim, part), dim + 1
         else:
             raise NotImplementedError(f"index {part!r}")
     return x
@@ -84,6 +88,9 @@ class _Waiting(TorchDispatchMode):
             raise Waits("a number of the device is asked for")
         if func is aten._to_copy.default and args[0].is_cuda and str(kwargs.get("device", "cuda")).startswith("cpu"):
             raise Waits("a tensor is taken from the device at once")
+        brought = func is aten._to_copy.default and args[0].is_cpu and str(kwargs.get("device")).startswith("cuda")
+        if brought and not kwargs.get("non_blocking"):
+            raise Waits("a tensor is brought to the device at once: the host waits for all that was launched there")
         if func is aten._efficient_attention_backward.default:
             # torch 2.13's own shape function lacks the parameter bias_requires_grad.
             return *(aten.empty_like(x, memory_format=torch.contiguous_format) for x in args[1:4]), args[0].new_empty(

@@ -24,6 +24,8 @@ from fapool_plugin.devices.cudart import HANDLE_BYTES, Cudart
 UNWRITTEN = 0xA5
 INVALID, NO_MEMORY, UNREGISTERED = 1, 2, 713
 _HANDLE = struct.Struct("<8sqqq")
+OPEN: dict[int, tuple[int, int]] = {}
+"""What runtimes of this process have open, by address: of which process, and which descriptor there."""
 
 
 class FakeRuntime:
@@ -37,6 +39,8 @@ class FakeRuntime:
         self.opened: dict[int, Any] = {}
         self.allocated: dict[int, tuple[int, Any]] = {}
         """By address: descriptor and memory."""
+        self.freed_open = 0
+        """Times that memory was given back while it was open elsewhere in this process: undefined, says CUDA."""
         self._waiting: list[tuple[int, int, int]] = []
 
     def _said(self, name: str, detail: str = "") -> int:
@@ -80,7 +84,9 @@ class FakeRuntime:
             return code
         if address.value not in self.allocated:
             return self._failed(INVALID)
-        os.close(self.allocated.pop(address.value)[0])
+        descriptor = self.allocated.pop(address.value)[0]
+        self.freed_open += (os.getpid(), descriptor) in OPEN.values()
+        os.close(descriptor)
         return 0
 
     def cudaIpcGetMemHandle(self, handle: Any, address: Any) -> int:
@@ -101,11 +107,13 @@ class FakeRuntime:
         place, memory = _mapped(descriptor, size)
         os.close(descriptor)
         address._obj.value, self.opened[place] = place, memory
+        OPEN[place] = pid, number
         return 0
 
     def cudaIpcCloseMemHandle(self, address: Any) -> int:
         if code := self._said("cudaIpcCloseMemHandle"):
             return code
+        OPEN.pop(address.value, None)
         return 0 if self.opened.pop(address.value, None) is not None else self._failed(INVALID)
 
     def cudaMemcpyAsync(self, target: Any, source: Any, size: Any, kind: int, stream: Any) -> int:
@@ -131,6 +139,41 @@ class FakeRuntime:
                 outside = place <= start < place + len(memory) < start + size
                 assert not outside, f"{size} bytes from {start - place} of memory of {len(memory)}"
         ctypes.memmove(target, source, size)
+
+
+LOST = ("a byte of each", "the last", "behind a half", "beside its place", "the second pass")
+
+
+class Losing(FakeRuntime):
+    """Copies into memory that another process made lose bytes, and nothing says so.
+
+    Args:
+        how: of LOST.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.before = how, 0
+
+    def done(self, target: int, source: int, size: int) -> None:
+        found = [(place, len(memory)) for place, memory in self.opened.items() if 0 <= target - place < len(memory)]
+        if not found:
+            super().done(target, source, size)
+            return
+        (place, ring), third = found[0], size // 3
+        at, done = target - place, super().done
+        if self.how == "a byte of each":
+            done(target, source, third)
+            done(target + third + 1, source + third + 1, size - third - 1)
+        elif self.how == "the last":
+            done(target, source, size - (at + size == ring))
+        elif self.how == "behind a half":
+            done(target, source, max(0, min(size, ring // 2 - at)))
+        elif self.how == "beside its place":
+            done(target - min(64, at), source, size)
+        elif self.before < ring:
+            done(target, source, size)
+        self.before += size
 
 
 class FakeDevice(Cudart):

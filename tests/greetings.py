@@ -9,6 +9,7 @@ from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.pool.worker import Worker
 from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.messages import Header, Op, Status
+from fapool_plugin.wire.terms import AGREED
 from tests.fake_cudart import FakeDevice
 
 
@@ -26,11 +27,12 @@ def greet(base: Link, pool: Link, devices: tuple[FakeDevice | None, FakeDevice |
 
 def hear(pool: Link) -> None:
     """As a worker does, until the base has nothing more to say of it."""
-    worker = Worker.__new__(Worker)
+    worker, terms = Worker.__new__(Worker), pool.terms
     while True:
         message = pool.receive(10.0)
-        assert message.header.op == Op.HELLO
+        header = message.header
+        assert header.op == Op.HELLO
         reply = Header(op=Op.HELLO, status=Status.OK, token=1, peer=5, clock=1)
         worker._greeted(pool, message, reply)
-        if not pool.terms._mine and not pool.terms._window:
+        if header.keep in (0, AGREED) or not (header.address or terms._mine or terms._window):
             return

@@ -105,6 +105,8 @@ class Advisor:
         for text in (f"pool rank {rank.number}: {note}" for note in rank.link.terms.notes):
             if self.counters.is_new(text):
                 self.counters.log("carrier", text)
+                if rank.link.terms.lost_bytes:
+                    warnings.warn(f"fa_pool: {text}", RuntimeWarning, stacklevel=2)
 
     def cores(self, threads: int) -> Cores:
         """How threads move, if the base has ``threads`` of them without a lease."""

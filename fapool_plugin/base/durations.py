@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from fapool_plugin.base.forward import Forward
 from fapool_plugin.devices.clock import Moment
+from fapool_plugin.devices.gpu import is_capturing
 
 _MOST = 64
 """Forwards that may wait to be read; of more the first are forgotten."""
@@ -38,7 +39,7 @@ class Durations:
 
     def read(self) -> None:
         """Learns from those that have been computed. Does not wait."""
-        if not self._waiting or not self._reading.acquire(blocking=False):
+        if not self._waiting or is_capturing() or not self._reading.acquire(blocking=False):
             return
         try:
             while self._waiting:

@@ -33,6 +33,8 @@ from fapool_plugin.wire.messages import (
     Status,
     rooms,
 )
+from fapool_plugin.wire.proof import LONGEST_S
+from fapool_plugin.wire.terms import AGREED, LOSES, PROVED
 from fapool_plugin.wire.wishes import Wishes
 
 _STEPS = 4
@@ -255,23 +257,40 @@ class PoolRank:
         self.clock_offset = (asked + time.perf_counter_ns()) // 2 - reply.clock
         terms.agree(message.attached)
         if reply.address:
-            name = terms.name() if terms.open(message.tensors[0]) else None
-            told = hello._replace(keep=int(name is not None), address=0 if name is None else len(name))
-            if self._said_hello(told, () if name is None else [name]).header.keep:
-                terms.use_rings()
-            elif name is not None:
-                terms.stay("it cannot open the base's memory")
+            self._try_memory(hello, message.tensors[0])
         elif hello.keep == 2 and reply.status == Status.OK:
             terms.stay("it has no NIXL, or was not told of it")
         elif hello.keep and reply.peer:
             terms.stay("it has no device memory to share")
         return reply
 
-    def _said_hello(self, header: Header, tensors: Payload = (), attached: Descriptor | None = None) -> Message:
+    def _try_memory(self, hello: Header, theirs: torch.Tensor) -> None:
+        """Agrees on memory that the rank has named, if each end finds in its own what the other wrote there."""
+        terms, agreed = self.link.terms, False
+        name = terms.name() if terms.open(theirs) else None
+        if name is not None and terms.fill():
+            filled = hello._replace(keep=1, address=len(name))
+            found = self._said_hello(filled, [name], more_s=LONGEST_S).header.keep
+            if found == LOSES:
+                terms.distrust("what was written to the rank's memory from here arrived otherwise")
+            elif found != PROVED:
+                terms.stay("it cannot open the base's memory, or not write there")
+            else:
+                agreed = terms.holds()
+        answer = self._said_hello(hello._replace(keep=AGREED if agreed else 0)).header.keep
+        if agreed and answer == PROVED:
+            terms.use_rings()
+        elif agreed:
+            terms.stay("it does not use what was agreed on")
+        terms.drop()
+
+    def _said_hello(
+        self, header: Header, tensors: Payload = (), attached: Descriptor | None = None, more_s: float = 0.0
+    ) -> Message:
         self._outstanding.hellos += 1
         self.link.send(header, tensors, attached=attached)
         # A link outlives leases: replies to calls that an earlier lease gave up may come first.
-        while (message := self.link.receive(self.stall_s)).header.op != Op.HELLO:
+        while (message := self.link.receive(self.stall_s + more_s)).header.op != Op.HELLO:
             pass
         return message
 

@@ -30,7 +30,7 @@ from fapool_plugin.base.threads import SharedThreads
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.devices.clock import Clock
 from fapool_plugin.devices.copies import Copies
-from fapool_plugin.devices.gpu import CPU
+from fapool_plugin.devices.gpu import CPU, is_capturing
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
 from fapool_plugin.plan.shares import Geometry
@@ -140,6 +140,8 @@ class ResourceManager:
         local = Forward(self.config, self.counters, phase)
         if not self.config.enabled or self.is_closed or self.leases.is_forked or self._measuring:
             return local
+        if is_capturing():
+            must_be_local = must_be_local or "a CUDA graph is being captured: it cannot hold messages"
         length, geometry = looked_at(local, self.threshold, columns, look, sequence, must_be_local)
         wanted = geometry is not None and length > self.threshold
         if not wanted and not self.ranks:

@@ -76,7 +76,9 @@ class Result:
         columns = [slice(start + shift, stop + shift) for start, stop in runs]
         if len(columns) == 1:
             return slice(*tile[:2]), slice(*tile[2:4]), columns[0]
-        return slice(*tile[:2]), slice(*tile[2:4]), torch.cat([torch.arange(c.start, c.stop) for c in columns])
+        index = torch.cat([torch.arange(c.start, c.stop, device="cpu") for c in columns])
+        # Where an index of the host is used on a device, it is waited for at each use.
+        return slice(*tile[:2]), slice(*tile[2:4]), index.to(self.k.device, non_blocking=True)
 
     def compute(self, tiles: Iterable[Tile]) -> None:
         """Computes these tiles here."""

@@ -16,8 +16,8 @@ for streams only, never on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,9 +40,12 @@ class Cuda:
         """The stream on which work is launched now."""
         return torch.cuda.current_stream(device)
 
-    def within(self, stream: Any) -> AbstractContextManager[Any]:
-        """Work is launched on ``stream``."""
-        return torch.cuda.stream(stream)
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        """Work is launched on ``stream``. Its device is current, too: a stream that ends makes the thread's own device
+        current again, and with it a context there, which a thread on another one may not have."""
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            yield
 
     def event(self, stream: Any) -> Any:
         """Happens when ``stream`` has come as far."""
@@ -118,7 +121,9 @@ class Copies:
             coming = self._stream(self._in, device)
             with api.within(coming):
                 for at in away:
-                    there[at] = api.sent(there[at], device)
+                    there[at], source = api.sent(there[at], device), there[at]
+                    if source.is_cuda:
+                        api.keep(source, api.current(source.device))  # which reads it, and did not make it
             current.wait_event(api.event(coming))
         for x in there:
             if x.numel():

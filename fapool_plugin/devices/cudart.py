@@ -91,7 +91,7 @@ class Cudart:
 
     def memory(self, nbytes: int) -> Tensor:
         """Bytes on the device, to be copied to by this object. Raises torch.OutOfMemoryError."""
-        with torch.cuda.stream(self._stream):
+        with self._current(), torch.cuda.stream(self._stream):  # else its end makes a context on the thread's device
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_memory(self, nbytes: int) -> Tensor:

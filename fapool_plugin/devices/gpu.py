@@ -74,6 +74,11 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured here: the host may wait for nothing then, nor ask what is done."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def warm_up(device: torch.device, cuda: Any = None) -> None:
     """Makes a device this process's own, and does there what takes long the first time: context, libraries, a kernel.
 

@@ -19,7 +19,8 @@ diagonal:
   softcap, num_splits=1, ..., return_lse=False)` gives (out, lse), with a head dim of its own for v;
   `flash_attn.cute.interface._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale, causal, softcap, window_size_left,
   window_size_right, ..., deterministic=)` gives (dq, dk, dv). It asks the current device, not the tensors', what it can
-  do. (flash_attn/cute/interface.py) Its sinks are not used: they are counted in after the last merge.
+  do: so the tensors' is made that. (flash_attn/cute/interface.py) Its sinks are not used: they are counted in after the
+  last merge.
 """
 
 import importlib
@@ -125,10 +126,11 @@ def flash_4_backward(given: Given, softmax_scale: float, band: Band, softcap: fl
 
     def run(given: Given, part: Part) -> Gradients:
         dout, q, k, v, out, lse = given
-        dq, dk, dv = backward(
-            q, k, v, out, dout, lse.contiguous(), softmax_scale=softmax_scale, causal=part.causal,
-            deterministic=_deterministic(), **_sides(part, no_limit=None),
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            dq, dk, dv = backward(
+                q, k, v, out, dout, lse.contiguous(), softmax_scale=softmax_scale, causal=part.causal,
+                deterministic=_deterministic(), **_sides(part, no_limit=None),
+            )  # fmt: skip
         return dq, dk, dv
 
     return gradients_padded(run, given, band, own_v_dim=True)
@@ -141,7 +143,8 @@ def _forward(attend: Callable[..., Any] | None, told: dict[str, Any], no_limit: 
 
     def run(q: Tensor, k: Tensor, v: Tensor, part: Part) -> OutAndLse:
         window = {"window_size": tuple(_sides(part, no_limit).values())} if part.left >= 0 else {}
-        out, lse, *_ = attend(q, k, v, causal=part.causal, **window, **told)
+        with torch.cuda.device_of(q):
+            out, lse, *_ = attend(q, k, v, causal=part.causal, **window, **told)
         return out, lse
 
     return run
@@ -153,10 +156,11 @@ def _backward(backward: Callable[..., Any] | None, causal: str, told: dict[str, 
 
     def run(given: Given, part: Part) -> Gradients:
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[1:4])
-        backward(
-            *given[:5], given.lse_BHS.contiguous(), dq=dq, dk=dk, dv=dv, deterministic=_deterministic(),
-            **{causal: part.causal}, **_sides(part), **told,
-        )  # fmt: skip
+        with torch.cuda.device_of(dq):
+            backward(
+                *given[:5], given.lse_BHS.contiguous(), dq=dq, dk=dk, dv=dv, deterministic=_deterministic(),
+                **{causal: part.causal}, **_sides(part), **told,
+            )  # fmt: skip
         return dq, dk, dv
 
     return run

@@ -113,11 +113,11 @@ def _in_one_call(run: Attend, parts: Sequence[Rectangle], softmax_scale: float) 
     starts, lengths = zip(*((_starts(part.k_BTKD), part.k_BTKD.shape[1]) for part in parts), strict=True)
     # Lanes of each part, row by row.
     counts = [len(one) for one in starts]
-    # One copy to the device: where queries, then keys, begin, and how many keys there are.
+    # One copy to the device, which the host does not wait for: where queries, then keys, begin, and how many there are.
     lanes = sum(counts)
     told = torch.from_numpy(
         np.concatenate([np.arange(lanes + 1), *starts, [0], np.repeat(lengths, counts)]).astype(np.int32)
-    ).to(k.device)
+    ).to(k.device, non_blocking=True)
     begins = told[: lanes + 1], told[lanes + 1 : 2 * lanes + 2], told[2 * lanes + 2 :]
     q_LGD = torch.cat([part.q_BSHD.reshape(-1, G, D) for part in parts])
     out_LGD, lse_GL = run(q_LGD, *flat, *begins, max(lengths), softmax_scale)

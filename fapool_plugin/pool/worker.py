@@ -122,6 +122,8 @@ class Worker:
                 began = time.perf_counter_ns()
                 try:
                     self._handle(link, item)
+                except torch.AcceleratorError:
+                    raise  # nothing that is asked of the device would be done any more: the process ends
                 except Exception as error:
                     # Whatever it was about, the base learns that this was not computed, and others are served on.
                     link.fail(first_line(error))
@@ -214,6 +216,8 @@ class Worker:
             try:
                 leaving.link.send(*self._arrived(leaving))
                 leaving.link.drain(_UNSENT)
+            except torch.AcceleratorError:
+                raise
             except Exception as error:
                 leaving.link.fail(first_line(error))
 
@@ -348,13 +352,8 @@ class Worker:
         rounded = all(x.dtype.itemsize == 2 for x in dqs)
         if not rounded:
             dqs, dks, dvs = ([x.to(exact_dtype(x.dtype)) for x in parts] for parts in (dqs, dks, dvs))
-        header = asked._replace(
-            status=Status.OK,
-            keep=int(rounded),
-            q_elements=elements(dqs),
-            k_elements=elements(dks),
-            v_elements=elements(dvs),
-        )
+        sizes = zip(("q_elements", "k_elements", "v_elements"), map(elements, (dqs, dks, dvs)), strict=True)
+        header = asked._replace(status=Status.OK, keep=int(rounded), **dict(sizes))
         return self._timed(header, began), (dqs, dks, dvs)
 
     def _attended(self, asked: Header, tiles: list[KeptTile], began: Moment) -> tuple[Header, Payload]:

@@ -9,6 +9,7 @@ Which library does it is not known here; :class:`fapool_plugin.devices.cudart.Cu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -74,18 +75,16 @@ def room_on(device: DeviceMemory, nbytes: int) -> torch.Tensor:
 
 def moved(device: DeviceMemory, target: int, source: int, nbytes: int) -> None:
     """Copies, and waits for it. Raises LinkLost."""
-    try:
+    with _settled(device):
         device.copy(target, source, nbytes)
         device.wait()
-    except RuntimeError as error:
-        raise LinkLost(f"a copy of {nbytes} bytes failed: {error}") from error
 
 
 def pushed(device: DeviceMemory, address: int, laid: Laid, nbytes: int, every: int) -> Iterator[int]:
     """Writes a body of ``nbytes`` to an address. Yields how many bytes are there: about every ``every`` bytes, and at
     the end all. Raises LinkLost."""
     told, kept = 0, list[torch.Tensor]()
-    try:
+    with _settled(device):
         for room, parts in laid:
             at = room.start
             for part in parts:
@@ -101,9 +100,23 @@ def pushed(device: DeviceMemory, address: int, laid: Laid, nbytes: int, every: i
                         yield at
                         told = at
         device.wait()
-    except RuntimeError as error:
-        raise error if isinstance(error, LinkLost) else LinkLost(f"a copy failed: {error}") from error
     yield nbytes
+
+
+@contextmanager
+def _settled(device: DeviceMemory) -> Iterator[None]:
+    """However it ends, no copy that was begun is under way after it: its memory may be used for something else at once.
+    Raises LinkLost for a copy that fails."""
+    try:
+        yield
+    except GeneratorExit:  # all have been waited for, and this may be another process by now
+        raise
+    except BaseException as error:
+        with suppress(RuntimeError):
+            device.wait()
+        if isinstance(error, RuntimeError) and not isinstance(error, LinkLost):
+            raise LinkLost(f"a copy failed: {error}") from error
+        raise
 
 
 def to_host(device: DeviceMemory, x: torch.Tensor) -> torch.Tensor:

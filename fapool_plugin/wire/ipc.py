@@ -2,9 +2,12 @@
 
     base ── HELLO: has a device ──────────────────▶ rank
     base ◀── HELLO, its ring's handle ───────────── rank: has one, too, and a ring there
-    base: opens it
-    base ── HELLO, the base's handle ─────────────▶ rank: opens it
-    base ◀── HELLO: opened ──────────────────────── rank      from here on; before, and where any of this fails: shm
+    base: opens it, and fills it
+    base ── HELLO, the base's handle ─────────────▶ rank: looks at every byte; opens the base's, and fills it
+    base ◀── HELLO ──────────────────────────────── rank
+    base: looks at every byte
+    base ── HELLO: all came ──────────────────────▶ rank
+    base ◀── HELLO ──────────────────────────────── rank      from here on; before, and where any of this fails: shm
 
     sender      copy into the slot ── waits for its own copy ── header ──▶
     receiver                                                      copies out, waits for its own copy, looks at it
@@ -19,21 +22,23 @@ GPU.
 from __future__ import annotations
 
 import os
+import secrets
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
 
 from fapool_plugin.wire.device_memory import DeviceMemory, address_of, moved, pushed, room_on, to_host
 from fapool_plugin.wire.messages import Body, Header, Laid, LinkLost, Payload, rooms, tensors_of
 from fapool_plugin.wire.ring import within
-from fapool_plugin.wire.slotted import Slotted
+from fapool_plugin.wire.slotted import Slotted, bytes_of
 
 _LEAST = 64
 """Every body that has a tensor of a device: all are filled up to so many bytes."""
-_NUMBERS, _HANDLE_BYTES = struct.Struct("<qq"), 64
+_NUMBERS, _HANDLE_BYTES = struct.Struct("<qqq"), 64
 WhenEnded = Callable[[int, Callable[[], object]], object]
 """Calls a function once a process has ended."""
 
@@ -46,10 +51,14 @@ class DeviceRing:
         size: in bytes.
         handle: the other end's; None: memory is made. Raises RuntimeError.
         process: whose memory it is.
+        nonce: of what it is tried with; the owner's; None: one is drawn.
     """
 
-    def __init__(self, device: DeviceMemory, size: int, handle: bytes | None = None, process: int = 0) -> None:
+    def __init__(
+        self, device: DeviceMemory, size: int, handle: bytes | None = None, process: int = 0, nonce: int | None = None
+    ) -> None:
         self._device, self.size, self.process, self._is_mine = device, size, process, handle is None
+        self.nonce = secrets.randbits(62) if nonce is None else nonce
         self.address = device.allocate(size) if handle is None else device.open(handle)
         self._owner: int | None = os.getpid()
 
@@ -59,7 +68,7 @@ class DeviceRing:
 
     def name(self) -> torch.Tensor:
         """How the other end opens it: bytes. Raises RuntimeError."""
-        told = _NUMBERS.pack(self.size, os.getpid()) + self._device.handle(self.address)
+        told = _NUMBERS.pack(self.size, os.getpid(), self.nonce) + self._device.handle(self.address)
         return torch.tensor(list(told), dtype=torch.uint8, device="cpu")
 
     @classmethod
@@ -68,10 +77,10 @@ class DeviceRing:
         told = bytes(name.tolist())
         if len(told) != _NUMBERS.size + _HANDLE_BYTES:
             raise LinkLost(f"offers a device's memory by {len(told)} bytes, not {_NUMBERS.size + _HANDLE_BYTES}")
-        offered, process = _NUMBERS.unpack_from(told)
-        if offered != size or not 0 < process < 2**31:
+        offered, process, nonce = _NUMBERS.unpack_from(told)
+        if offered != size or not 0 < process < 2**31 or nonce < 0:
             raise LinkLost(f"offers {offered} bytes of process {process} on a device, and {size} were asked for")
-        return cls(device, size, told[_NUMBERS.size :], process)
+        return cls(device, size, told[_NUMBERS.size :], process, nonce)
 
     def close(self) -> None:
         """Its copies have been waited for. In a forked child there is nothing to do."""
@@ -123,6 +132,10 @@ class Ipc(Slotted):
             self._when_ended(self._to.process, self._from.close)
         except OSError:
             self._from.close()  # it has
+
+    def on_host(self, body: Body) -> np.ndarray:
+        """See :class:`Slotted`."""
+        return bytes_of(to_host(self._device, body) if isinstance(body, torch.Tensor) else body)
 
     def goes_there(self, tensors: Payload) -> bool:
         """See :class:`Slotted`."""

@@ -18,7 +18,7 @@ import torch
 
 from fapool_plugin.wire.descriptor import Descriptor
 
-PROTOCOL_VERSION = 12
+PROTOCOL_VERSION = 13
 TILE_FIELDS, PART_FIELDS = 11, 4
 HEADER_BYTES = 256
 """Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""
@@ -82,7 +82,8 @@ class Header(NamedTuple):
     """ATTEND: 1: the keys sent stay resident; 2: the whole call is kept for its gradients; 3: the rank owns the keys
     sent, and gives them up for no others; 0: none of these. Its reply: 2 if the call is kept. BACKWARD: 1: q, k and v
     are kept, as the call ``extra``; 2: out and lse, too; 0: nothing is. Its reply: 1 if gradients are in ``dtype``.
-    HELLO: 1: this end has a device; 2: it has NIXL; its reply: 1: rings there carry bodies from now on."""
+    HELLO: 1: this end has a device, or has filled the ring that the other named; 2: it has NIXL; 3: rings there carry
+    bodies from now on. Its reply: 1: so is this end's ring; 2: that is not what was written to it; 0: neither."""
     dtype: int = 0
     """Index of the payload's dtype (:func:`dtype_code`)."""
     tiles: int = 0

@@ -2,9 +2,12 @@
 
     base ── HELLO: would have it ─────────────────▶ rank: makes an agent and a ring
     base ◀── HELLO, its ring's name ─────────────── rank
-    base: opens it, and writes a few bytes there
-    base ── HELLO, the base's name ───────────────▶ rank: opens it, and writes a few bytes there
-    base ◀── HELLO: opened ──────────────────────── rank      from here on; before, and where any of this fails: inline
+    base: opens it, and fills it
+    base ── HELLO, the base's name ───────────────▶ rank: looks at every byte; opens the base's, and fills it
+    base ◀── HELLO ──────────────────────────────── rank
+    base: looks at every byte
+    base ── HELLO: all came ──────────────────────▶ rank
+    base ◀── HELLO ──────────────────────────────── rank      from here on; before, and where any of this fails: inline
 
     sender      body into its copy ── WRITE ── waits for its own ── header ──▶
                 next part into its copy ─┘                           receiver: copies out, then looks at it

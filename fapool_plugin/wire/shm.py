@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from fapool_plugin.wire.device_memory import DeviceMemory, address_of, pushed
-from fapool_plugin.wire.messages import Body, Header, Laid, body_memory, fill, memory_of, tensors_of
+from fapool_plugin.wire.messages import Body, Header, Laid, body_memory, fill, tensors_of
 from fapool_plugin.wire.ring import Memory
-from fapool_plugin.wire.slotted import PIECES, Slotted, copied
+from fapool_plugin.wire.slotted import PIECES, Slotted, bytes_of, copied
 
 
 class Shm(Slotted):
@@ -91,17 +91,13 @@ class Shm(Slotted):
 
     def put(self, at: int, body: Body, done: int, piece: int) -> None:
         """See :class:`Slotted`."""
-        np.copyto(self._to.part(at, piece), _bytes(body)[done : done + piece])
+        np.copyto(self._to.part(at, piece), bytes_of(body)[done : done + piece])
 
     def take(self, start: int, piece: int, body: Body, done: int) -> None:
         """See :class:`Slotted`."""
-        np.copyto(_bytes(body)[done : done + piece], self._from.part(start, piece))
+        np.copyto(bytes_of(body)[done : done + piece], self._from.part(start, piece))
 
     def _by_device(self, laid: Laid) -> DeviceMemory | None:
         """Who copies; None: the host."""
         device, parts = self._copies, chain.from_iterable(parts for _, parts in laid)
         return device if device is not None and any(device.holds(x) for x in parts) else None
-
-
-def _bytes(body: Body) -> np.ndarray:
-    return np.frombuffer(memory_of(body) if isinstance(body, torch.Tensor) else body, dtype=np.uint8)

@@ -26,6 +26,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+import torch
+
 from fapool_plugin.wire.messages import (
     HEADER_BYTES,
     Body,
@@ -39,6 +42,7 @@ from fapool_plugin.wire.messages import (
     fill,
     header_bytes,
     laid_out,
+    memory_of,
     packed,
     rooms,
 )
@@ -78,6 +82,7 @@ class Slotted:
     def __init__(self, mine: Sized, theirs: Sized, asks: bool, least: int) -> None:
         self._mine, self._theirs, self._asks, self.least = mine, theirs, asks, least
         self.piece = theirs.size // PIECES
+        self.mine_bytes, self.theirs_bytes = mine.size, theirs.size
         self._slots, self._for_answers = Slots(0, theirs.size), Slots(0, mine.size)
         self._reserved: dict[_Call, tuple[int, int]] = {}
         """Room for answers: (start, length), in the base's ring."""
@@ -108,6 +113,14 @@ class Slotted:
         """Copies what is in a slot into a body; it is there when this returns. Raises LinkLost if there is no such
         slot."""
         raise NotImplementedError
+
+    def room(self, nbytes: int) -> Body:
+        """See :class:`Carrier`."""
+        raise NotImplementedError
+
+    def on_host(self, body: Body) -> np.ndarray:
+        """A body's bytes, where the host can look at them."""
+        return bytes_of(body)
 
     def outgoing(self, header: Header, tensors: Payload, answer_bytes: int, later: bool) -> Iterator[Packed | None]:
         """See :class:`Carrier`."""
@@ -229,6 +242,11 @@ def copied(laid: Laid, nbytes: int) -> memoryview:
     body = body_memory(nbytes)
     deque(fill(body, laid, nbytes, nbytes), maxlen=0)
     return body
+
+
+def bytes_of(body: Body) -> np.ndarray:
+    """Of a body in memory of the host."""
+    return np.frombuffer(memory_of(body) if isinstance(body, torch.Tensor) else body, dtype=np.uint8)
 
 
 def _call(header: Header) -> _Call:

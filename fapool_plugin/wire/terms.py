@@ -3,10 +3,17 @@
     base ── HELLO, a ring in host memory ─────────▶ rank      with neither: inline
     base ◀── HELLO, the rank's ─────────────────── rank      shm, as far as both have one
     base ◀── HELLO, a ring on its device ────────── rank      (the same message) if both have a device
-    base ── HELLO, a ring on the base's device ───▶ rank
-    base ◀── HELLO, it could be opened ──────────── rank      ipc, if each opens the other's; else shm stays
+    base: fills it
+    base ── HELLO, a ring on the base's device ───▶ rank: looks at its own; fills the base's
+    base ◀── HELLO, all came, and it could ──────── rank
+    base: looks at its own
+    base ── HELLO, all came ──────────────────────▶ rank
+    base ◀── HELLO ──────────────────────────────── rank      ipc
 
-Between machines, where that is asked for, the last three are said of memory that NIXL writes to, and inline stays else.
+Where anything of this fails shm stays, and the base has the last word: each end lets go of the other's memory before it
+says so, and gives its own back when the other has.
+
+Between machines, where that is asked for, the last five are said of memory that NIXL writes to, and inline stays else.
 Knows rings and carriers; not how messages travel.
 """
 
@@ -17,16 +24,24 @@ from contextlib import closing, suppress
 
 import torch
 
+from fapool_plugin.wire import proof
 from fapool_plugin.wire.carrier import Carrier
 from fapool_plugin.wire.descriptor import Descriptor
 from fapool_plugin.wire.device_memory import DeviceMemory
 from fapool_plugin.wire.inline import Inline
 from fapool_plugin.wire.ipc import DeviceRing, Ipc, WhenEnded
 from fapool_plugin.wire.messages import LinkLost
+from fapool_plugin.wire.modes import real_tensors
 from fapool_plugin.wire.nixl import Nixl
 from fapool_plugin.wire.ring import Ring
 from fapool_plugin.wire.shm import Shm
 from fapool_plugin.wire.window import Window
+
+PROVED, UNOPENED, LOSES = 1, 0, 2
+"""What a rank answers to the name of the base's ring: it has filled it, and its own held all that the base wrote; it
+could not fill it; its own did not."""
+AGREED = 3
+"""What the base says then."""
 
 
 class Terms:
@@ -48,6 +63,8 @@ class Terms:
         self.uses_device_rings = True
         self.notes: list[str] = []
         """What did not work as it might have, for people."""
+        self.lost_bytes = False
+        """Whether memory was tried that does not hold what is written to it."""
         self._asks, self._ring_bytes, self._when_ended = asks, ring_bytes, when_ended
         self._ring: Ring | None = None
         self._mine: DeviceRing | None = None
@@ -55,6 +72,8 @@ class Terms:
         self._new_window = window
         self._window: Window | None = None
         """From when it is named or opened until it is agreed on."""
+        self._tried: Ipc | Nixl | None = None
+        """What carries bodies as soon as it is agreed on."""
 
     @property
     def awaits_ring(self) -> bool:
@@ -112,10 +131,11 @@ class Terms:
         if self.device is None or self._ring is None or not self.has_device_ring:
             return None
         try:
-            self._mine = DeviceRing(self.device, self._ring.size)
+            self._mine = self._mine or DeviceRing(self.device, self._ring.size)
             return self._mine.name()
         except RuntimeError as error:
             self.stay(f"no memory of this device can be shared: {error}")
+            self.drop()
             return None
 
     def open(self, name: torch.Tensor) -> bool:
@@ -129,7 +149,7 @@ class Terms:
                 self.stay(f"the other end's memory cannot be written to from here: {error}")
                 return False
             return True
-        if self.device is None or self._ring is None or not self.has_device_ring:
+        if self.device is None or self._ring is None or not self.has_device_ring or self._theirs is not None:
             raise LinkLost("names memory that was not asked for")
         try:
             self._theirs = DeviceRing.named(self.device, name, self._ring.size)
@@ -140,17 +160,49 @@ class Terms:
             return False
         return True
 
+    def fill(self) -> bool:
+        """Writes to the other end's ring, which is open; whether it could."""
+        carrier, _, nonce = self._trying()
+        try:
+            with real_tensors():
+                proof.fill(carrier, nonce)
+        except LinkLost as error:
+            self.stay(f"the other end's memory cannot be written to from here: {error}")
+            return False
+        return True
+
+    def holds(self) -> bool:
+        """Whether this end's ring has all that the other one wrote to it."""
+        carrier, nonce, _ = self._trying()
+        try:
+            with real_tensors():
+                lacking = proof.lacking(carrier, nonce)
+        except LinkLost as error:
+            self.stay(f"what the other end wrote cannot be read: {error}")
+            return False
+        if lacking:
+            self.distrust(f"{lacking} of {carrier.mine_bytes} bytes were not what the other end wrote here")
+        return not lacking
+
+    def distrust(self, why: str) -> None:
+        """As :meth:`stay`: what was written arrived otherwise, and nothing reported that."""
+        self.lost_bytes = True
+        self.stay(why)
+
     def use_rings(self) -> None:
-        """Each end has opened the other's."""
-        if self._window is not None:
-            self.carrier = Nixl(self._window, self._asks, self.device, self.notes)
-            self._window = None
-            return
-        if self._mine is None or self._theirs is None or self.device is None:
-            raise LinkLost("speaks of memory of a device that was not agreed on")
+        """Each end has filled the other's, and found all of it."""
+        tried, self._tried = self._tried, None
+        if tried is None:
+            raise LinkLost("speaks of memory that was not agreed on")
         self.carrier.close()
-        self.carrier = Ipc(self._mine, self._theirs, self._asks, self.device, self._when_ended)
-        self._ring = self._mine = self._theirs = None
+        self.carrier = tried
+        if self._window is not None:
+            self._window.agreed()
+            if self.device is not None:
+                self.notes.append("bodies come to the host first: NIXL is given no memory of GPUs")
+        else:
+            self._ring = None
+        self._window = self._mine = self._theirs = None
 
     def answered(
         self, keep: int, name: torch.Tensor | None, theirs: Descriptor | None
@@ -159,36 +211,62 @@ class Terms:
         host memory. Raises LinkLost as :meth:`agree` and :meth:`open` do."""
         made = self.agree(theirs)
         if name is not None:
-            if opened := self.open(name):
-                self.use_rings()  # before the base may
-            return int(opened), None, made
+            found = UNOPENED
+            if self.open(name):
+                found = LOSES if not self.holds() else PROVED if self.fill() else UNOPENED
+            return found, None, made
+        if keep == AGREED:
+            self.use_rings()  # before the base may
+            return PROVED, None, made
         if keep:
             return 0, self.name() if keep == self.wish else None, made
         self.drop()
         return 0, None, made
 
     def stay(self, why: str) -> None:
-        """Bodies go as they do now, from now on and for good."""
+        """Bodies go as they do now, from now on and for good. The other end's memory is let go of; it may have this
+        end's open, until :meth:`drop`."""
         how = "on the link's socket" if self._has_window else "through host memory"
         self.notes.append(f"bodies go {how}: {why}")
         self.uses_device_rings, self._new_window = False, None
-        self.drop()
+        self._let_go()
+
+    def drop(self) -> None:
+        """Rings on devices or for NIXL that were not agreed on go; the other end has let go of them."""
+        self._let_go()
+        if self._mine is not None:
+            self._mine.close()
+            self._mine = None
 
     def close(self) -> None:
-        """Nothing is copied any more."""
+        """Nothing is copied any more by this end."""
         self.carrier.close()
+        if self._mine is not None and self._theirs is not None:
+            self._trying()[0].close()  # the other end may be filling it: it goes back when that has ended
+        # Else it is not known whose process that is: what it may have open is kept until this one ends.
+        self._mine = None
         self.drop()
         self.carrier, self._ring = Inline(), None
 
-    def drop(self) -> None:
-        """Rings on devices or for NIXL that were not agreed on."""
+    def _let_go(self) -> None:
+        self._tried = None
         if self._window is not None:
             self._window.close()
             self._window = self._new_window = None  # each takes addresses for good
-        for ring in (self._theirs, self._mine):
-            if ring is not None:
-                ring.close()
-        self._mine = self._theirs = None
+        if self._theirs is not None:
+            self._theirs.close()
+            self._theirs = None
+
+    def _trying(self) -> tuple[Ipc | Nixl, int, int]:
+        """What is to carry bodies, and what this end's ring and the other's are tried with."""
+        window, mine, theirs = self._window, self._mine, self._theirs
+        if window is not None:
+            self._tried = self._tried or Nixl(window, self._asks, self.device, self.notes)
+            return self._tried, window.nonce, window.their_nonce
+        if mine is None or theirs is None or self.device is None:
+            raise LinkLost("speaks of memory of a device that was not agreed on")
+        self._tried = self._tried or Ipc(mine, theirs, self._asks, self.device, self._when_ended)
+        return self._tried, mine.nonce, theirs.nonce
 
     def _made(self) -> Window:
         """This end's. Raises RuntimeError."""

@@ -1,6 +1,6 @@
 """Memory of this process that a process on another machine writes to, by NIXL: RDMA, or what else UCX finds on the way.
 
-    name ── told the other end ──▶ opened there: a few bytes are written here, to see whether that works
+    name ── told the other end ──▶ opened there
     theirs ── WRITE ──▶ the other end's ``mine``; waited for, as long as the link's patience
 
 Each end of a link has an agent for that link alone: what ends with a link ends with its agent, and the name of one that
@@ -33,13 +33,12 @@ from fapool_plugin.wire.ring import RING_BYTES, Memory
 
 Agents = Callable[[str], Any]
 """Makes an agent of this name: what ``nixl_agent`` is."""
-_NUMBERS = struct.Struct("<qq")
+_NUMBERS = struct.Struct("<qqq")
 _KIND = "DRAM"
 _SLEEPS_US = 20_000
 """NIXL's thread wakes up so often where nothing comes, as told by events. Its own default, 0, keeps a core busy."""
-_TRIED, _OPENING_S = 64, 1.5
-"""Bytes that are written to see whether the other end's ring can be reached, and for how long; a base waits 2 s for the
-answer."""
+_OPENING_S = 1.5
+"""A write is given up after so long where nothing has been agreed on yet: a base waits little longer for an answer."""
 _LOOKS, _LOOK_S = 50, 50e-6
 """A write is looked for so often without a pause, then with one of so many seconds."""
 
@@ -75,7 +74,7 @@ class Window:
     Args:
         agents: makes its agent.
         size: of either ring, in bytes.
-        timeout_s: after which a write is given up.
+        timeout_s: after which a write is given up, once it is agreed that this carries bodies.
 
     Raises:
         RuntimeError: no agent or no memory is to be had.
@@ -83,6 +82,9 @@ class Window:
 
     def __init__(self, agents: Agents, size: int, timeout_s: float) -> None:
         self.size, self._timeout_s, self._owner = size, timeout_s, os.getpid()
+        self._limit_s = min(timeout_s, _OPENING_S)
+        self.nonce, self.their_nonce = secrets.randbits(62), 0
+        """Of what this end's ring is tried with, and the other end's."""
         self._pages = _kept(size)
         self.mine = Memory(np.frombuffer(self._pages, dtype=np.uint8))
         self.theirs = Memory(np.frombuffer(body_memory(size), dtype=np.uint8))
@@ -99,20 +101,22 @@ class Window:
 
     def name(self) -> torch.Tensor:
         """How the other end opens it: bytes. Raises RuntimeError."""
-        told = _NUMBERS.pack(self.size, self.mine.address) + self._asked("get_agent_metadata")
+        told = _NUMBERS.pack(self.size, self.mine.address, self.nonce) + self._asked("get_agent_metadata")
         return torch.tensor(list(told), dtype=torch.uint8, device="cpu")
 
     def open(self, name: torch.Tensor) -> None:
-        """Finds the other end's, and writes a few bytes there. Raises RuntimeError if it cannot be reached, LinkLost
-        if that is no such name."""
+        """Finds the other end's. Raises RuntimeError if it cannot be reached, LinkLost if that is no such name."""
         told = bytes(name.tolist())
         if len(told) <= _NUMBERS.size:
             raise LinkLost(f"offers memory by {len(told)} bytes")
-        size, self._address = _NUMBERS.unpack_from(told)
-        if size != self.size or not 0 < self._address < 2**63 - size:
+        size, self._address, self.their_nonce = _NUMBERS.unpack_from(told)
+        if size != self.size or not 0 < self._address < 2**63 - size or self.their_nonce < 0:
             raise LinkLost(f"offers {size} bytes at {self._address}, and {self.size} were asked for")
         self._peer = self._asked("add_remote_agent", told[_NUMBERS.size :])
-        self.wait(self.begin(0, _TRIED), min(self._timeout_s, _OPENING_S))
+
+    def agreed(self) -> None:
+        """From now on this carries bodies, and writes have the link's patience."""
+        self._limit_s = self._timeout_s
 
     def begin(self, start: int, nbytes: int) -> Any:
         """Begins to write these bytes of ``theirs`` to the other end. Raises RuntimeError."""
@@ -122,15 +126,13 @@ class Window:
         self._asked("transfer", writing)
         return writing
 
-    def wait(self, writing: Any, timeout_s: float | None = None) -> None:
-        """Until they are there. Raises RuntimeError if that fails, or takes longer than ``timeout_s`` seconds, the
-        link's if None."""
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        looks, deadline = 0, time.monotonic() + limit_s
+    def wait(self, writing: Any) -> None:
+        """Until they are there. Raises RuntimeError if that fails, or takes too long."""
+        looks, deadline = 0, time.monotonic() + self._limit_s
         while (state := self._asked("check_xfer_state", writing)) == "PROC":
             looks += 1
             if time.monotonic() > deadline:
-                raise RuntimeError(f"a write by NIXL was not done within {limit_s:g} s")
+                raise RuntimeError(f"a write by NIXL was not done within {self._limit_s:g} s")
             if looks > _LOOKS:
                 time.sleep(_LOOK_S)
         if state != "DONE":

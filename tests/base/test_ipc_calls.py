@@ -21,7 +21,7 @@ from tests.base.test_attention import Stream, check, dense
 from tests.base.test_gradients import inputs, pooled
 from tests.base.test_streams import GPU, RecordedPool
 from tests.bodies import RING
-from tests.fake_cudart import FakeDevice
+from tests.fake_cudart import FakeDevice, Losing
 from tests.recorded_streams import Recorder
 
 
@@ -31,6 +31,8 @@ class DevicePool(RecordedPool):
     ring_bytes = RING
     fails = ""
     """A call that no base's device can do."""
+    loses = ""
+    """What becomes of a base's copies to a rank's device."""
     shares = True
     """Whether devices' memory may be opened elsewhere."""
 
@@ -38,7 +40,8 @@ class DevicePool(RecordedPool):
         links = super().acquire(announce, base)
         for link in [*links.values(), *self.ends]:
             if link.terms.device is None:
-                link.terms.device = device = FakeDevice(all_floats=True)
+                runtime = Losing(self.loses) if self.loses and link in links.values() else None
+                link.terms.device = device = FakeDevice(runtime, all_floats=True)
                 link.terms.uses_device_rings = self.shares
                 if self.fails and link in links.values():
                     device.runtime.fails[self.fails] = 1
@@ -47,6 +50,10 @@ class DevicePool(RecordedPool):
 
 class PoolWithoutPeerAccess(DevicePool):
     fails = "cudaIpcOpenMemHandle"
+
+
+class PoolThatLosesBytes(DevicePool):
+    loses = "a byte of each"
 
 
 class HostMemoryPool(DevicePool):
@@ -122,6 +129,15 @@ def test_what_a_device_cannot_do_is_said_once_and_costs_no_result(pool: type[Dev
         assert (stats["faults"], carriers(manager)) == (0, ["shm", "shm"])
         said = [event["reason"] for event in stats["events"] if event["kind"] == "carrier"]
         assert len(said) == 2, said
+
+
+def test_memory_that_loses_bytes_is_warned_of_and_costs_no_result() -> None:
+    with manager_of(PoolThatLosesBytes, pool_ranks=2) as manager, torch.no_grad():
+        with pytest.warns(RuntimeWarning, match=r"pool rank \d: bodies go through host memory: .* arrived otherwise"):
+            check(*Stream(manager, (0, 3)).call(30), 2e-5)
+        stats = manager.stats()
+        assert (stats["faults"], carriers(manager)) == (0, ["shm", "shm"])
+        assert sum(event["kind"] == "carrier" for event in stats["events"]) == 2
 
 
 def test_it_is_refused_where_it_was_asked_for_and_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:

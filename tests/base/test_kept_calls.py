@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +14,7 @@ from fapool_plugin.base.kept_calls import KeptCalls, fingerprint
 from fapool_plugin.plan.line import Tile
 from fapool_plugin.pool.store import CallStore, KeptTile
 from fapool_plugin.store.prefixes import PrefixStore
+from tests.fake_cuda import fake_cuda
 
 TILES = [Tile(0, 1, 0, 1, 0, 5, 0, 5)]
 
@@ -110,3 +114,18 @@ def test_what_changes_its_place_is_another_fingerprint(dim: int) -> None:
     assert fingerprint(x.flip(dim)) != fingerprint(x)
     assert fingerprint(x, x + 1) != fingerprint(x + 1, x)
     assert fingerprint(x.view(1, 4, 8, 6)) != fingerprint(x)
+
+
+def test_a_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each layer of a step of training: for all sums of q, k and v together."""
+    taken = list[torch.Size]()
+
+    def cpu(x: torch.Tensor) -> SimpleNamespace:
+        taken.append(x.shape)
+        return SimpleNamespace(numpy=lambda: np.zeros(1))
+
+    with fake_cuda():
+        qkv = [torch.zeros(2, heads, 6, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2)]
+        monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+        assert fingerprint(*qkv)
+    assert len(taken) == 1, f"the host waits {len(taken)} times"

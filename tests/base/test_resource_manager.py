@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.base.resource_manager import ResourceManager
@@ -52,6 +54,24 @@ def kinds(manager: ResourceManager) -> list[str]:
 
 def test_the_threshold_is_strict(manager: ResourceManager) -> None:
     assert [forward(manager, length) for length in (99, 100, 101)] == [False, False, True]
+
+
+def test_nothing_is_pooled_nor_asked_while_a_graph_is_captured(
+    manager: ResourceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA refuses what a message takes then, and even the question whether an event has happened."""
+    assert forward(manager, 120)
+    asked = []
+    late = SimpleNamespace(since=lambda began: asked.append(began))
+    manager.durations._waiting.append((None, None, late))  # type: ignore[arg-type]
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not forward(manager, 120)
+        assert not asked, "an event was asked for"
+    assert manager.stats()["local_reasons"]["a CUDA graph is being captured: it cannot hold messages"] == 1
+    assert forward(manager, 120)
+    assert asked
 
 
 def test_padding_does_not_count(manager: ResourceManager) -> None:

@@ -94,6 +94,18 @@ def test_what_overlaps_is_merged_in_full_precision(queries: int) -> None:
         assert worst < TOLERANCE[torch.bfloat16], f"largest difference {worst:.3g}"
 
 
+def test_new_keys_of_a_cut_lane_are_picked_without_a_wait() -> None:
+    """Several runs are an index, which is used for keys and values, in each layer."""
+    where, runs = Tile(0, 2, 0, K, N - 1, N, 0, N), [(0, 3), (5, 9)]
+    q, k, v = tensors(1, torch.float32)
+    at = Result(q, k, v, Geometry((0, 0), (N, N), N - 1, N), SCALE, 0.0).new_keys(where, runs)
+    assert torch.equal(k[at], k[:, :, [0, 1, 2, 5, 6, 7, 8]])
+    with fake_cuda():
+        q, k, v = tensors(1, torch.float32, "cuda")
+        at = Result(q, k, v, Geometry((0, 0), (N, N), N - 1, N), SCALE, 0.0).new_keys(where, runs)
+        assert (k[at].shape, k[at].is_cuda) == ((2, K, 7, D), True)
+
+
 @pytest.mark.parametrize("disjoint", [False, True])
 @pytest.mark.parametrize("queries", [1, 8])
 def test_no_step_of_it_waits_for_a_device(queries: int, disjoint: bool) -> None:

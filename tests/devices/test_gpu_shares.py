@@ -16,7 +16,7 @@ from fapool_plugin.base.lease import PoolRank
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB, FAPoolConfig
 from fapool_plugin.devices import gpu
-from fapool_plugin.devices.gpu import CPU, identity, keys_limit, rank_device, sharers, warm_up
+from fapool_plugin.devices.gpu import CPU, free_bytes, identity, keys_limit, rank_device, sharers, warm_up
 from fapool_plugin.observe.metrics import Counters, RankCounters
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.ranks.local import LocalPool
@@ -117,7 +117,7 @@ def test_what_a_rank_shares_or_lacks_is_said_once(monkeypatch: pytest.MonkeyPatc
     advisor = Advisor(FAPoolConfig(memory_limit_mib=1000), Counters())
 
     def rank_of(number: int, gpu: int, mib: int, *notes: str) -> Any:
-        link = SimpleNamespace(terms=SimpleNamespace(notes=notes))
+        link = SimpleNamespace(terms=SimpleNamespace(notes=notes, lost_bytes=number == 3))
         return SimpleNamespace(number=number, gpu=gpu, memory_limit=mib * MIB, link=link)
 
     rank = rank_of(0, 5, 1000)
@@ -137,7 +137,15 @@ def test_what_a_rank_shares_or_lacks_is_said_once(monkeypatch: pytest.MonkeyPatc
         warnings.simplefilter("error")  # a slower way is no mistake
         for _ in range(2):
             advisor.look_at(rank_of(2, 7, 1000, "bodies go through host memory"))
-    assert [event.kind for event in advisor.counters.events] == ["device", "device", "carrier"]
+    with pytest.warns(RuntimeWarning, match="pool rank 3: 5 of 64 bytes"):
+        advisor.look_at(rank_of(3, 7, 1000, "5 of 64 bytes were not what the other end wrote here"))
+    assert [event.kind for event in advisor.counters.events] == ["device", "device", "carrier", "carrier"]
+
+
+def test_what_is_free_on_a_gpu_counts_what_torch_keeps_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 70), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(GPU[0]) == 140
 
 
 def test_a_rank_says_what_it_computes_on() -> None:

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fapool_plugin import FAPoolForCausalLM
 from fapool_plugin.integrations.huggingface.calibrate import calibrate_model
-from tests.gpu.report import Missing, Report
+from tests.gpu.report import Report
 
 SETTINGS = {"pool_ranks": 1, "threshold": 256, "activation": "length", "memory_limit_mib": 8192, "timeout_s": 20.0}
 NOT_WORSE = 1.5
@@ -61,6 +61,7 @@ def run(report: Report) -> None:
                 _not_worse(report, f"logits, {blocks} blocks", got, plain, want)
                 report.figure(f"prefill {tokens}, {blocks} blocks", report.timed(partial(_last, ours, ids), 3), "s")
                 _was_pooled(report, ours, "prefill", f"prefill, {blocks} blocks")
+                _count_waits(report, f"prefill {tokens}, {blocks} blocks", partial(_last, ours, ids))
     with torch.no_grad(), report.part("tokens"):
         _tokens(report, exact, half, ids[:, : report.size(4096, 320)])
     with report.part("gradients"):
@@ -91,7 +92,7 @@ def run_predictions(report: Report) -> None:
                 _last(ours, ids)
             phase = ours.fa_pool.stats()["prefill"]
         if not phase.get("predicted_s"):
-            raise Missing("nothing was predicted")
+            raise RuntimeError("nothing was predicted")
         report.figure("measured over predicted, prefill", phase["measured_s"] / phase["predicted_s"], "")
 
 
@@ -133,8 +134,12 @@ def _step(report: Report, one: Any, rows: Tensor, name: str) -> None:
     cache = one(rows, use_cache=True, logits_to_keep=1).past_key_values
     token = rows[:, :1]
     report.figure(name, report.timed(lambda: one(token, past_key_values=cache), 8) * 1e3, "ms")
+    _count_waits(report, name, lambda: one(token, past_key_values=cache))
+
+
+def _count_waits(report: Report, name: str, work: Callable[[], object]) -> None:
     if report.device.type == "cuda":
-        report.figure(f"{name}: synchronisations", _synchronisations(lambda: one(token, past_key_values=cache)), "")
+        report.figure(f"{name}: synchronisations", _synchronisations(work), "")
 
 
 def _synchronisations(work: Callable[[], object]) -> int:

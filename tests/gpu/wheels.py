@@ -1,6 +1,6 @@
 """Packs the small wheels that an image for GPUs may lack, for a machine without a network: a folder to bring.
 
-python -m tests.gpu.wheels FOLDER [--python 3.12]
+python -m tests.gpu.wheels FOLDER [--python 3.12] [--also xformers==0.0.35 --also fa3-fwd==0.0.3]
 pip install --no-index --no-deps --target SITE FOLDER/*.whl      # there
 """
 
@@ -19,8 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.wheels", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="the version of Python there")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME==VERSION", help="of what may be missing")
     options = parser.parse_args(arguments)
     pins = [f"{name}=={importlib.metadata.version(name)}" for name in NEEDED]
+    pins += options.also
     platforms = [part for tag in ("2_28", "2_17", "2_5") for part in ("--platform", f"manylinux_{tag}_x86_64")]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", options.python, "--implementation", "cp", *platforms]

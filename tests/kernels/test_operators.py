@@ -312,6 +312,8 @@ def _sizes(S: int, D: int, E: int) -> tuple[tuple[int, int, int], ...]:
         lambda x: bool(x.any()),
         lambda x: x.nonzero(),
         lambda x: x[x > 0],
+        lambda x: torch.zeros(3).to("cuda"),
+        lambda x: x[torch.tensor([0, 1])],
     ],
 )
 def test_what_would_wait_raises(wait):

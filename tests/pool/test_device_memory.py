@@ -1,4 +1,5 @@
-"""A rank whose device has no more memory: it refuses what is new, keeps what it holds, and lives."""
+"""A rank whose device has no more memory: it refuses what is new, keeps what it holds, and lives. One whose device is
+lost ends."""
 
 from __future__ import annotations
 
@@ -13,8 +14,11 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import FAPoolConfig
 from fapool_plugin.plan.shares import Geometry
 from fapool_plugin.pool import worker as pool_worker
+from fapool_plugin.pool.worker import Worker
+from fapool_plugin.wire.link import Link
 from tests.base.test_attention import Stream, check, dense
 from tests.base.test_gradients import inputs, pooled
+from tests.base.test_streams import RecordedPool
 from tests.thread_pool import ThreadPool
 
 
@@ -53,6 +57,32 @@ def test_it_refuses_and_the_base_computes(monkeypatch: pytest.MonkeyPatch, name:
         check(*first.call(1), 2e-5)
         assert manager.counters.phase("decode").pooled_calls == pooled_before + 1
         assert manager.counters.rank(0).stale == 0, "its keys were sent again"
+
+
+@pytest.mark.parametrize("where", ["attend", "_arrived"])
+def test_a_rank_whose_device_is_lost_ends(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Nothing that it is asked would be done any more: as a process it is replaced, and the base computes meanwhile."""
+
+    def lost(*args: Any, **keys: Any) -> Any:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Worker, where, lost)
+    ended = []
+
+    class EndingPool(RecordedPool):
+        def serve(self, worker: Worker, ends: list[Link]) -> None:
+            try:
+                super().serve(worker, ends)
+            except torch.AcceleratorError as error:  # a process ends with that
+                ended.append(error)
+                for end in ends:
+                    end.close()
+
+    config = FAPoolConfig(threshold=0, kv_block=4, memory_limit_mib=64, pool_ranks=1)
+    with ResourceManager(config, EndingPool) as manager, torch.no_grad():
+        with pytest.warns(RuntimeWarning, match="pool rank 0"):
+            check(*Stream(manager, (0,)).call(30), 2e-5)
+        assert (len(ended), manager.counters.faults) == (1, 1)
 
 
 @pytest.mark.parametrize("residency", [False, True])

@@ -3,7 +3,8 @@ until it is sent, and nothing on the way waits. Requests and answers themselves 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -37,8 +38,9 @@ class NoStreams(Cuda):
     def current(self, device: torch.device) -> Any:
         return self.stream(device)
 
-    def within(self, stream: Any) -> AbstractContextManager[Any]:
-        return nullcontext()
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        yield
 
     def event(self, stream: Any) -> Any:
         return None

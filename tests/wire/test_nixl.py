@@ -4,7 +4,6 @@ agreed on stays on the socket, a write that fails or is late loses the link, and
 from __future__ import annotations
 
 import gc
-import random
 import struct
 import sys
 import threading
@@ -30,7 +29,7 @@ from fapool_plugin.wire.nixl import Nixl
 from fapool_plugin.wire.seal import answer as seal_answer
 from fapool_plugin.wire.seal import call as seal_call
 from fapool_plugin.wire.sockets import connect, listen
-from tests.bodies import RING, answer, answer_bytes, flat, request
+from tests.bodies import RING, answer_bytes, flat, request
 from tests.fake_cudart import FakeDevice
 from tests.fake_nixl import End, FakeNixl
 from tests.greetings import greet
@@ -218,19 +217,20 @@ def test_links_of_one_machine_and_under_a_key_have_none(loops: tuple[Loop, Loop]
     sealed[0].close()
 
 
-@pytest.mark.parametrize("lie", ["size", "address", "short", "metadata", "unasked", "long"])
+@pytest.mark.parametrize("lie", ["size", "address", "nonce", "short", "metadata", "unasked", "long"])
 def test_a_name_that_is_none_is_never_used(loops: tuple[Loop, Loop], makers: tuple[End, End], lie: str) -> None:
     base, pool = tcp_pair(loops, (None if lie == "unasked" else makers[0], makers[1]), RING, 20.0)
     true = window.Window(makers[1], RING, 20.0)
-    size, address = struct.unpack("<qq", bytes(true.name().tolist())[:16])
-    rest = bytes(true.name().tolist())[16:]
+    size, address, nonce = struct.unpack("<qqq", bytes(true.name().tolist())[:24])
+    rest = bytes(true.name().tolist())[24:]
     told = {
-        "size": struct.pack("<qq", 2 * size, address) + rest,
-        "address": struct.pack("<qq", size, -address) + rest,
-        "short": b"\0" * 16,
-        "metadata": struct.pack("<qq", size, address) + b"garbage",
-        "unasked": struct.pack("<qq", size, address) + rest,
-        "long": struct.pack("<qq", size, address) + rest.ljust(16 * 1024),
+        "size": struct.pack("<qqq", 2 * size, address, nonce) + rest,
+        "address": struct.pack("<qqq", size, -address, nonce) + rest,
+        "nonce": struct.pack("<qqq", size, address, -1) + rest,
+        "short": b"\0" * 24,
+        "metadata": struct.pack("<qqq", size, address, nonce) + b"garbage",
+        "unasked": struct.pack("<qqq", size, address, nonce) + rest,
+        "long": struct.pack("<qqq", size, address, nonce) + rest.ljust(16 * 1024),
     }[lie]
     name = torch.tensor(list(told), dtype=torch.uint8)
 
@@ -288,31 +288,6 @@ def test_a_base_that_asks_again_and_again_gets_one_agent(
     pool.close()
 
 
-@pytest.mark.parametrize("asks", [False, True], ids=["rank", "base"])
-def test_liars_about_slots_lose_their_link(loops: tuple[Loop, Loop], makers: tuple[End, End], asks: bool) -> None:
-    random_ = random.Random(3)
-    lost = 0
-    for _ in range(40):
-        base, pool = tcp_pair(loops, makers, RING, 20.0)
-        greet(base, pool, (None, None))
-        honest, liar = (base, pool) if asks else (pool, base)
-        said = request(1, 2**13)[0]._replace(slot=0, piece=2**13)
-        if asks:
-            base.send(*request(1, 300), answer_bytes=answer_bytes(2**13))
-            said = answer(Header(op=Op.ATTEND, call=1), 2**13)[0]._replace(slot=0, piece=answer_bytes(2**13))
-        place = random_.choice(("slot", "piece", "answer_slot", "answer_bytes"))
-        value = random_.choice((-1, -64, RING, RING - 64, 2**31, 2**62, -(2**62)))
-        liar._socket.setblocking(True)
-        liar._socket.send(header_bytes(said._replace(**{place: value})))
-        try:
-            assert honest.receive(0.1).header.op == Op.ATTEND
-        except LinkLost:
-            lost += 1
-        base.close()
-        pool.close()
-    assert lost > 20, f"{lost} of 40 lies were noticed"
-
-
 def test_agents_end_with_the_link_and_addresses_stay(loops: tuple[Loop, Loop], nixl: FakeNixl) -> None:
     """What an end that was lost by mistake still writes must hit nothing of this process."""
     base, pool = tcp_pair(loops, (nixl.end(), nixl.end()), RING, 20.0)
@@ -341,6 +316,8 @@ def test_an_end_on_a_device_copies_by_page_locked_memory(loops: tuple[Loop, Loop
     base, pool = tcp_pair(loops, makers, RING, 20.0)
     greet(base, pool, devices)
     header, tensors = request(1, RING // 2)
+    for link in (base, pool):
+        assert link.terms.notes == ["bodies come to the host first: NIXL is given no memory of GPUs"]
     assert base.carrier.takes(RING // 2)
     base.send(header, [tensors[0], *(devices[0].given(flat(part)) for part in tensors[1:])])
     message = pool.receive(10.0)

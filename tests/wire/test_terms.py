@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fapool_plugin.base.lease import PoolRank
+from fapool_plugin.devices.cudart import Cudart
 from fapool_plugin.observe.metrics import RankCounters
 from fapool_plugin.wire.ipc import DeviceRing
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import Header, LinkLost, Op, Status
 from tests.bodies import RING, flat, request
 from tests.fake_cudart import NO_MEMORY, FakeDevice
-from tests.greetings import greet
+from tests.greetings import greet, hear
 from tests.thread_pool import link_pair
 
 PEER_ACCESS = 217
@@ -46,6 +47,7 @@ def test_where_memory_cannot_be_shared_bodies_go_through_the_hosts(
     assert (base.carrier.name, len(base.terms.notes)) == ("shm", 1), "said once, and not tried again"
     for device in devices:
         assert not device.runtime.opened, "opened memory is kept for nothing"
+        assert not device.runtime.freed_open, "given back while the other end had it open"
     base.close()
     pool.close()
     devices[end].runtime.fails.clear()
@@ -62,6 +64,25 @@ def test_between_a_device_and_a_cpu_bodies_go_through_the_hosts_memory(
     base, pool = link_pair(*loops, ring_bytes=RING)
     greet(base, pool, tuple(FakeDevice() if has else None for has in which))  # type: ignore[arg-type]
     assert (base.carrier.name, pool.carrier.name) == ("shm", "shm")
+    base.close()
+    pool.close()
+
+
+@pytest.mark.parametrize(("carrier", "agreed"), [("auto", "ipc"), ("ipc", "ipc"), ("shm", "shm")])
+def test_what_is_configured_says_which(
+    loops: tuple[Loop, Loop], devices: tuple[FakeDevice, FakeDevice], carrier: str, agreed: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Cudart, "of", lambda device: devices[0])
+    base, pool = link_pair(*loops, timeout_s=20.0, ring_bytes=RING)
+    pool.terms.device = devices[1]
+    thread = threading.Thread(target=hear, args=(pool,), daemon=True)
+    thread.start()
+    rank = PoolRank(0, base, 1, RankCounters(0))
+    assert rank.open(device=torch.device("cuda:0"), carrier=carrier)
+    thread.join(10)
+    assert (base.terms.device, base.carrier.name, rank.counters.carrier) == (devices[0], agreed, agreed)
+    assert base.terms.notes == []
     base.close()
     pool.close()
 

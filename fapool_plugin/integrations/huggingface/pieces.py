@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import distributed, nn
 from torch.nn.modules import module as torch_module
 
@@ -63,8 +62,6 @@ def one_block_reason(owner: Any, given: dict[str, Any], *, training: bool) -> st
     """Why this forward cannot be cut; None if it can."""
     if is_compiled(owner):
         return "the model is compiled"
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured"
     modules = list(owner.modules())
     if any(hasattr(module, "_hf_hook") for module in modules):
         return "its weights are moved in and out by hooks (offload)"
