@@ -117,6 +117,8 @@ class SequenceState:
     """Whether somebody has put other keys in the place of those that its forwards made."""
     owned: OwnedKeys | None = None
     """Its keys, if they have owners."""
+    again: bool = False
+    """Whether it is computed once more, for keys that were lost."""
     owning: bool = False
     """Whether a forward is under way whose keys go to owners."""
 
@@ -126,7 +128,7 @@ class SequenceState:
 
     def anew(self, columns: int) -> SequenceState:
         """For the first ``columns`` columns of the same sequences, computed once more."""
-        return SequenceState(columns, self.capacity, self.copies)
+        return SequenceState(columns, self.capacity, self.copies, again=True)
 
     def place(self, starts: tuple[int, ...]) -> None:
         """Says where rows start. If that changed, positions mean something else and nothing is resident."""
