@@ -10,6 +10,7 @@ of its own number of ranks. Long prompts borrow ranks; every answer is compared 
 plugin. Useful seconds of the pool are CPU seconds that its ranks spent on answers. A Ray cluster of this machine is
 started for it.
 
+With --phase-s each job sends long prompts for a while and short ones for a while, at times that are the same both ways.
 With --device-gflops attention takes as long as on devices of that speed, one for each rank and one for each job: it is
 computed, and then its process sleeps (paced/sitecustomize.py). Useful seconds are then those of attention and sleep.
 So ranks do not stand in each other's way where there are fewer cores, and what is measured is how leases are shared.
@@ -82,8 +83,9 @@ def answer(model: Any, prompt_1S: torch.Tensor, new_tokens: int) -> list[int]:
 
 @app.command()
 def job(
-    number: int, folder: Path, pool: str, ranks: int, address: str, tokens: int, new_tokens: int, pause_s: float
-) -> None:
+    number: int, folder: Path, pool: str, ranks: int, address: str, tokens: int, new_tokens: int, pause_s: float,
+    phase_s: float,
+) -> None:  # fmt: skip
     """One job; `main` starts it. Says "ready", reads for how many seconds it is to work, and says what it did."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -94,14 +96,19 @@ def job(
     settings = {"pool": "ray", "pool_name": pool, "pool_ranks": ranks, "ray_address": address, "base_share": 0.0}
     settings |= {"threshold": 2 * SHORT, "activation": "length"}
     model = FAPoolForCausalLM.from_pretrained(folder, fa_pool=settings)
-    answers, pauses = list[Answer](), random.Random(number)
+    answers, pauses, phases = list[Answer](), random.Random(number), random.Random(number)
     with model.fa_pool as mine:
         answer(model, prompts[tokens], new_tokens)  # whatever happens once only happens now
         print("ready", flush=True)
         seconds = float(sys.stdin.readline())
         began = time.monotonic()
-        while time.monotonic() < began + seconds:
+        changes, sends_long = began, phases.random() < 0.5
+        while (now := time.monotonic()) < began + seconds:
             length, before = lengths[(number + len(answers)) % len(lengths)], calls(mine)
+            while phase_s and now > changes:
+                changes, sends_long = changes + phases.uniform(0.5, 1.5) * phase_s, not sends_long
+            if phase_s:
+                length = (tokens, tokens // 2)[len(answers) % 2] if sends_long else SHORT
             came_s = time.monotonic() - began
             told = answer(model, prompts[length], new_tokens)
             used = [rank for rank, count in calls(mine).items() if count > before.get(rank, 0)]
@@ -213,6 +220,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of the longest prompts.")] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 4,
     pause_s: Annotated[float, typer.Option(min=0.0, help="Between prompts of one job, on average.")] = 1.0,
+    phase_s: Annotated[
+        float, typer.Option(min=0.0, help="Long prompts for about so long, then short ones; 0: one after the other.")
+    ] = 0.0,
     device_gflops: Annotated[
         float | None, typer.Option(min=0.001, help="Attention takes as long as on devices of this speed.")
     ] = None,
@@ -232,7 +242,7 @@ def main(
             model_of_random_weights(folder, tokens)
             ray.init(num_cpus=ranks, include_dashboard=False, log_to_driver=False, configure_logging=False)
             stack.callback(ray.shutdown)
-            told = seconds, tokens, new_tokens, pause_s
+            told = seconds, tokens, new_tokens, pause_s, phase_s
             found = {"shared": measured(folder, {"shared": ranks}, ["shared"] * len(own), *told)}
             show(f"{len(own)} jobs on a shared pool of {ranks} ranks", found["shared"], ranks)
             pools = {f"own{number}": count for number, count in enumerate(own)}

@@ -242,7 +242,7 @@ def test_base_ranks_of_one_launch_are_one_job(
         assert [event["kind"] for event in one["stats"]["events"]].count("recalled") == 1, events
         assert one["stats"]["replays"] == (2 if home == "pool" else 0), events
         assert (one["stats"]["faults"], one["stats"]["leased_ranks"]) == (0, []), events
-    until(lambda: states(pool) == ["free", "free"], COMES_S, lambda: f"the lease is given back by both: {states(pool)}")
+    until(lambda: states(pool) == ["ended", "free", "free"], COMES_S, lambda: f"both give it back: {states(pool)}")
 
 
 @contextmanager
