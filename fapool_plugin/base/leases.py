@@ -38,6 +38,8 @@ _HOLD_S = 5.0
 so soon after, when what ranks say of who waits may be old."""
 _ASK_S = 0.02
 """Between two questions of a job that waits for ranks."""
+_REST_S = 0.2
+"""A job that gives back its ranks does so with each of them; who has got one waits so long for the others."""
 _UNKNOWN = -(2**62)
 """Said of a rank to which a base rank has no link."""
 _log = logging.getLogger("fapool_plugin")
@@ -128,7 +130,7 @@ class Leases:
             links = self._arrange(pool.acquire(_log.info, self.advisor.device))
             if busy := self._lease(pool, links):
                 told = f"{len(busy)} pool rank(s) are leased by other jobs, for up to {max(busy):.1f} s already"
-                waited_s = self._wait(pool, links, patience_s) if not self.ranks else 0.0
+                waited_s = self._wait(pool, links, patience_s)
                 self.counters.log("busy", f"{told}; waited {waited_s:.1f} s, and got {len(self.ranks)}")
             self._look_at = time.monotonic() + _LOOK_S
         except (RuntimeError, OSError, FAPoolConfigError) as error:
@@ -296,9 +298,11 @@ class Leases:
             time.sleep(min(_ASK_S, left_s))
             if not self._lease(pool, links) and not self.ranks:
                 break  # none is left to wait for
-        if self.ranks and len(self.ranks) < self.most:
+        until = time.monotonic() + min(_REST_S, patience_s)
+        while self.ranks and len(self.ranks) < self.most and time.monotonic() < until:
             time.sleep(_ASK_S)
-            self._lease(pool, links)
+            if not self._lease(pool, links):
+                break
         return time.monotonic() - began
 
     @property
