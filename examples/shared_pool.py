@@ -2,12 +2,18 @@
 
     python examples/shared_pool.py --split 1,2 --seconds 60
     python examples/shared_pool.py --split 1,1,1 --seconds 60 --json shared.json
+    python examples/shared_pool.py --split 2,1 --seconds 180 --tokens 1000 --device-gflops 0.4
 
 As many jobs as --split has numbers, each a process with a model of its own, answer long and short prompts as a user
 would send them, with pauses. First all share a pool of as many ranks as the numbers say together, then each has a pool
 of its own number of ranks. Long prompts borrow ranks; every answer is compared with that of the model without the
 plugin. Useful seconds of the pool are CPU seconds that its ranks spent on answers. A Ray cluster of this machine is
 started for it.
+
+With --phase-s each job sends long prompts for a while and short ones for a while, at times that are the same both ways.
+With --device-gflops attention takes as long as on devices of that speed, one for each rank and one for each job: it is
+computed, and then its process sleeps (paced/sitecustomize.py). Useful seconds are then those of attention and sleep.
+So ranks do not stand in each other's way where there are fewer cores, and what is measured is how leases are shared.
 """
 
 from __future__ import annotations
@@ -37,6 +43,9 @@ from fapool_plugin.tools.options import check_counts, check_output, numbers, one
 
 SHORT = 64
 WORDS = 1000
+PACED = Path(__file__).resolve().parent / "paced"
+SPEED = "SHARED_POOL_GFLOPS"
+"""In the environment of processes whose attention is to take as long as on a device."""
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 
@@ -74,8 +83,9 @@ def answer(model: Any, prompt_1S: torch.Tensor, new_tokens: int) -> list[int]:
 
 @app.command()
 def job(
-    number: int, folder: Path, pool: str, ranks: int, address: str, tokens: int, new_tokens: int, pause_s: float
-) -> None:
+    number: int, folder: Path, pool: str, ranks: int, address: str, tokens: int, new_tokens: int, pause_s: float,
+    phase_s: float,
+) -> None:  # fmt: skip
     """One job; `main` starts it. Says "ready", reads for how many seconds it is to work, and says what it did."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -86,14 +96,19 @@ def job(
     settings = {"pool": "ray", "pool_name": pool, "pool_ranks": ranks, "ray_address": address, "base_share": 0.0}
     settings |= {"threshold": 2 * SHORT, "activation": "length"}
     model = FAPoolForCausalLM.from_pretrained(folder, fa_pool=settings)
-    answers, pauses = list[Answer](), random.Random(number)
+    answers, pauses, phases = list[Answer](), random.Random(number), random.Random(number)
     with model.fa_pool as mine:
         answer(model, prompts[tokens], new_tokens)  # whatever happens once only happens now
         print("ready", flush=True)
         seconds = float(sys.stdin.readline())
         began = time.monotonic()
-        while time.monotonic() < began + seconds:
+        changes, sends_long = began, phases.random() < 0.5
+        while (now := time.monotonic()) < began + seconds:
             length, before = lengths[(number + len(answers)) % len(lengths)], calls(mine)
+            while phase_s and now > changes:
+                changes, sends_long = changes + phases.uniform(0.5, 1.5) * phase_s, not sends_long
+            if phase_s:
+                length = (tokens, tokens // 2)[len(answers) % 2] if sends_long else SHORT
             came_s = time.monotonic() - began
             told = answer(model, prompts[length], new_tokens)
             used = [rank for rank, count in calls(mine).items() if count > before.get(rank, 0)]
@@ -111,13 +126,13 @@ def calls(pool: Any) -> dict[int, int]:
     return {rank["rank"]: rank["calls"] for rank in pool.stats()["ranks"]}
 
 
-def cpu_s(pools: dict[str, int]) -> float:
-    """CPU seconds of the pools' ranks so far."""
+def useful_s(pools: dict[str, int]) -> float:
+    """CPU seconds of the pools' ranks so far; where they sleep as devices compute, seconds that requests took them."""
     found = 0.0
     for name in pools:
         for one in directory.told(ray, directory.standing(ray, name)).values():
             times = psutil.Process(one["pid"]).cpu_times()
-            found += times.user + times.system
+            found += one["busy_s"] if SPEED in os.environ else times.user + times.system
     return found
 
 
@@ -144,19 +159,19 @@ def measured(folder: Path, pools: dict[str, int], of_jobs: list[str], seconds: f
             stack.callback(jobs[-1].kill)
         for one in jobs:
             said_by(one.stdout, "ready")
-        before = cpu_s(pools)
+        before = useful_s(pools)
         for one in jobs:
             assert one.stdin is not None
             one.stdin.write(f"{seconds}\n")
             one.stdin.flush()
         told_by_jobs = [json.loads(said_by(one.stdout)) for one in jobs]
-        useful_s = cpu_s(pools) - before
+        useful = useful_s(pools) - before
     answers = [each for said in told_by_jobs for each in said["answers"]]
     return {
         "answers": answers,
         "faults": sum(said["faults"] for said in told_by_jobs),
         "waited": [said["waited"] for said in told_by_jobs],
-        "useful_s": useful_s,
+        "useful_s": useful,
         "seconds": max(each["ended_s"] for each in answers),
     }
 
@@ -205,12 +220,21 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of the longest prompts.")] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Of each answer.")] = 4,
     pause_s: Annotated[float, typer.Option(min=0.0, help="Between prompts of one job, on average.")] = 1.0,
+    phase_s: Annotated[
+        float, typer.Option(min=0.0, help="Long prompts for about so long, then short ones; 0: one after the other.")
+    ] = 0.0,
+    device_gflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Attention takes as long as on devices of this speed.")
+    ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write every answer to this file.")] = None,
 ) -> None:
     """Both ways, one after the other. Exit codes: 0 all tokens are equal, 1 some are not, 2 an error."""
     with one_line_errors(RuntimeError):
         check_counts({"--tokens": tokens, "--new-tokens": new_tokens})
         check_output(as_json)
+        if device_gflops is not None:
+            path = os.pathsep.join(filter(None, (str(PACED), os.environ.get("PYTHONPATH"))))
+            os.environ.update({SPEED: str(device_gflops), "PYTHONPATH": path})
         own = [int(text) for text in split.split(",") if numbers("--split", text)]
         ranks = sum(own)
         with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -218,7 +242,7 @@ def main(
             model_of_random_weights(folder, tokens)
             ray.init(num_cpus=ranks, include_dashboard=False, log_to_driver=False, configure_logging=False)
             stack.callback(ray.shutdown)
-            told = seconds, tokens, new_tokens, pause_s
+            told = seconds, tokens, new_tokens, pause_s, phase_s
             found = {"shared": measured(folder, {"shared": ranks}, ["shared"] * len(own), *told)}
             show(f"{len(own)} jobs on a shared pool of {ranks} ranks", found["shared"], ranks)
             pools = {f"own{number}": count for number, count in enumerate(own)}

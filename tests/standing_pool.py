@@ -25,9 +25,9 @@ from fapool_plugin.wire.link import Link
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.sockets import pair
 from tests.models import assert_close, eager, load_pooled, random_ids
+from tests.thread_pool import ThreadPool
 
 TIMEOUT_S = 1.0
-_tokens = itertools.count(1000)
 
 
 class _Told(Report):
@@ -82,16 +82,12 @@ class Standing:
             loop.close()
 
 
-class JobsPool:
+class JobsPool(ThreadPool):
     """The ranks of such a pool, for one job."""
 
     def __init__(self, ranks: Standing, config: FAPoolConfig) -> None:
-        self._standing, self.config, self.loop = ranks, config, Loop()
-        self.links: dict[int, Link] = {}
-        self.discarded: list[int] = []
-
-    def new_token(self) -> int:
-        return next(_tokens)
+        super().__init__(config)
+        self._standing = ranks
 
     def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
         return self.look(())
@@ -99,25 +95,9 @@ class JobsPool:
     def look(self, leased: Collection[int]) -> dict[int, Link]:
         for number, worker in self._standing.workers.items():
             if number not in self.links and not self._standing.told[number].leaves:
-                mine, its = pair()
-                self.links[number] = Link(
-                    mine, self.loop, name=f"rank {number}", timeout_s=self.config.timeout_s, asks=True
-                )
-                worker.link(its, 60.0)
+                self.links[number], _ = self._pair(number, worker, silence_s=60.0)
                 self.links[number].wait_until_heard(10.0)
         return {number: link for number, link in self.links.items() if not link.lost}
-
-    def discard(self, rank: int, reason: str) -> str:
-        self.discarded.append(rank)
-        link = self.links.pop(rank)
-        link.fail(reason)
-        link.close()
-        return ""
-
-    def close(self) -> None:
-        for link in self.links.values():
-            link.close()
-        self.loop.close()
 
 
 class Job:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -53,7 +54,8 @@ class ThreadPool:
     bases = 1
     ring_bytes = 0
     """Of the memory for bodies; 0: they go over the sockets."""
-    look = None
+    look: Any = None
+    said: Any = ()
     device = CPU
     """Where ranks compute."""
 
@@ -109,12 +111,12 @@ class ThreadPool:
         for loop in (self.loop, *self._loops):
             loop.close()
 
-    def _pair(self, rank: int, worker: Worker) -> tuple[Link, Link]:
+    def _pair(self, rank: int, worker: Worker, silence_s: float | None = None) -> tuple[Link, Link]:
         one, other = pair()
         base = Link(
             one, self.loop, name=f"rank {rank}", timeout_s=self.config.timeout_s, asks=True, ring_bytes=self.ring_bytes
         )
-        return base, worker.link(other, self.config.timeout_s)
+        return base, worker.link(other, silence_s or self.config.timeout_s)
 
 
 @contextmanager

@@ -153,6 +153,18 @@ class Advisor:
         held = [forward.sequence.residency.total(rank.key) for rank in ranks]
         return self.decode(forward.geometry, cores, held or [0] * self.config.pool_ranks)
 
+    def need(self, forward: Forward, choice: Choice | None) -> int:
+        """Ranks of a shared pool that a forward can use, or steps after it, by the plan; without a profile, and where
+        their memory is wanted, as many as are configured."""
+        most = self.config.pool_ranks
+        if choice is None or forward.owns_keys or forward.geometry is None:
+            return most
+        wanted = 0 if forward.phase == "decode" else choice.ranks
+        if forward.phase != "training" and forward.lasting:
+            cores = self.cores(torch.get_num_threads())
+            wanted = max(wanted, self.decode(forward.geometry, cores, [sys.maxsize] * most).ranks)
+        return max(1, wanted)
+
     def blocks(self, forward: Forward, one_block: str | None, choice: Choice | None) -> int:
         """How many pieces of a forward to keep in flight: blocks of a prompt or of a training row, or parts of a
         training batch."""

@@ -1,11 +1,11 @@
 """Several base ranks of one model decide alike: as the most careful of them would.
 
-Knows process groups and two numbers; not what they mean, nor when they are asked for.
+Knows process groups and numbers; not what they mean, nor when they are asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,22 +13,35 @@ from torch import distributed
 
 from fapool_plugin.config import FAPoolConfigError
 
-Agree = Callable[[tuple[int, int]], tuple[int, int]]
+Agree = Callable[[tuple[int, ...]], tuple[int, ...]]
 """Makes all base ranks of a job decide alike, as their collectives need it: called by each once in every forward above
-the threshold with (mode, blocks), returns the least of what they said, number by number."""
+the threshold with (mode, blocks), and with as many numbers as all call it with where ranks of a shared pool come or go;
+returns the least of what they said, number by number."""
 
 
-def unasked(decision: tuple[int, int]) -> tuple[int, int]:
+def unasked(decision: tuple[int, ...]) -> tuple[int, ...]:
     """One base rank agrees with itself."""
     return decision
+
+
+def least_of_each(agree: Agree, said: Mapping[int, int], unsaid: int) -> dict[int, int]:
+    """The least that base ranks say of each number. Called by all of them at once.
+
+    Args:
+        agree: as for decisions.
+        said: numbers from 0 on, and what this base rank says of them.
+        unsaid: what it says of all others.
+    """
+    most = -agree((-max(said, default=-1),))[0]
+    return dict(enumerate(agree(tuple(said.get(number, unsaid) for number in range(most + 1))))) if most >= 0 else {}
 
 
 def agree_over(group: distributed.ProcessGroup | None = None) -> Agree:
     """What a :class:`ResourceManager` calls to have every rank of ``group`` decide alike: by the least of each number.
 
-    One all-reduce of two int64 per long forward, and two more where it is cut into pieces; every rank of the group must
-    make the same forwards. Copies share the group. Pickles find the default group again; those of another group are
-    refused, since it does not exist elsewhere.
+    One all-reduce of two int64 per long forward, two more where it is cut into pieces, and some where ranks of a shared
+    pool come or go; every rank of the group must make the same forwards. Copies share the group. Pickles find the
+    default group again; those of another group are refused, since it does not exist elsewhere.
 
     Args:
         group: the ranks that hold one model, its tensor-parallel group; None: the default group.
@@ -62,18 +75,17 @@ class _Least:
         self.group = group
         self._hosts: Any = None
 
-    def __call__(self, decision: tuple[int, int]) -> tuple[int, int]:
-        agreed_2 = torch.tensor(decision, dtype=torch.int64, device="cpu")
+    def __call__(self, decision: tuple[int, ...]) -> tuple[int, ...]:
+        agreed = torch.tensor(decision, dtype=torch.int64, device="cpu")
         if self._hosts is None and "cpu" not in distributed.get_backend_config(self.group):
             self._hosts = _hosts_of(self.group or distributed.group.WORLD)
         if self._hosts is None:
-            distributed.all_reduce(agreed_2, op=distributed.ReduceOp.MIN, group=self.group)
+            distributed.all_reduce(agreed, op=distributed.ReduceOp.MIN, group=self.group)
         else:
             options: Any = distributed.AllreduceOptions()
             options.reduceOp = distributed.ReduceOp.MIN
-            self._hosts.allreduce([agreed_2], options).wait()
-        mode, blocks = agreed_2.tolist()
-        return mode, blocks
+            self._hosts.allreduce([agreed], options).wait()
+        return tuple(agreed.tolist())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Least:
         return _Least(self.group)

@@ -20,7 +20,7 @@ _MOST = 64
 
 
 class Durations:
-    """Of one model's planned forwards, in their order.
+    """Of one model's prompts and planned forwards, in their order.
 
     Args:
         learn: called with a forward and its seconds.
@@ -33,7 +33,7 @@ class Durations:
     def add(self, forward: Forward, ended: Moment) -> None:
         """A forward has ended on the host. Reads, too: on a CPU it was computed then."""
         began, ended = forward.took or (forward.began, ended)
-        if forward.choice is not None and began is not None:
+        if began is not None and (forward.choice is not None or forward.phase == "prefill"):
             self._waiting.append((forward, began, ended))
         self.read()
 

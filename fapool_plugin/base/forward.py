@@ -149,6 +149,12 @@ class Forward:
         return self.sequence is not None and self.sequence.ownable and self.lasting and self.phase != "training"
 
     @property
+    def begins(self) -> bool:
+        """Whether nothing of its sequence has been computed yet."""
+        past = self.geometry is not None and self.geometry.q_column
+        return not past and self.sequence is not None and not self.sequence.again
+
+    @property
     def may_be_alone(self) -> bool:
         """Whether it is computed without ranks where that is predicted to be faster: not if its keys may be more than
         the base can hold."""

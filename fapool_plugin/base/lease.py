@@ -9,9 +9,9 @@ from __future__ import annotations
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -322,6 +322,10 @@ class Pool(Protocol):
         """Of ranks that several jobs share, called with the numbers of those that are leased: links to those that are
         known, and more are looked for meanwhile, for the next time. None: they are one job's."""
 
+    @property
+    def said(self) -> Sequence[dict[str, Any]]:
+        """What such ranks say of themselves, and of the jobs that have them."""
+
     def new_token(self) -> int:
         """Names the next lease; ranks serve all who give the same one."""
 
@@ -350,10 +354,11 @@ def lease(
     counters: Counters,
     guard: Callable[[PoolRank], AbstractContextManager[None]],
     *,
+    most: int,
     shared: bool,
 ) -> list[float]:
-    """Takes the lease of as many ranks as the configuration says, those in ``ranks`` counted, or of as many as no other
-    job has. ``ranks`` gets each before it is asked, so that an interrupt finds it there.
+    """Takes the lease of ``most`` ranks, those in ``ranks`` counted, or of as many as no other job has. ``ranks`` gets
+    each before it is asked, so that an interrupt finds it there.
 
     Args:
         device: where the base computes.
@@ -368,7 +373,7 @@ def lease(
     if config.carrier == "ipc" and device.type != "cuda":
         raise FAPoolConfigError(f"carrier is ipc, and the model is on {device}: it moves bodies between GPUs; use auto")
     for number, link in links.items():
-        if len(ranks) == config.pool_ranks:
+        if len(ranks) >= most:
             break
         if number in mine:
             continue

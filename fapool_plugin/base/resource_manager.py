@@ -20,10 +20,11 @@ import torch
 from fapool_plugin.base.advisor import Advisor, Profiler
 from fapool_plugin.base.agreement import Agree, unasked
 from fapool_plugin.base.durations import Durations
-from fapool_plugin.base.forward import Forward, looked_at, own_share
+from fapool_plugin.base.forward import Forward, looked_at, own_share, refusal
 from fapool_plugin.base.lease import Pool, PoolRank
 from fapool_plugin.base.leases import Leases, State
 from fapool_plugin.base.owned import Batches, names
+from fapool_plugin.base.patience import Patience
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.base.spot_check import SpotCheck
 from fapool_plugin.base.threads import SharedThreads
@@ -33,6 +34,7 @@ from fapool_plugin.devices.copies import Copies
 from fapool_plugin.devices.gpu import CPU, is_capturing
 from fapool_plugin.observe.metrics import Counters, Phase
 from fapool_plugin.observe.timeline import Timeline
+from fapool_plugin.plan.forecast import Choice
 from fapool_plugin.plan.shares import Geometry
 
 _LOCAL, _ALONE, _POOLED = range(3)
@@ -58,7 +60,7 @@ class ResourceManager:
         self.copies: Copies | None = None  # on a CPU nothing has to be
         self.counters, self.timeline = Counters(), Timeline(self.clock.now)
         self.advisor, self.spot_check = Advisor(config, self.counters), SpotCheck(config.spot_check, self.counters)
-        self.durations = Durations(self.advisor.learn)
+        self.durations, self.patience = Durations(self._learn), Patience()
         self.closing = ExitStack()  # what ends with it: a trace, a server of metrics
         self.batches = Batches()
         self._measuring = False
@@ -96,8 +98,8 @@ class ResourceManager:
         """Whether a pooled forward is under way."""
         return self._busy.locked() and not self._measuring
 
-    def agree(self, decision: tuple[int, int]) -> tuple[int, int]:
-        """The same two numbers on all base ranks that share the model: the least of theirs."""
+    def agree(self, decision: tuple[int, ...]) -> tuple[int, ...]:
+        """The same numbers on all base ranks that share the model: the least of theirs."""
         return self._agree(decision)
 
     def compute_on(self, device: torch.device) -> None:
@@ -180,15 +182,29 @@ class ResourceManager:
         """Pooled, the base alone, or local: by length, or by what each is predicted to take."""
         if self.advisor.needs_profile and profiler is not None:
             self._profile(profiler, length, forward.sequence)
-        choice = self.advisor.choose(forward, self.ranks, one_block is None)
-        alone = choice is not None and forward.may_be_alone and choice.alone_s <= choice.seconds
-        mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
-        blocks = self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1
-        mode, blocks = self._agree((mode, blocks))
+        mode, blocks, choice = self._chosen(forward, one_block)
+        sequence = forward.sequence
+        if self.leases.is_shared and mode == _POOLED:
+            self.leases.most = self.advisor.need(forward, choice)
+        if self._agree is not unasked and self.config.pool == "ray" and sequence is not None and sequence.owned is None:
+            calm = self.leases.is_calm(sequence.id, wanted=mode == _POOLED)
+            mode, blocks = self._agree((mode, blocks if calm else 0))
+            if not blocks:  # ranks come or go for one base rank, and so for all
+                with self.leases.together(self._agree):
+                    if mode == _POOLED:
+                        self._activate(length, sequence, self.patience.seconds(forward))
+                mode, blocks, choice = self._chosen(forward, one_block)
+                mode, blocks = self._agree((mode, blocks))
+        else:
+            mode, blocks = self._agree((mode, blocks))
+            if mode == _POOLED:
+                self._activate(length, sequence, self.patience.seconds(forward))
         if mode == _POOLED:
-            self._activate(length, forward.sequence)
             if not self.ranks:
-                self.counters.stay_local("no pool rank was to be had for this sequence")
+                reason = "no pool rank was to be had for this sequence"
+                self.counters.stay_local(reason)
+                if self.config.strict and self.leases.is_shared and forward.begins:
+                    raise refusal(f"{reason}; stats()['events'] say why", length, self.threshold)
                 if self._agree is unasked:
                     return forward
         elif choice is not None:
@@ -207,6 +223,13 @@ class ResourceManager:
             base_share=own_share(choice, self.config.base_share, self.base_ranks, len(ranks)),
             rank_cost=self.advisor.rank_cost(),
         )
+
+    def _chosen(self, forward: Forward, one_block: str | None) -> tuple[int, int, Choice | None]:
+        """(mode, blocks, what the plan says) as this base rank sees it."""
+        choice = self.advisor.choose(forward, self.ranks, one_block is None)
+        alone = choice is not None and forward.may_be_alone and choice.alone_s <= choice.seconds
+        mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
+        return mode, self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1, choice
 
     def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
         """Takes the profile there is, or measures a quick one with the first leased rank."""
@@ -286,7 +309,8 @@ class ResourceManager:
         self.timeline.read()
         held = [rank.number for rank in self.ranks]
         known = {"state": self.state, "threshold": self.threshold, "leased_ranks": held}
-        return known | {"kv_bytes": self.batches.held()} | self.counters.as_dict()
+        pool = list(self.leases.pool.said) if self.leases.pool is not None else []
+        return known | {"pool": pool, "kv_bytes": self.batches.held()} | self.counters.as_dict()
 
     def close(self) -> None:
         """Gives the lease back and ends the pool ranks. Forwards after this are local. Harmless when repeated."""
@@ -314,8 +338,12 @@ class ResourceManager:
             sequence_id = self._ended.pop()
             self.leases.end_sequence(sequence_id, names(sequence_id, self.config.kv_redundancy))
 
-    def _activate(self, length: int, sequence: SequenceState | None) -> None:
+    def _learn(self, forward: Forward, seconds: float) -> None:
+        self.advisor.learn(forward, seconds)
+        self.patience.learn(forward, seconds)
+
+    def _activate(self, length: int, sequence: SequenceState | None, patience_s: float = 0.0) -> None:
         why = f"a sequence of {length} tokens, threshold {self.threshold}"
         # Keys that have owners stay where they are.
         more = sequence is not None and sequence.owned is None
-        self.leases.take(why, sequence.id if sequence is not None else None, more=more)
+        self.leases.take(why, sequence.id if sequence is not None else None, more=more, patience_s=patience_s)

@@ -123,6 +123,8 @@ class SequenceState:
     """Whether other keys were put by hand in the place of those that its forwards made."""
     owned: OwnedKeys | None = None
     """Its keys, if they have owners."""
+    again: bool = False
+    """Whether it is computed once more, for keys that were lost."""
     owning: bool = False
     """Whether a forward is under way whose keys go to owners."""
     blank_BT: Tensor | None = None
@@ -138,7 +140,7 @@ class SequenceState:
 
     def anew(self) -> SequenceState:
         """For the same sequences, computed once more as they were: what was short is so again, whatever its mask."""
-        return SequenceState(0, self.capacity, self.copies)
+        return SequenceState(0, self.capacity, self.copies, again=True)
 
     def place(self, starts: tuple[int, ...]) -> None:
         """Says where rows start. If that changed, positions mean something else and nothing is resident."""

@@ -61,9 +61,10 @@ class Lease:
             at_work: the rank computes: what it computes for is not recalled.
         """
         with self._lock:
-            if asked.token == self.token:
-                return None
             now, leaving = time.monotonic(), self._is_leaving()
+            # A base rank that has parted with a rank that leaves must not get it again from the others' part.
+            if asked.token == self.token and (not leaving or link in self._holders):
+                return None
             if not leaving:
                 before = self._in_line(now).get(asked.token)
                 self._waiting[asked.token] = _Waiting(before.since if before else now, now, max(0, asked.peers), link)

@@ -22,6 +22,7 @@ _ANSWER_S = 10.0
 """An actor that does not answer for so long is taken for gone."""
 _OTHERS_S = 0.5
 """Once a rank has answered, the others are waited for so long: those that have no place yet answer later or never."""
+_HIDDEN = {"settings", "wanted", "addresses", "machine", "labels"}
 _CALLERS = 16
 """Calls of one rank's actor at the same time: none of them computes."""
 
@@ -35,6 +36,8 @@ class Request:
     memory_bytes: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     strategy: str = "SPREAD"
+    domains: tuple[str, ...] = ()
+    """Not asked of Ray: labels of nodes by which jobs find near ranks, the narrowest domain first."""
 
 
 def library() -> Any:
@@ -75,28 +78,46 @@ def _check_reachable(address: str | None) -> None:
         socket.create_connection((host, int(port)), _ANSWER_S).close()
 
 
+def never_joining(function: Any) -> Any:
+    """A function of Ray's that raises where this process is in no cluster. As it is, it would start one: a script may
+    leave the cluster at any moment, while threads of ours look for ranks."""
+    return getattr(function, "__wrapped__", function)
+
+
+def asked(method: Any, *arguments: Any) -> Any:
+    """What an actor's method will answer, which is called now, if this process is in a cluster."""
+    return never_joining(type(method)._remote)(method, arguments, {})
+
+
 def standing(ray: Any, pool: str) -> dict[int, Any]:
     """The actors of a pool by rank number."""
     found = {}
-    for actor in ray.util.list_named_actors(all_namespaces=True):
+    for actor in never_joining(ray.util.list_named_actors)(all_namespaces=True):
         name, _, number = actor["name"].rpartition("/")
         if actor["namespace"] == NAMESPACE and name == pool and number.isdecimal():
             with suppress(ValueError):  # it has ended meanwhile
-                found[int(number)] = ray.get_actor(actor["name"], namespace=NAMESPACE)
+                found[int(number)] = never_joining(ray.get_actor)(actor["name"], namespace=NAMESPACE)
     return dict(sorted(found.items()))
 
 
 def pools(ray: Any) -> list[str]:
     """Names of the pools that stand."""
-    named = (a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
-    return sorted({name.rpartition("/")[0] for name in named})
+    named = never_joining(ray.util.list_named_actors)(all_namespaces=True)
+    return sorted({one["name"].rpartition("/")[0] for one in named if one["namespace"] == NAMESPACE})
+
+
+def place(ray: Any) -> tuple[str, dict[str, str]]:
+    """(Ray's name, labels) of the node that this process is on."""
+    context = never_joining(ray.get_runtime_context)()
+    return context.get_node_id(), dict(context.get_node_labels())
 
 
 class _Rank(StandingRank):
-    """A rank that knows Ray's name of the node it is on."""
+    """A rank that knows the node it is on, by Ray's name and labels."""
 
     def described(self) -> dict[str, Any]:
-        return super().described() | {"node": library().get_runtime_context().get_node_id()[:8]}
+        node, labels = place(library())
+        return super().described() | {"node": node[:8], "labels": labels}
 
 
 def add(ray: Any, pool: str, numbers: Iterable[int], settings: FAPoolConfig, wanted: Request) -> list[Any]:
@@ -123,14 +144,24 @@ def add(ray: Any, pool: str, numbers: Iterable[int], settings: FAPoolConfig, wan
 
 def told(ray: Any, actors: dict[int, Any], within_s: float = _ANSWER_S) -> dict[int, dict[str, Any]]:
     """What each rank says of itself; those that are not placed yet, or do not answer, are missing."""
-    asked = {actor.described.remote(): number for number, actor in actors.items()}
+    answers = {asked(actor.described): number for number, actor in actors.items()}
+    wait, get = never_joining(ray.wait), never_joining(ray.get)
     ready: list[Any] = []
-    for some, patience_s in ((1, within_s), (len(asked), _OTHERS_S)):
-        ready, _ = ray.wait(list(asked), num_returns=some, timeout=patience_s) if asked else ([], [])
+    for some, patience_s in ((1, within_s), (len(answers), _OTHERS_S)):
+        ready, _ = wait(list(answers), num_returns=some, timeout=patience_s) if answers else ([], [])
     found = {}
     for reference in ready:
         try:
-            found[asked[reference]] = ray.get(reference)
+            found[answers[reference]] = get(reference)
         except ray.exceptions.RayError:
             continue  # it died, or is being made anew
     return dict(sorted(found.items()))
+
+
+def figures(actors: Iterable[int], said: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each rank says, without how it was made and is reached; those that say nothing wait for a place."""
+    nothing = {"state": "waiting"}
+    return [
+        {"rank": number, **{key: value for key, value in said.get(number, nothing).items() if key not in _HIDDEN}}
+        for number in actors
+    ]

@@ -50,6 +50,7 @@ class LaunchedPool:
     launch: Launch
     config: FAPoolConfig
     look: ClassVar[None] = None
+    said: ClassVar[tuple[()]] = ()
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
     """Ranks that have been here once: one that is not ready again yet is not waited for."""

@@ -36,7 +36,7 @@ class LocalPool:
         gpus: counts this machine's.
     """
 
-    look = None
+    look, said = None, ()
 
     def __init__(self, config: FAPoolConfig, gpus: Callable[[], int] = torch.cuda.device_count) -> None:
         self.config, self._owner, self._loop, self._gpus = config, os.getpid(), Loop(), gpus

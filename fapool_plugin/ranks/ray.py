@@ -23,7 +23,7 @@ import torch
 from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
-from fapool_plugin.ranks.directory import join, pools, standing, told
+from fapool_plugin.ranks.directory import asked, figures, join, place, pools, standing, told
 from fapool_plugin.ranks.launch import job_token, link_key
 from fapool_plugin.ranks.linked import linked
 from fapool_plugin.wire.link import Link, first_line
@@ -54,13 +54,16 @@ class RayPool:
 
     config: FAPoolConfig
     _ranks: dict[int, _Rank] = field(default_factory=dict)
-    _here: dict[int, bool] = field(default_factory=dict)
-    """Whether a rank is on this machine."""
+    _far: dict[int, tuple[bool, int, bool]] = field(default_factory=dict)
+    """How far each rank is: on another node of Ray's; which of the pool's domains is the first that it shares with this
+    node; on another machine."""
     _token: int | None = field(default_factory=job_token)
     _owner: int = field(default_factory=os.getpid)
     _loop: Loop = field(default_factory=Loop)
     _finding: threading.Lock = field(default_factory=threading.Lock)
     _looked: float = -math.inf
+    _said: list[dict[str, Any]] = field(default_factory=list)
+    _asked: float = 0.0
     _closed: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +74,7 @@ class RayPool:
         return self._token if self._token is not None else secrets.randbits(62)
 
     def acquire(self, announce: Callable[[str], object], base: torch.device = CPU) -> dict[int, Link]:
-        """Links to every rank that stands, those on this machine first; the pool has said where they compute. Raises
+        """Links to every rank that stands, the nearest first; the pool has said where they compute. Raises
         RuntimeError if there is none, FAPoolConfigError if there is no cluster."""
         with self._finding:
             # A script may have left the cluster; asked anything then, Ray would start a cluster of its own.
@@ -90,17 +93,31 @@ class RayPool:
 
     def look(self, leased: Collection[int]) -> dict[int, Link]:
         """Links to the ranks that are known. Others are looked for meanwhile, which may take Ray a while."""
-        now = time.monotonic()
-        if now - self._looked > _LOOK_S and not self._finding.locked() and self._ray.is_initialized():
-            self._looked = now
-            threading.Thread(target=self._look, args=(leased,), name="fapool ranks", daemon=True).start()
+        if time.monotonic() - self._looked > _LOOK_S and self._beside(leased):
+            self._looked = time.monotonic()
         return self._links()
 
-    def _look(self, leased: Collection[int]) -> None:
-        # What it may meet, the next lease meets too, and tells; the loop may have been closed meanwhile.
-        with self._finding, suppress(RuntimeError, OSError, ValueError):
+    @property
+    def said(self) -> list[dict[str, Any]]:
+        """What each rank of the pool said when it was asked last. They are asked again meanwhile."""
+        age_s = round(time.monotonic() - self._asked, 1)
+        if age_s > _LOOK_S:
+            self._beside(None)
+        return [one | {"age_s": age_s} for one in self._said]
+
+    def _beside(self, leased: Collection[int] | None) -> bool:
+        """Has Ray asked in a thread, unless that is being done; ``leased``: new ranks are looked for, too."""
+        if self._finding.locked() or os.getpid() != self._owner or not self._ray.is_initialized():
+            return False
+        threading.Thread(target=self._look, args=(leased,), name="fapool ranks", daemon=True).start()
+        return True
+
+    def _look(self, leased: Collection[int] | None) -> None:
+        # What it may meet, the next lease meets too, and tells; the loop may have been closed meanwhile, and Ray, of
+        # which parts are missing then.
+        with self._finding, suppress(RuntimeError, OSError, ValueError, AttributeError):
             if not self._closed and self._ray.is_initialized():
-                self._find(lambda text: None, leased)
+                self._ask() if leased is None else self._find(lambda text: None, leased)
             if self._closed:
                 for number in list(self._ranks):
                     self._part(number, "closed")
@@ -108,25 +125,19 @@ class RayPool:
     def _links(self) -> dict[int, Link]:
         """Those that stand, near ones first."""
         found = {number: rank.link for number, rank in list(self._ranks.items()) if not rank.link.lost}
-        return dict(sorted(found.items(), key=lambda one: (not self._here.get(one[0], False), one[0])))
+        return {number: found[number] for number in sorted(found, key=lambda number: (self._far[number], number))}
 
     def _find(
         self, announce: Callable[[str], object], leased: Collection[int]
     ) -> tuple[list[str], dict[int, dict[str, Any]]]:
         """Links to ranks that have come, and gives up those that are gone, but for leased ones: of those their lease
         learns. Returns (why some have no link, what all said). Raises RuntimeError."""
-        try:
-            actors = standing(self._ray, self.config.pool_name)
-            said = told(self._ray, actors)
-        except self._ray.exceptions.RayError as error:
-            raise RuntimeError(f"the Ray cluster does not answer: {first_line(error)}") from error
+        actors, said = self._ask()
         for number, rank in list(self._ranks.items()):
             if number not in leased and (rank.link.lost or number not in actors):
                 self.discard(number, rank.link.lost or "it left the pool")
         problems = [f"pool rank {number} does not answer" for number in actors if number not in said]
-        here = machine()
         for number, one in said.items():
-            self._here[number] = one["machine"] == here
             # One that leaves says so itself, to the job that has its lease.
             if one["state"] in ("free", "leased") and number not in self._ranks and not self._closed:
                 announce(f"linking to pool rank {number}")
@@ -136,6 +147,18 @@ class RayPool:
                     problems.append(f"pool rank {number} opened no link: {first_line(error)}")
         return problems, said
 
+    def _ask(self) -> tuple[dict[int, Any], dict[int, dict[str, Any]]]:
+        """(The actors of the pool, what they say). Raises RuntimeError."""
+        try:
+            actors = standing(self._ray, self.config.pool_name)
+            said = told(self._ray, actors)
+            node, labels = place(self._ray)
+        except self._ray.exceptions.RayError as error:
+            raise RuntimeError(f"the Ray cluster does not answer: {first_line(error)}") from error
+        self._far |= {number: _distance(one, node, labels) for number, one in said.items()}
+        self._said, self._asked = figures(actors, said), time.monotonic()
+        return actors, said
+
     def discard(self, rank: int, reason: str) -> str:
         """Gives up a lost rank; its actor ends the worker, if it stands still, and starts another."""
         known = self._part(rank, reason)
@@ -143,7 +166,7 @@ class RayPool:
             return ""
         if self._ray.is_initialized():
             with suppress(self._ray.exceptions.RayError):  # the call goes on without this rank
-                known.actor.give_up.remote(known.pid)
+                asked(known.actor.give_up, known.pid)
         return f" (pid {known.pid})"
 
     def close(self) -> None:
@@ -184,3 +207,10 @@ class RayPool:
             link.close()
             raise
         return link
+
+
+def _distance(said: dict[str, Any], node: str, labels: dict[str, str]) -> tuple[bool, int, bool]:
+    """How far a rank that says this is from the node of this name and labels; least is nearest."""
+    domains = said["wanted"]["domains"]
+    shared = (at for at, name in enumerate(domains) if name in labels and said["labels"].get(name) == labels[name])
+    return not node.startswith(said["node"]), next(shared, len(domains)), said["machine"] != machine()

@@ -27,7 +27,6 @@ from fapool_plugin.tools.options import check_counts, one_line_errors
 
 _LOOK_S = 0.2
 _WATCH_S = 1.0
-_NO_PLACE = {"state": "waiting"}
 app = typer.Typer(help="A standing pool on Ray, whose ranks jobs share.", no_args_is_help=True)
 
 
@@ -53,6 +52,10 @@ def up(
     memory_limit_mib: Annotated[int, typer.Option(help="MiB of keys and values that each may hold.")] = 2048,
     gpus: Annotated[float, typer.Option(help="GPUs of each, fractions too; 0: it computes on the CPU.")] = 0.0,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE that a rank's node must have; repeatable.")] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(help="A label of nodes: a job takes ranks that have it alike first; repeatable, narrowest first."),
+    ] = None,
     strategy: Annotated[Strategy, typer.Option(help="Over many nodes, or as Ray packs them.")] = Strategy.spread,
     link_key_file: Annotated[
         Path | None, typer.Option(help="On every node, with the key by which jobs on other machines come.")
@@ -75,7 +78,9 @@ def up(
         ray, is_ours = _cluster(ray_address, ranks * threads_per_rank)
         if there := standing.standing(ray, name):
             raise FAPoolConfigError(f"pool {name} stands already, with {len(there)} ranks: fapool pool scale {name} N")
-        wanted = standing.Request(threads_per_rank, gpus, memory_limit_mib * MIB, labels, strategy.value)
+        wanted = standing.Request(
+            threads_per_rank, gpus, memory_limit_mib * MIB, labels, strategy.value, tuple(domain or ())
+        )
         standing.add(ray, name, range(ranks), settings, wanted)
         _wait(ray, name, ranks, start_timeout_s)
         if is_ours:
@@ -232,14 +237,8 @@ def _until(done: Callable[[], bool], within_s: float, text: Callable[[], str]) -
 
 
 def _ranks(ray: Any, name: str) -> list[dict[str, Any]]:
-    """What each rank of a pool says, without how it was made; those that say nothing wait for a place."""
     actors = _there(ray, name)
-    found = standing.told(ray, actors)
-    hidden = {"settings", "wanted", "addresses", "machine"}
-    return [
-        {"rank": number, **{key: value for key, value in found.get(number, _NO_PLACE).items() if key not in hidden}}
-        for number in actors
-    ]
+    return standing.figures(actors, standing.told(ray, actors))
 
 
 def _table(ranks: list[dict[str, Any]]) -> Table:

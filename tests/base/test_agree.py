@@ -114,7 +114,7 @@ def test_without_ranks_the_order_of_blocks_stays(folder: Path, blocks: int) -> N
         assert stats["local_reasons"] == {"no pool rank was to be had for this sequence": 1}
 
 
-def over_devices(group: Any, answers: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def over_devices(group: Any, answers: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Two models' agreements on ranks whose group would move nothing but what is on devices."""
     rank = distributed.get_rank(group)
     with pytest.MonkeyPatch.context() as patch:

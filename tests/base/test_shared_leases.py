@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from fapool_plugin.base import leases
+from fapool_plugin.plan.profile import Fit
 from fapool_plugin.pool import lease as ranks_lease
-from tests.models import one_thread, save_model
+from tests.base.test_advisor import FREE, profile_of
+from tests.models import eager, one_thread, save_model
 from tests.standing_pool import TIMEOUT_S, Standing, jobs
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("quick", "silence")]
@@ -129,6 +132,64 @@ def test_a_refused_job_asks_again(folder: Path, home: str) -> None:
         second.prompt()
         first.steps()
         assert (first.ranks, second.ranks) == ([0], []), "turn by turn"
+
+
+def test_a_strict_job_is_refused_a_prompt_and_nothing_else(folder: Path) -> None:
+    ranks = Standing(1)
+    with jobs(folder, ranks, {}, {"strict": True, "kv_home": "pool"}) as [first, second]:
+        first.prompt()
+        with pytest.raises(ValueError, match=r"is strict.* 60 tokens.* no pool rank was to be had"):
+            second.prompt()
+        first.model.fa_pool.leases.release("test")
+        until(lambda: ranks.workers[0].lease.token is None, "it is given back")
+        second.prompt()
+        second.steps()
+        assert second.ranks == [0], second.events()
+        ranks.leave(0)
+        until(lambda: second.leases.ranks[0].link.wishes.leaving, "a heartbeat says so")
+        second.steps(2)
+        assert (second.ranks, second.kinds("left", "replay")[:2]) == ([], ["left", "replay"]), second.events()
+
+
+def test_no_more_is_leased_than_the_plan_uses(folder: Path, tmp_path: Path) -> None:
+    """Each message takes long, and attention a little: by the plan one rank is enough, for the prompt and for steps."""
+    reference, profiles = eager(folder), {}
+    for name, link in (("dear", Fit(a=1.0)), ("free", FREE)):
+        profiles[name] = str(tmp_path / name)
+        profile_of(reference, prefill=Fit(c=1e-3), decode=Fit(b=0.06), link=link).save(Path(profiles[name]))
+    ranks = Standing(3)
+    with jobs(folder, ranks, {"profile": profiles["dear"]}, {"profile": profiles["free"]}) as [first, second]:
+        for job, count in ((first, 1), (second, 2)):
+            job.leases.make_pool()
+            job.prompt()
+            job.steps()
+            assert len(job.ranks) == count, job.events()
+
+
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_refused_prompt_waits_as_long_as_ranks_gain(folder: Path, frees: bool) -> None:
+    ranks = Standing(2)
+    with jobs(folder, ranks, {}, {}) as [first, second]:
+        patience = second.model.fa_pool.patience
+        second.prompt()
+        assert patience._per_pair.keys() == {True}, "it has seen no prompt without ranks"
+        second.model.fa_pool.leases.release("test")
+        first.prompt()
+        second.prompt()
+        assert (second.ranks, patience._per_pair.keys()) == ([], {True, False}), second.events()
+        (told,) = [one for one in second.events() if one.startswith("busy")]
+        assert told.endswith("; waited 0.0 s, and got 0"), "it did not know yet what it would gain"
+        patience._per_pair = {True: 1.0 / 3660, False: 1.5 / 3660}  # two rows of 60 tokens
+        frees_s = 0.2
+        if frees:
+            threading.Timer(frees_s, lambda: first.leases.release("test")).start()
+        began = time.monotonic()
+        second.prompt()
+        took_s = time.monotonic() - began
+        assert second.ranks == ([0, 1] if frees else []), second.events()
+        told = [one for one in second.events() if one.startswith("busy")][-1]
+        assert took_s >= (frees_s if frees else 0.5), f"{took_s}: {told}"
+        assert told.endswith(f", and got {2 if frees else 0}"), told
 
 
 def test_who_has_more_gives_to_who_has_less(folder: Path, clock: Clock) -> None:

@@ -175,7 +175,7 @@ def test_two_bases_may_use_the_same_ranks_at_once() -> None:
         links = [pool.acquire(print), *pool.more]
 
         class Shared:
-            look = None
+            look, said = None, ()
 
             def __init__(self, mine: dict[int, Any]) -> None:
                 self.mine = mine

@@ -6,6 +6,7 @@ All nodes are raylets of this machine.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import urllib.request
 import warnings
@@ -28,7 +29,7 @@ from fapool_plugin.tools.cli import app
 from tests.conftest import child_processes
 from tests.launches import free_port, until
 from tests.models import assert_same_tokens, eager, greedily, random_ids, save_model
-from tests.ray_pools import COMES_S, all_free, end, grow, job, leased, said, serving
+from tests.ray_pools import COMES_S, SETTINGS, all_free, end, grow, job, leased, said, serving
 
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(200)]
@@ -42,7 +43,9 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     before = set(child_processes())
-    made = Cluster(initialize_head=True, head_node_args=SMALL | {"num_cpus": 4, "labels": {"zone": "west"}})
+    made = Cluster(
+        initialize_head=True, head_node_args=SMALL | {"num_cpus": 4, "labels": {"zone": "west", "room": "head"}}
+    )
     ray.init(address=made.address, log_to_driver=False, configure_logging=False)
     yield made
     ray.shutdown()
@@ -59,9 +62,9 @@ def pool(cluster: Any, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @contextmanager
-def node(cluster: Any, zone: str, cpus: int = 1) -> Iterator[Any]:
+def node(cluster: Any, zone: str, cpus: int = 1, **labels: str) -> Iterator[Any]:
     """One more node, removed at the end if the test has not done so."""
-    added = cluster.add_node(num_cpus=cpus, labels={"zone": zone}, **SMALL)
+    added = cluster.add_node(num_cpus=cpus, labels={"zone": zone} | labels, **SMALL)
     try:
         yield added
     finally:
@@ -163,9 +166,23 @@ def test_ranks_without_a_place_come_with_a_node(
             assert model.fa_pool.stats()["faults"] == 0, model.fa_pool.stats()["events"]
 
 
+def test_near_ranks_are_first(cluster: Any, folder: Path, pool: str, ids: Tensor, plain: Tensor) -> None:
+    """The job is in the west: its own node comes first, then the pool's domains, then the rest."""
+    with node(cluster, "east"), node(cluster, "west", room="other"), job(folder, pool, pool_ranks=2) as model:
+        for number, labels in enumerate(({"zone": "east"}, {"room": "other"}, {"room": "head"})):
+            request = directory.Request(cpus=0.5, labels=labels, domains=("room", "zone"))
+            directory.add(ray, pool, [number], SETTINGS, request)
+        until(lambda: serving(ray, pool) == {0, 1, 2}, COMES_S, lambda: f"ranks stand: {said(ray, pool)}")
+        with torch.no_grad():
+            kept = model(ids, use_cache=True).past_key_values
+        assert leased(model) == [2, 1], f"its own node's, its zone's: {said(ray, pool)}"
+        assert kept.get_seq_length() == ids.shape[1]
+
+
 def test_status_is_served_until_the_pool_is_down(
     cluster: Any, folder: Path, pool: str, ids: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    files = set(os.listdir("/dev/shm"))
     grow(ray, pool, range(2))
     with job(folder, pool) as model, torch.no_grad():
         model(ids)
@@ -190,9 +207,12 @@ def test_status_is_served_until_the_pool_is_down(
     assert told.usable, told
     assert f"{pool} (2 of 2 ranks stand)" in told.why
     assert ray.is_initialized(), "who is in the cluster stays in it"
-    end(ray, pool)
+    ran = fapool("down", pool)
+    assert ran.exit_code == 0, ran.output
     served.join(20)
     assert not served.is_alive(), "it ends with the pool"
+    until(lambda: not any(psutil.pid_exists(one["pid"]) for one in ranks), 10, lambda: f"workers end: {ranks}")
+    until(lambda: set(os.listdir("/dev/shm")) <= files, 10, lambda: f"{set(os.listdir('/dev/shm')) - files} are left")
 
 
 @pytest.mark.parametrize("patience_s", [60.0, pytest.param(0.0, marks=pytest.mark.full)])

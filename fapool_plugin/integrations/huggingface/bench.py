@@ -112,7 +112,7 @@ def pooled_decode(model: str, ids: list[int], lengths: list[int], steps: int, fa
 def alone_decode(model: str, ids: list[int], lengths: list[int], steps: int, fa_pool: dict[str, Any]) -> Make:
     """Decode steps of the base alone, with the plugin's kernel, on its cache."""
 
-    def agree(decision: tuple[int, int]) -> tuple[int, int]:
+    def agree(decision: tuple[int, ...]) -> tuple[int, ...]:
         return min(decision[0], 1), decision[1]  # as if another base rank's plan did without ranks
 
     loaded = FAPoolForCausalLM.wrap(plain_model(model), fa_pool | {"kv_home": "base"}, agree=agree)

@@ -29,6 +29,8 @@ from fapool_plugin.base.unrecorded import unseen
 from fapool_plugin.plan.shares import Geometry
 
 _KEPT = "fapool_kept"
+_AGAIN = "fapool_again"
+"""An attribute of contexts whose rows are computed once more."""
 Rows = tuple[int, int]
 """The first of some rows of a context, and how many."""
 
@@ -191,7 +193,7 @@ def kept_of(context: Any, manager: ResourceManager, batch: int, past: int, colum
         # Sequences that were here before end with what was known of them.
         for other in [other for other in all_kept if other[0] < first + batch and first < sum(other)]:
             del all_kept[other]
-        state = SequenceState(capacity=context.max_sequence_length)
+        state = SequenceState(capacity=context.max_sequence_length, again=_AGAIN in vars(context))
         found = all_kept[rows] = Kept(manager, rows, state, layers)
         if on_pool:
             found.keys = Keys(manager, state, layers)
@@ -222,6 +224,7 @@ def recover(context: Any, manager: ResourceManager, batch: int) -> None:
         return
     model = record.owner(edited=False)
     scratch = StaticInferenceContext(batch, context.max_sequence_length)
+    setattr(scratch, _AGAIN, True)
     with replaying(manager, owned, past, why), unseen(model, lambda hook: False):
         for given in record.forwards(past):
             with autocast_of(given), torch.no_grad():

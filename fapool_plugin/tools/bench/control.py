@@ -241,7 +241,7 @@ def _sockets(ranks: int) -> Iterator[dict[int, Any]]:
 class _Pretending:
     """A pool of such links."""
 
-    look = None
+    look, said = None, ()
 
     def __init__(self, links: dict[int, Any]) -> None:
         self._links = links
