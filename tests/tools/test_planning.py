@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def config_only(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def profile(config_only: Path) -> Profile:
-    zero = {"error": 0.0, "spread": 0.0}
+    zero: dict[str, Any] = {"error": 0.0, "spread": 0.0}
     return Profile(
         date="2026-01-01",
         quick=False,

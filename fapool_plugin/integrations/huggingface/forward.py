@@ -209,8 +209,8 @@ class Forwards:
             if rewind is not None:
                 # Layers are at different lengths, and keys may be with owners.
                 rewind(random=scope.owning)
-            if scope.owning and (instead := self.homes.instead_of(error, owner, mine, scope)) is not None:
-                raise instead from None
+            if scope.owning:
+                self.homes.explain(error, owner, mine, scope)
             raise
         finally:
             SCOPE.reset(before)

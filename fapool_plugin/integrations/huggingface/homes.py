@@ -216,18 +216,18 @@ class Homes:
                 "sequence again, with a new cache"
             ) from None
 
-    def instead_of(
-        self, error: BaseException, owner: Any, cache: PooledCache | None, scope: Scope
-    ) -> FailedWithout | PoolMemoryError | None:
-        """What is raised in place of an error of a forward that was given new keys only, once all layers have gone
-        back; None: the error itself."""
+    def explain(self, error: BaseException, owner: Any, cache: PooledCache | None, scope: Scope) -> None:
+        """Raises what is to be known in place of an error of a forward that was given new keys only, once all layers
+        have gone back, if that is not the error itself.
+
+        It is raised here so that no frame has it in a name of its own: that would keep the frame, and with it keys.
+        """
         if isinstance(error, PoolMemoryError | KeysLost | StaysHome) or not isinstance(error, Exception):
-            return None
+            return
         if isinstance(error, NoRoom) or is_out_of_memory(error):
-            return self._refusal(error, scope)
-        if cache is None or not cache.get_seq_length() or is_of_a_hook(error, owner):
-            return None
-        return FailedWithout(error)
+            raise self._refusal(error, scope) from None
+        if cache is not None and cache.get_seq_length() and not is_of_a_hook(error, owner):
+            raise FailedWithout(error) from None
 
     def _refusal(self, error: Exception, scope: Scope) -> PoolMemoryError:
         """What a user is told of keys, or a forward, that memory does not suffice for."""

@@ -132,8 +132,8 @@ class Keys:
             # What was here until now stayed, for a forward that fails.
             self._here, self._away, self._unkept = {}, True, owned.geometry.starts
 
-    def undo(self, error: BaseException) -> BaseException:
-        """A forward has failed: all is as it was before it. Returns what is to be raised."""
+    def undo(self, error: BaseException) -> None:
+        """A forward has failed: all is as it was before it. Raises PoolMemoryError where keys had no room."""
         owned = self.state.owned
         columns = owned.geometry.columns if owned is not None else self.past
         self.crop(self.past)
@@ -141,7 +141,8 @@ class Keys:
             self._start_anew()
         elif owned is not None and isinstance(error, KeysLost):
             owned.broken = owned.broken or str(error)
-        return no_room(error, self.manager.config, columns) if isinstance(error, NoRoom) else error
+        if isinstance(error, NoRoom):
+            raise no_room(error, self.manager.config, columns) from None
 
     def crop(self, columns: int) -> None:
         """Forgets every column from ``columns`` on."""

@@ -59,8 +59,8 @@ def one_forward(model: Any, manager: ResourceManager, given: Mapping[str, Any]) 
             _record(model, given, kept, keys, decided.geometry)
         completed = True
     except BaseException as error:
-        if keys is not None and (instead := keys.undo(error)) is not error:
-            raise instead from None
+        if keys is not None:
+            keys.undo(error)
         raise
     finally:
         SCOPE.reset(before)
