@@ -23,10 +23,10 @@ class Durations:
     """Of one model's prompts and planned forwards, in their order.
 
     Args:
-        learn: called with a forward and its seconds.
+        learn: each is called with a forward and its seconds.
     """
 
-    def __init__(self, learn: Callable[[Forward, float], object]) -> None:
+    def __init__(self, *learn: Callable[[Forward, float], object]) -> None:
         self._learn, self._reading = learn, threading.Lock()
         self._waiting: deque[tuple[Forward, Moment, Moment]] = deque(maxlen=_MOST)
 
@@ -48,6 +48,7 @@ class Durations:
                 if seconds is None:
                     return
                 self._waiting.popleft()
-                self._learn(forward, seconds - forward.apart_s)
+                for learn in self._learn:
+                    learn(forward, seconds - forward.apart_s)
         finally:
             self._reading.release()

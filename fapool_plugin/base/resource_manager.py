@@ -60,7 +60,8 @@ class ResourceManager:
         self.copies: Copies | None = None  # on a CPU nothing has to be
         self.counters, self.timeline = Counters(), Timeline(self.clock.now)
         self.advisor, self.spot_check = Advisor(config, self.counters), SpotCheck(config.spot_check, self.counters)
-        self.durations, self.patience = Durations(self._learn), Patience()
+        self.patience = Patience()
+        self.durations = Durations(self.advisor.learn, self.patience.learn)
         self.closing = ExitStack()  # what ends with it: a trace, a server of metrics
         self.batches = Batches()
         self._measuring = False
@@ -337,10 +338,6 @@ class ResourceManager:
         while self._ended:
             sequence_id = self._ended.pop()
             self.leases.end_sequence(sequence_id, names(sequence_id, self.config.kv_redundancy))
-
-    def _learn(self, forward: Forward, seconds: float) -> None:
-        self.advisor.learn(forward, seconds)
-        self.patience.learn(forward, seconds)
 
     def _activate(self, length: int, sequence: SequenceState | None, patience_s: float = 0.0) -> None:
         why = f"a sequence of {length} tokens, threshold {self.threshold}"
