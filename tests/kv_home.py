@@ -5,8 +5,9 @@ Knows caches by what they answer; which rank owns what is not known here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ NEW = 6
 
 
 def kill(count: int) -> None:
-    """Ends so many pool ranks, the ones that started first."""
-    for pid in sorted(workers())[:count]:
-        psutil.Process(pid).kill()
+    """Ends so many pool ranks that run, the ones that started first, and waits until they have."""
+    for one in [one for one in map(psutil.Process, sorted(workers())) if not _has_ended(one)][:count]:
+        one.kill()
+        until = time.monotonic() + 5
+        while not _has_ended(one):
+            assert time.monotonic() < until, f"{one} lives on after SIGKILL"
+            time.sleep(0.002)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 @contextmanager
