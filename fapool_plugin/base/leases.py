@@ -113,11 +113,7 @@ class Leases:
             more: whether it can use ranks that come now.
             patience_s: how long it waits if other jobs have them all.
         """
-        for rank in list(self.ranks):
-            if rank.link.lost:
-                self.lose(rank, rank.link.lost)
-                # It died between two forwards: reason enough to borrow again, not to give up.
-                self._failed_for = None
+        self.lose_dead()
         if self.ranks or (sequence is not None and self._failed_for == sequence):
             if more:
                 self._take_more()
@@ -220,6 +216,13 @@ class Leases:
             told = "it was not used for long, or did not hear from here, and another job asked for it"
             self.counters.log("recalled", f"pool rank {rank.number} was recalled: {told}")
             self._part(rank)
+
+    def lose_dead(self) -> None:
+        """Gives up ranks that died between two forwards: reason enough to borrow again, not to give up."""
+        for rank in list(self.ranks):
+            if rank.link.lost:
+                self.lose(rank, rank.link.lost)
+                self._failed_for = None
 
     def lose(self, rank: PoolRank, reason: str) -> None:
         """Gives up ``rank``. The event log and one warning name it."""

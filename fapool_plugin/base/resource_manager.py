@@ -280,6 +280,7 @@ class ResourceManager:
         another thread uses them."""
         if self._busy.acquire(blocking=False):
             try:
+                self.leases.lose_dead()
                 self.leases.heed(share=False)
             finally:
                 self._busy.release()

@@ -13,6 +13,8 @@ from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.profile import Shape
 
 _MOST = 1 << 40
+_NEAR = 8
+"""Numbers above one that fits that are tried, too: what is cut unevenly may not fit where a little more does."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ def longest(shape: Shape, rows: int, room: Room) -> int:
 
 
 def _largest(holds: Callable[[int], bool]) -> int:
-    """The largest number for which something holds that holds for all smaller ones, nearly; 0 if it does for none."""
+    """The largest number for which something holds that holds for nearly all smaller ones; 0 if it does for none."""
     low, high = 0, 1
     while high < _MOST and holds(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
+    while (more := next((low + step for step in range(_NEAR, 0, -1) if holds(low + step)), 0)) > low:
+        low = more
     return low

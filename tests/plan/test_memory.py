@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from fapool_plugin.plan.line import GRANULE
 from fapool_plugin.plan.memory import Room, fits, largest_batch, longest
@@ -22,6 +22,7 @@ POSITION = 3 * 2 * 8 * 4
     base=st.integers(0, 400),
     tokens=st.integers(1, 900),
 )
+@example(ranks=[1, 1], base=8, tokens=129)  # 3 and 4 rows do not fit, and 5 do
 def test_the_largest_batch_fits_and_wastes_little(ranks: list[int], base: int, tokens: int) -> None:
     """Rooms in blocks of 256 positions."""
     room = Room([256 * POSITION * one for one in ranks], 256 * POSITION * base)
