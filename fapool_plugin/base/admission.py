@@ -18,13 +18,9 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
 from fapool_plugin.devices.gpu import free_bytes, identity
 from fapool_plugin.observe.available_memory import left_for_job, left_for_process
+from fapool_plugin.plan.memory import TIGHT, TRIES, less
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
-
-_TRIES = 16
-"""What one owner does not take may be too much for the next."""
-_TIGHT = 0.98
-"""Of an owner's room, where parts follow memory: cuts fall on whole lanes and blocks."""
 
 _WAVES = 3
 """Times the activations of a wave that the base must have left beside its keys: 1.2 of them live, and up to 2.0 were
@@ -58,7 +54,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     room.append(max(0, spare) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
     parts: Sequence[float] = speeds(len(ranks), decided.base_share)
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         owners = Owners(
             whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
         )
@@ -67,7 +63,7 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
         if copied:
             need = [mine + pool[number - 1] for number, mine in enumerate(pool)] + [own]
         short = [number for number in range(len(parts)) if need[number] > room[number]]
-        parts = _less(parts, need, room, short) if short else parts
+        parts = less(parts, need, room, short) if short else parts
         if not short or not sum(parts):
             break
     if not manager.agree((int(not short), 0))[0]:
@@ -93,27 +89,12 @@ def base_room(device: torch.device, ranks: Sequence[PoolRank], room: Sequence[in
     return min(left_for_job() - beside, left_for_process())
 
 
-def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], short: Sequence[int]) -> list[float]:
-    """Parts in which those that are short have what fits, and the others the rest; all 0 if there is no way."""
-    total = sum(need)
-    # Cuts fall on whole lanes, so an owner may need more than its part says.
-    fits = [
-        min(part * _TIGHT * have / need[at], _TIGHT * have / total) if at in short else part
-        for at, (part, have) in enumerate(zip(parts, room, strict=True))
-    ]
-    missing = 1.0 - sum(fits)
-    free = [max(0.0, _TIGHT * have / total - part) for part, have in zip(fits, room, strict=True)]
-    if missing <= 1e-9 or sum(free) <= missing:
-        return [0.0] * len(parts)
-    return [part + missing * more / sum(free) for part, more in zip(fits, free, strict=True)]
-
-
 def _refusal(
     rows: int, columns: int, need: int, room: Sequence[int], ranks: Sequence[object], limit_mib: int | None
 ) -> str:
     *pool, base = room
     limit = limit_mib or "null"
-    fitting = int(_TIGHT * rows * sum(room)) // max(1, need)
+    fitting = int(TIGHT * rows * sum(room)) // max(1, need)
     return (
         f"fa_pool: the keys of {rows} sequence{'s' * (rows > 1)} of up to {columns} tokens need {need / MIB:.0f} MiB; "
         f"{len(ranks)} pool ranks have {sum(pool) / MIB:.0f} MiB free (memory_limit_mib {limit}) and the base "

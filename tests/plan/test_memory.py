@@ -22,7 +22,9 @@ POSITION = 3 * 2 * 8 * 4
     base=st.integers(0, 400),
     tokens=st.integers(1, 900),
 )
-@example(ranks=[1, 1], base=8, tokens=129)  # 3 and 4 rows do not fit, and 5 do
+@example(ranks=[1, 1], base=8, tokens=129)
+@example(ranks=[400, 1], base=400, tokens=604)
+@example(ranks=[10], base=1, tokens=129)
 def test_the_largest_batch_fits_and_wastes_little(ranks: list[int], base: int, tokens: int) -> None:
     """Rooms in blocks of 256 positions."""
     room = Room([256 * POSITION * one for one in ranks], 256 * POSITION * base)
