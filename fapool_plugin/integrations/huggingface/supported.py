@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from fapool_plugin.base.unrecorded import modules_in
 from fapool_plugin.integrations.huggingface.config_view import local_name
 
 FULL_LAYERS = {"full_attention", "hybrid"}
@@ -25,11 +26,11 @@ def attention_modules(model: Any) -> Iterator[Any]:
     """Every self-attention layer of the decoder; those of a vision tower are not its."""
     text = model.config.get_text_config(decoder=True)
     kind = type(getattr(text, "fapool_viewed", text))
-    for module in model.modules():
-        named = type(module).__name__.endswith("Attention") and getattr(module, "layer_idx", None) is not None
+    for module in modules_in(model):
+        if not type(module).__name__.endswith("Attention") or getattr(module, "layer_idx", None) is None:
+            continue
         # Without a configuration a layer cannot ask for an attention function by its name.
-        of_text = isinstance(getattr(module, "config", None), kind)
-        if named and of_text and not getattr(module, "is_cross_attention", False):
+        if isinstance(getattr(module, "config", None), kind) and not getattr(module, "is_cross_attention", False):
             yield module
 
 
