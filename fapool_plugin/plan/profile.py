@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fapool_plugin.plan.line import Tile, allowed_pairs
 
@@ -53,6 +53,12 @@ class Fit(_Measured):
     error: float = Field(default=0.0, ge=0, description="Largest relative error over the points it was fitted to.")
     spread: float = Field(default=0.0, ge=0, description="Largest (max - min) / median over the repeats of one point.")
     points: tuple[tuple[float, float], ...] = Field(default=(), description="(n, seconds) by growing n; or none.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if any(seconds <= 0 for _, seconds in self.points) or any(a[0] >= b[0] for a, b in pairwise(self.points)):
+            raise ValueError("points must be of growing n, and of seconds above 0")
+        return self
 
     def at(self, n: float) -> float:
         """Seconds at ``n``."""

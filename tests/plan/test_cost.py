@@ -207,6 +207,10 @@ def damaged(change: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        (
+            damaged(lambda v: v["linear"][0]["decode"].update(points=[[2, 1.0], [2, 1.0]])),
+            "points must be of growing n",
+        ),
         ("", "damaged at its text"),
         ("{", "damaged at its text"),
         ("[]", "damaged at its text"),
