@@ -38,22 +38,6 @@ NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="compares what th
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mm.save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Any]:
-    with mm.alone() as pg:
-        yield pg
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    return eager(folder)
-
-
-@pytest.fixture(scope="module")
 def model(folder: Path, groups: Any) -> Iterator[Any]:
     before = workers()
     model = mm.build(folder, groups)

@@ -4,7 +4,6 @@ become. No pool rank is started."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,17 +26,6 @@ from fapool_plugin.integrations.megatron.weights import llama_arguments, llama_c
 from fapool_plugin.plan.shares import Geometry
 from tests import megatron_models as mm
 from tests.models import eager, random_ids
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mm.save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Any]:
-    with mm.alone() as pg:
-        yield pg
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,6 @@ LAYERS = mm.LAYERS
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mm.save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    return eager(folder)
-
-
-@pytest.fixture(scope="module")
 def answers(folder: Path) -> list[dict[str, Any]]:
     """What the two ranks computed."""
     ranks = []

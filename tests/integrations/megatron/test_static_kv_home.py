@@ -37,22 +37,6 @@ POSITION = LAYERS * 2 * mm.KV_HEADS * mm.DIM * 4
 """Bytes of a token's keys and values, fp32."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mm.save_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Any]:
-    with mm.alone() as pg:
-        yield pg
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> Any:
-    return eager(folder)
-
-
 @contextmanager
 def model_of(folder: Path, groups: Any, **settings: Any) -> Iterator[Any]:
     """A model whose keys live on two pool ranks, unless other settings are given."""

@@ -34,11 +34,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BaseRanks]:
         yield ranks
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mm.save_llama(tmp_path_factory.mktemp("llama"))
-
-
 def answers(
     group: ProcessGroup, folder: Path, ids: Tensor, lose_at: int, lost: int, room: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
