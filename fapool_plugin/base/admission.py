@@ -18,7 +18,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.config import MIB
 from fapool_plugin.devices.gpu import free_bytes, identity
 from fapool_plugin.observe.available_memory import left_for_job, left_for_process
-from fapool_plugin.plan.memory import TIGHT, TRIES, less
+from fapool_plugin.plan.memory import TIGHT, parts_within
 from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.shares import speeds
 
@@ -53,26 +53,25 @@ def place_keys(decided: Forward, manager: ResourceManager, k_BKTD: Tensor, v_BKT
     spare = base_room(k_BKTD.device, ranks, room, config.pool == "local") - _WAVES * config.wave_mib * MIB
     room.append(max(0, spare) if config.base_share != 0 or not ranks else 0)
     copied = config.kv_redundancy == "peer" and len(ranks) > 1
-    parts: Sequence[float] = speeds(len(ranks), decided.base_share)
-    for _ in range(TRIES):
-        owners = Owners(
-            whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=state.copies if state.copies > 1 else 1
-        )
-        need = [positions * position for positions in owners.needs(columns, block)]
-        *pool, own = need
-        if copied:
-            need = [mine + pool[number - 1] for number, mine in enumerate(pool)] + [own]
-        short = [number for number in range(len(parts)) if need[number] > room[number]]
-        parts = less(parts, need, room, short) if short else parts
-        if not short or not sum(parts):
-            break
-    if not manager.agree((int(not short), 0))[0]:
+    copies = state.copies if state.copies > 1 else 1
+
+    def owned_by(parts: Sequence[float]) -> tuple[Owners, list[int]]:
+        owners = Owners(whole.rows, k_BKTD.shape[1], parts, mode=config.partition, copies=copies)
+        return owners, [positions * position for positions in owners.needs(columns, block)]
+
+    def needs(parts: Sequence[float]) -> list[int]:
+        *pool, own = owned_by(parts)[1]
+        return [mine + copied * pool[number - 1] for number, mine in enumerate(pool)] + [own]
+
+    parts, need, fits = parts_within(room, speeds(len(ranks), decided.base_share), needs)
+    if not manager.agree((int(fits), 0))[0]:
         raise PoolMemoryError(_refusal(len(whole.starts), columns, sum(need), room, ranks, config.memory_limit_mib))
+    owners, (*pool, _) = owned_by(parts)
     holders = [Holder(rank, state.id) for rank in ranks]
     # The next rank's copy has a name of its own there.
     peers: list[Holder | None] = [Holder(rank, copy_name(state.id)) for rank in (*ranks[1:], *ranks[:1])]
     state.owned = OwnedKeys(
-        owners, holders, whole, state.id, config.kv_block, parts[-1] / sum(parts), state.capacity,
+        owners, holders, whole, state.id, config.kv_block, parts[-1], state.capacity,
         peers if copied else [],
     )  # fmt: skip
     state.owned.reserved = pool

@@ -13,8 +13,7 @@ from fapool_plugin.plan.owners import Owners
 from fapool_plugin.plan.profile import Shape
 
 _MOST = 1 << 40
-TRIES = 16
-"""What one owner does not take may be too much for the next."""
+_TRIES = 16
 TIGHT = 0.98
 """Of an owner's room, where parts follow memory: cuts fall on whole lanes and blocks."""
 _BESIDE = 4
@@ -42,38 +41,51 @@ def fits(shape: Shape, rows: int, tokens: int, room: Room) -> bool:
     rooms = [*room.ranks, room.base]
     if sum(rooms) < rows * shape.kv_heads * tokens * position:
         return False
-    parts: Sequence[float] = rooms
-    for _ in range(TRIES):
+
+    def needs(parts: Sequence[float]) -> list[int]:
         owners = Owners([Row(0, tokens, tokens, rows)], shape.kv_heads, parts)
-        need = [positions * position for positions in owners.needs(tokens)]
-        short = [number for number, have in enumerate(rooms) if need[number] > have]
-        if not short:
-            return True
-        parts = less([part / sum(parts) for part in parts], need, rooms, short)
-        if not sum(parts):
+        return [positions * position for positions in owners.needs(tokens)]
+
+    return parts_within(rooms, [have / sum(rooms) for have in rooms], needs)[2]
+
+
+def parts_within(
+    room: Sequence[int], parts: Sequence[float], needs: Callable[[Sequence[float]], list[int]]
+) -> tuple[Sequence[float], list[int], bool]:
+    """Parts of all keys that owners have room for, as near as may be to those that are wanted.
+
+    Args:
+        room: bytes of each owner.
+        parts: that are wanted; together 1.
+        needs: bytes of each owner, of such parts. Cuts fall on whole lanes, so an owner may need more than its part
+            says; and what one does not take may be too much for the next.
+
+    Returns the parts, what they need, and whether that fits. If not, they are the last that were tried.
+    """
+    need = needs(parts)
+    for _ in range(_TRIES):
+        short = {number for number, have in enumerate(room) if need[number] > have}
+        fewer = _less(parts, need, room, short) if short else None
+        if fewer is None:
             break
-    return False
+        parts, need = fewer, needs(fewer)
+    return parts, need, all(mine <= have for mine, have in zip(need, room, strict=True))
 
 
-def less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], short: Sequence[int]) -> list[float]:
-    """Parts in which those that are short have what fits, and the others the rest; all 0 if there is no way."""
+def _less(parts: Sequence[float], need: Sequence[int], room: Sequence[int], short: set[int]) -> list[float] | None:
+    """Parts in which those that are short have what fits, and the others the rest; None if there is no way."""
     total = sum(need)
-    # Cuts fall on whole lanes, so an owner may need more than its part says. What is next to all of its need is what it
-    # has beside its part, which no smaller part spares.
-    fits = [
-        part if at not in short
-        else min(part * TIGHT * have / need[at], TIGHT * have / total) if need[at] < _BESIDE * part * total
-        else 0.0
-        for at, (part, have) in enumerate(zip(parts, room, strict=True))
-    ]  # fmt: skip
-    missing = 1.0 - sum(fits)
-    free = [
-        max(0.0, TIGHT * have / total - part) if part or at not in short else 0.0
-        for at, (part, have) in enumerate(zip(fits, room, strict=True))
-    ]
+    most = [TIGHT * have / total for have in room]
+    fewer = list(parts)
+    for at in short:
+        fewer[at] = min(parts[at] * TIGHT * room[at] / need[at], most[at])
+        if need[at] >= _BESIDE * parts[at] * total:  # next to all of it is beside its part: no smaller part spares that
+            fewer[at] = most[at] = 0.0
+    missing = 1.0 - sum(fewer)
+    free = [max(0.0, limit - part) for limit, part in zip(most, fewer, strict=True)]
     if missing <= 1e-9 or sum(free) <= missing:
-        return [0.0] * len(parts)
-    return [part + missing * more / sum(free) for part, more in zip(fits, free, strict=True)]
+        return None
+    return [part + missing * more / sum(free) for part, more in zip(fewer, free, strict=True)]
 
 
 def largest_batch(shape: Shape, tokens: int, room: Room) -> int:
