@@ -207,8 +207,11 @@ class PooledCache(DynamicCache):
         finally:
             self.state.under_way = before
 
-    def rewinder(self) -> Callable[[], None]:
-        """What makes all layers forget what a forward from here on appends, should it be interrupted."""
+    def rewinder(self, *, recurrent: bool = True) -> Callable[[], None]:
+        """What makes all layers forget what a forward from here on appends, should it be interrupted; unless
+        ``recurrent`` states, of which it needs copies, nothing where a layer has any."""
+        if not recurrent and any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            return lambda: None
         length = self.get_seq_length()
         # Other layers put new tensors in the place of old ones and change none: their attributes are their state.
         others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, PooledLayer)]
