@@ -101,7 +101,7 @@ def _serve(connection: Connection, store: str, rank: int, world: int) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
-    # Whoever asks may be gone.
+    # The asking process may be gone.
     with suppress(EOFError, OSError):
         while True:
             size, function, args = pickle.loads(connection.recv_bytes())

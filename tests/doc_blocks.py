@@ -24,7 +24,7 @@ MARKER = re.compile(r"<!-- (run|file|not run): (.+?) -->")
 of one that no test can run."""
 LANGUAGES = ("bash", "python")
 SILENT = ("json", "mermaid", "text", "yaml", "diff")
-"""Languages of blocks that nobody could run: a marker is possible, not needed."""
+"""Languages of blocks that cannot be run: a marker is possible, not needed."""
 # Processes that were told to end get this long to do it.
 GRACE_S = 5.0
 _TAG = "FAPOOL_DOC_BLOCK"

@@ -25,7 +25,7 @@ SCRIPTS = ROOT / "tests" / "scripts"
 BIN = Path(sys.executable).parent
 LIMIT_S = 150.0
 MARK = "FAPOOL_TEST_LAUNCH"
-"""In the environment of every process of a launch, whoever its parent is by now."""
+"""In the environment of every process of a launch, whatever its parent is by now."""
 
 
 def free_port() -> int:

@@ -28,7 +28,7 @@ def aten(calls: Calls) -> SimpleNamespace:
             assert not causal
             assert not window
             return *_lanes(q, k, v, cum_q, cum_k, max_q, max_k, seqused_k, scale), None, None, None
-        # Without `cum_seq_q` nobody looks at seqused_k.
+        # Without `cum_seq_q` seqused_k is not looked at.
         calls.append(("flash", k.shape[1]))
         assert (cum_k, max_q, max_k) == (None, q.shape[1], k.shape[1])
         _one_dim(q, k, v)

@@ -40,7 +40,7 @@ class _Told(Report):
 
 
 class Standing:
-    """So many ranks; each serves whoever links to it, until all is over."""
+    """So many ranks; each serves every base that links to it, until all is over."""
 
     def __init__(self, count: int) -> None:
         self.workers: dict[int, Worker] = {}

@@ -23,7 +23,7 @@ def gradients(model: Any, ids: Tensor, mask: Tensor | None = None, **others: Any
     model.zero_grad()
     labels = ids
     if mask is not None:
-        # What padding predicts is nobody's: neither pads nor, where they stand on the left, the first token.
+        # What padding predicts does not count: neither pads nor, where they stand on the left, the first token.
         before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
         labels = ids.masked_fill((mask == 0) | (before == 0), -100)
     loss = model(ids, attention_mask=mask, labels=labels, **others).loss

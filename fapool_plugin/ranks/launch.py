@@ -63,7 +63,7 @@ class Launch:
     """Whether all ranks are on one machine, and can meet in its file system."""
 
     def store(self, timeout_s: float) -> dist.TCPStore:
-        """A client of the store; whoever may wait needs one of its own."""
+        """A client of the store; each thread that may wait needs one of its own."""
         return dist.TCPStore(self.host, self.port, None, False, timedelta(seconds=timeout_s))
 
     def pool_key(self, rank: int) -> str:
@@ -82,7 +82,7 @@ class Launch:
 
 
 JOINED: ContextVar[Launch | None] = ContextVar("fapool_launch", default=None)
-"""What this process joined: whoever loads a model in the user's script has no other way to it."""
+"""What this process joined: what loads a model in the user's script has no other way to it."""
 
 
 def is_first(environment: MutableMapping[str, str] = os.environ) -> bool:
@@ -186,8 +186,8 @@ def link_key(config: FAPoolConfig, bind: str, *, warns: bool = False) -> bytes |
             raise FAPoolConfigError(f"link_key_file: {error}") from None
     if not config.insecure:
         raise FAPoolConfigError(
-            f"ranks are on several machines and links at {bind} have no key: whoever reaches a port there could read "
-            "keys and values, or answer in a rank's place. Make a key (head -c 64 /dev/urandom > FILE; chmod 600 "
+            f"ranks are on several machines and links at {bind} have no key: a process that reaches a port there could "
+            "read keys and values, or answer in a rank's place. Make a key (head -c 64 /dev/urandom > FILE; chmod 600 "
             'FILE), copy it to every machine and set link_key_file to it; or set "insecure": true'
         )
     if warns:

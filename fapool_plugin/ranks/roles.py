@@ -82,7 +82,7 @@ def _leave(launch: Launch, store: dist.TCPStore) -> None:
     """A base rank's last word: pool ranks end when all have said it. Rank 0, whose store it is, waits for all."""
     failed = getattr(sys, "last_value", None) is not None
     with suppress(RuntimeError):
-        # One that fails ends the job: nobody waits for the others' work then.
+        # One that fails ends the job: the others' work is not waited for then.
         store.add(launch.over_key, launch.base_ranks if failed else 1)
         deadline = time.monotonic() + (_FAILED_S if failed else _FAREWELL_S)
         for key, ranks in ((launch.over_key, launch.base_ranks), (launch.gone_key, launch.pool_ranks)):

@@ -39,7 +39,7 @@ class StandingRank:
         device: torch device to compute on.
         towards: HOST:PORT of a machine on the network by which jobs on other machines come, if they may: with a key,
             or where the settings say ``insecure``.
-        wanted: what it was asked for by, told again to whoever makes another like it.
+        wanted: what it was asked for by, told again when another like it is made.
     """
 
     def __init__(

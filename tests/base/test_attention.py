@@ -230,7 +230,7 @@ def test_an_interrupted_call_leaves_nothing_that_a_later_call_could_mistake(
 
 
 def test_replies_that_an_earlier_lease_gave_up_are_not_taken_for_later_ones() -> None:
-    """The link outlives the lease, and so do answers that nobody waited for."""
+    """The link outlives the lease, and so do answers that were not waited for."""
     with ResourceManager(FAPoolConfig(pool_ranks=1, threshold=0, memory_limit_mib=64), ThreadPool) as manager:
         original = Requests._gather
 

@@ -139,7 +139,7 @@ def test_threads_come_back_when_a_rank_is_lost_on_the_way(folder: Path) -> None:
 
 
 def begun() -> ResourceManager:
-    """A manager with a pooled forward that nobody ends."""
+    """A manager with a pooled forward that is not ended."""
     config = FAPoolConfig(threshold=10, activation="length", memory_limit_mib=16, timeout_s=0.2)
     manager = ResourceManager(config, ThreadPool)
     assert manager.begin("prefill", 20, lambda: Geometry((0,), (20,), 0, 20), SequenceState()).ranks
@@ -161,7 +161,7 @@ def test_closing_inside_a_forward_brings_them_back_when_it_ends(folder: Path) ->
 
 
 def test_forwards_of_two_threads_lend_in_turn(folder: Path) -> None:
-    """The second waits for the first; nobody's threads are taken for all."""
+    """The second waits for the first; the first's threads are not taken for all."""
     with planned(folder, activation="length") as model:
         seen = watched(model)
 

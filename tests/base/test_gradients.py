@@ -91,7 +91,7 @@ def test_against_a_dense_reference(
     given_ = [q, k, v, *([sinks] if with_sinks else [])]
     out = pooled(manager, geometry, softcap)(*given_)
     dout = torch.randn(out.shape, dtype=dtype)
-    for row, (start, length) in enumerate(rows):  # padding's outputs are nobody's
+    for row, (start, length) in enumerate(rows):  # padding's outputs do not count
         dout[row, :start] = 0
         dout[row, start + length :] = 0
     found = torch.autograd.grad(out, given_, dout)

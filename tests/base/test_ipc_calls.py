@@ -1,5 +1,5 @@
 """Calls whose bodies go from device to device, with stand-ins for devices: exact, though every copy is late, memory is
-taken by nobody else, and what the host reads of a message is the host's."""
+taken by nothing else, and what the host reads of a message is the host's."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_an_error_in_the_middle_of_a_round_does_no_harm(tmp_path: Path, name: st
 
 
 def test_an_error_while_answers_are_awaited_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answers are taken, the others come late, to nobody."""
+    """The first answers are taken, the others come late, and are dropped."""
     folder, ids, answered = save_long("llama", tmp_path), random_ids(2, PROMPT), []
     original = PoolRank.answer
 

@@ -1,4 +1,4 @@
-"""Ranks that work together, and what happens when one of them fails: nobody hangs, and the result stays exact."""
+"""Ranks that work together, and what happens when one of them fails: no rank hangs, and the result stays exact."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TwoBases(ThreadPool):
 
 @pytest.fixture(autouse=True)
 def _no_waste() -> Iterator[None]:
-    """A closed link takes a while to go, and whoever collects it waits: nobody may, where seconds count."""
+    """A closed link takes a while to go, and what collects it waits: nothing may, where seconds count."""
     gc.collect()
     gc.disable()
     yield
@@ -169,7 +169,7 @@ def interrupt_at(patched: pytest.MonkeyPatch, what: str, at: int) -> None:
 
 
 def test_two_bases_may_use_the_same_ranks_at_once() -> None:
-    """They send in different orders; nobody waits for what waits for it."""
+    """They send in different orders; none waits for what waits for it."""
     pool = TwoBases(FAPoolConfig(pool_ranks=4, memory_limit_mib=64, timeout_s=5.0))
     try:
         links = [pool.acquire(print), *pool.more]

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(30)]
 
 
 def test_a_process_that_cannot_end_is_not_waited_for() -> None:
-    """A debugger has it and does not look: it was killed, and nobody who waits for it is told."""
+    """A debugger has it and does not look: it was killed, and nothing that waits for it is told."""
     with ExitStack() as afterwards:
         process = subprocess.Popen(["sleep", "600"])
         afterwards.callback(process.wait)

@@ -86,7 +86,7 @@ def test_a_rank_that_leaves_takes_no_new_lease_and_says_so(clock: Clock) -> None
     assert asks(lease, holder, 7) is None
     leaves[0] = True
     assert asks(lease, other, 8) is not None
-    assert lease.wishes(holder) == Wishes(leaving=1), "nobody waits for one that leaves"  # type: ignore[arg-type]
+    assert lease.wishes(holder) == Wishes(leaving=1), "no job waits for a rank that leaves"  # type: ignore[arg-type]
     assert asks(lease, holder, 7) is None, "who has it has it"
     assert asks(lease, End(), 7) is not None, "not over another link, or base ranks would pass it to and fro"
     lease.leave(holder)  # type: ignore[arg-type]

@@ -124,7 +124,7 @@ def test_a_rank_serves_one_job_over_several_links(bases: tuple[list[Link], Worke
     one.send(Header(op=Op.RELEASE, token=1))
     assert ask(two, 1, held=5, keys=5, sequence=6)[0].header.status == Status.OK, "the other base still holds the lease"
     two.send(Header(op=Op.RELEASE, token=1))
-    assert ask(two, 1, held=0, keys=5)[0].header.status == Status.STALE, "nobody holds a lease"
+    assert ask(two, 1, held=0, keys=5)[0].header.status == Status.STALE, "no base holds a lease"
     assert worker.prefixes.nbytes == 0
 
 

@@ -58,7 +58,7 @@ def test_base_ranks_see_a_world_of_their_own() -> None:
     for number, environment in enumerate(environments[:2]):
         seen = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")}
         assert seen == {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    assert environments[2]["WORLD_SIZE"] == "3", "a pool rank's environment is nobody's matter"
+    assert environments[2]["WORLD_SIZE"] == "3", "a pool rank's environment was changed"
     assert JOINED.get() is None, "other contexts are left alone"
     assert pickle.loads(pickle.dumps(ranks[0])) == ranks[0]
 

@@ -229,7 +229,7 @@ def divided(group: ProcessGroup, folder: Path, pool: str, address: str, ids: Ten
 def test_base_ranks_of_one_launch_are_one_job(
     folder: Path, pool: str, ids: Tensor, plain: Tensor, tmp_path: Path, home: str
 ) -> None:
-    """They have the same ranks at each forward, whoever of them hears first, and keys are replayed once for each."""
+    """They have the same ranks at each forward, whichever of them hears first, and keys are replayed once for each."""
     with base_ranks(tmp_path) as ranks:
         found = ranks.run(2, divided, folder, pool, ray.get_runtime_context().gcs_address, ids, home)
     events = [one["stats"]["events"] for one in found]

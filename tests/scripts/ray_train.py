@@ -48,7 +48,7 @@ def work(given: dict[str, Any]) -> None:
 
 
 def free() -> int:
-    """Ranks of the pool that nobody has."""
+    """Ranks of the pool that are free."""
     return sum(one["state"] == "free" for one in standing.told(ray, standing.standing(ray, "train")).values())
 
 

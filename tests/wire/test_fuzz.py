@@ -1,4 +1,4 @@
-"""Messages that nobody meant: none ends a process, none is believed, and none takes memory that it does not bring."""
+"""Messages that were not meant: none ends a process, none is believed, and none takes memory that it does not bring."""
 
 from __future__ import annotations
 

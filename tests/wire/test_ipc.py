@@ -62,7 +62,7 @@ def test_what_is_sent_arrives_on_the_other_device(
         base.send(header, on(devices[0], tensors))
     for header, tensors in sent:
         message = pool.receive(20.0)
-        assert message.header == header, "where a body was is nobody's business"
+        assert message.header == header, "where a body was is not told"
         for got, want in zip(message.tensors, tensors, strict=True):
             assert torch.equal(got.view(-1), flat(want))
         assert [devices[1].holds(x) for x in message.tensors] == [False, True, True, True], "a table is the host's"

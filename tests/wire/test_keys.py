@@ -1,4 +1,4 @@
-"""Links between machines: who has the key gets one, whoever has not gets nothing, and nobody reads along."""
+"""Links between machines: an end with the key gets one, an end without gets nothing, and no other reads along."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_what_is_sent_arrives(ends: Ends, nixl: FakeNixl, nbytes: int, dtype: to
         base.send(header, tensors)
     for header, tensors in sent:
         message = pool.receive(20.0)
-        assert message.header == header, "where a body was is nobody's business"
+        assert message.header == header, "where a body was is not told"
         for got, want in zip(message.tensors, tensors, strict=True):
             assert torch.equal(got.view(-1), flat(want))
     assert (len(nixl.log) > tried) == (nbytes > 300), "small bodies go over the socket, and large ones do not"

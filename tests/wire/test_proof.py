@@ -137,7 +137,7 @@ def test_a_rank_that_only_says_that_it_is_content_is_not_believed(loops: tuple[L
 
 @pytest.mark.parametrize("knows", [False, True], ids=["before it has named its own", "after"])
 def test_a_ring_that_may_be_written_to_outlives_its_link(loops: tuple[Loop, Loop], knows: bool) -> None:
-    """The base is lost while it fills the rank's: that memory is nobody's until the base's process has ended, and for
+    """The base is lost while it fills the rank's: that memory stays unused until the base's process has ended, and for
     good where it is not known which that is."""
     devices, ended = (FakeDevice(), FakeDevice()), []
     terms = [Terms(asks, RING, lambda process, then: ended.append((process, then))) for asks in (True, False)]

@@ -68,7 +68,7 @@ def test_what_is_sent_arrives(ends: tuple[Link, Link], used: list[int], nbytes: 
         base.send(header, tensors)
     for header, tensors in sent:
         message = pool.receive(20.0)
-        assert message.header == header, "where a body was is nobody's business"
+        assert message.header == header, "where a body was is not told"
         for got, want in zip(message.tensors, tensors, strict=True):
             assert torch.equal(got.view(-1), flat(want))
     base.drain(0)

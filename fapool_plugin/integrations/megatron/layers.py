@@ -1,6 +1,6 @@
 """Megatron-core: tensor-parallel linear layers, embedding and LM head over an explicit group of base ranks.
 
-Each takes the weights that this rank holds, cut by whoever calls, and answers one tensor as nn.Linear and nn.Embedding
+Each takes the weights that this rank holds, cut by the caller, and answers one tensor as nn.Linear and nn.Embedding
 do. Ranks need not hold equally much, except of the vocabulary. Knows no model, and never initialises model
 parallelism: a process's default groups stay as they are.
 """

@@ -1,4 +1,4 @@
-"""Keys that live on the pool: nobody else keeps them, and every way to use a cache gives what the plain model gives.
+"""Keys that live on the pool: kept nowhere else, and every way to use a cache gives what the plain model gives.
 
 References are the model's own eager attention; that keys are nowhere else is asked of the cache and of stats().
 """

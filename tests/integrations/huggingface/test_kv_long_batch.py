@@ -98,7 +98,7 @@ def test_long_prompts_in_one_batch(
     assert stats["faults"] == (lost_in != "nothing")
     assert stats["replays"] == (lost_in == "decode" and redundancy == "recompute")
     if lost_in == "prefill":
-        assert calls > 9, "nobody was lost in mid-prompt"
+        assert calls > 9, "no rank was lost in mid-prompt"
     wanted, wanted_logits = expected
     same = 0
     for row in range(len(LENGTHS)):

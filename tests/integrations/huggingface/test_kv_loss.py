@@ -64,7 +64,7 @@ def test_lost_keys_are_computed_once_more(pair: Pair, at: str, ranks: int) -> No
 @pytest.mark.parametrize("blocks", [1, 4])
 @pytest.mark.parametrize("lost", [1, 2])
 def test_a_peer_takes_a_lost_owners_place(folder: Path, lost: int, blocks: int) -> None:
-    """The first is replaced by its peer; when that goes, too, nobody has its keys, and they are replayed."""
+    """The first is replaced by its peer; when that goes, too, no rank has its keys, and they are replayed."""
     settings = ON_THE_POOL | {"kv_redundancy": "peer", "blocks": blocks, "base_share": 0.0}
     with Pair.of(folder, pool_ranks=3, **settings) as pair, torch.no_grad():
         steps = Steps(pair, *padded_batch([200, 131, 200]))

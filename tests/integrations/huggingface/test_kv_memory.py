@@ -75,7 +75,7 @@ def test_memory_that_ends_in_a_forward_is_a_refusal(folder: Path, kind: str, blo
 
 
 def test_a_refusal_holds_nothing_of_the_forward(pair: Pair) -> None:
-    """Whoever catches it needs the memory for what does fit."""
+    """Code that catches it needs the memory for what does fit."""
     kept: list[Any] = []
 
     def fail(_: Any, args: Any) -> None:

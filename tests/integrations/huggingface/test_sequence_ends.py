@@ -38,7 +38,7 @@ def test_a_sequence_that_ends_under_tensors_without_memory(model: Any, mode: Cal
 
 
 def test_a_graph_that_is_gone_gives_the_lease_back_at_once(model: Any) -> None:
-    """Nothing in it refers to itself: whoever waits for garbage to be collected holds ranks for long."""
+    """Nothing in it refers to itself: what waits for garbage to be collected holds ranks for long."""
     gc.collect()
     gc.disable()
     try:

@@ -59,7 +59,7 @@ def test_dropout_is_told_once(tmp_path: Path) -> None:
 
 
 def test_inference_is_not_told(llama: Path) -> None:
-    """Whoever asks for attention weights there knows."""
+    """A user who asks for attention weights there knows."""
     arguments = {"attn_implementation": "eager"}
     with pooled(llama, arguments) as model, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -45,7 +45,7 @@ def test_the_share_is_the_best_for_a_prompt_in_as_many_pieces(llama: Path, batch
     expected = choose_prefill(
         told, [Row(0, LENGTH, LENGTH, batch)], ranks=1, cores=Cores(1, 1, 7), max_blocks=most, alone=False
     )
-    assert 0 < expected.base_share < 0.5, f"{expected}: a share that a plan finds and nobody would by chance"
+    assert 0 < expected.base_share < 0.5, f"{expected}: a share that a plan finds, and chance does not"
     with planned(llama, told) as model:
         begin = model.fa_pool.begin
 
