@@ -3,7 +3,8 @@
     seconds a pair of prompts without ranks ── less ── those of prompts with ranks ── times this prompt's pairs
 
 So a prompt that waits in vain takes less than twice as long as without ranks, and one that gets ranks is no later than
-without. Before it has seen both ways a job does not wait. Knows prompts and seconds; not ranks.
+without. A job that has had ranks for each of its prompts does not know what they gain: it waits as long as one with
+ranks takes, which is less than twice as long, too, where ranks gain anything. Knows prompts and seconds; not ranks.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ class Patience:
 
     def seconds(self, forward: Forward) -> float:
         """For how long this one may wait."""
-        if forward.phase != "prefill" or len(self._per_pair) < 2:
+        pooled, local = self._per_pair.get(True), self._per_pair.get(False)
+        if forward.phase != "prefill" or pooled is None:
             return 0.0
-        return max(0.0, self._per_pair[False] - self._per_pair[True]) * _pairs(forward.geometry)
+        return max(0.0, pooled if local is None else local - pooled) * _pairs(forward.geometry)
 
 
 def _pairs(geometry: Geometry | None) -> int:

@@ -31,7 +31,7 @@ class Clock:
     """Of leases, at both ends: it goes on, and can be put forward."""
 
     def __init__(self) -> None:
-        self.ahead_s, self.perf_counter = 0.0, time.perf_counter
+        self.ahead_s, self.perf_counter, self.sleep = 0.0, time.perf_counter, time.sleep
 
     def monotonic(self) -> float:
         return time.monotonic() + self.ahead_s
@@ -166,20 +166,26 @@ def test_no_more_is_leased_than_the_plan_uses(folder: Path, tmp_path: Path) -> N
             assert len(job.ranks) == count, job.events()
 
 
+PAIRS = 3660
+"""Of two rows of 60 tokens."""
+
+
 @pytest.mark.parametrize("frees", [True, False])
-def test_a_refused_prompt_waits_as_long_as_ranks_gain(folder: Path, frees: bool) -> None:
+@pytest.mark.parametrize(
+    "known",
+    [{True: 1.0 / PAIRS, False: 1.5 / PAIRS}, {True: 0.5 / PAIRS}],
+    ids=["as long as ranks gain", "as long as one with ranks takes"],
+)
+def test_a_refused_prompt_waits(folder: Path, frees: bool, known: dict[bool, float]) -> None:
     ranks = Standing(2)
     with jobs(folder, ranks, {}, {}) as [first, second]:
-        patience = second.model.fa_pool.patience
-        second.prompt()
-        assert patience._per_pair.keys() == {True}, "it has seen no prompt without ranks"
-        second.model.fa_pool.leases.release("test")
         first.prompt()
         second.prompt()
-        assert (second.ranks, patience._per_pair.keys()) == ([], {True, False}), second.events()
         (told,) = [one for one in second.events() if one.startswith("busy")]
-        assert told.endswith("; waited 0.0 s, and got 0"), "it did not know yet what it would gain"
-        patience._per_pair = {True: 1.0 / 3660, False: 1.5 / 3660}  # two rows of 60 tokens
+        assert told.endswith("; waited 0.0 s, and got 0"), "it knows of no prompt with ranks"
+        patience = second.model.fa_pool.patience
+        assert patience._per_pair.keys() == {False}
+        patience._per_pair = dict(known)
         frees_s = 0.2
         if frees:
             threading.Timer(frees_s, lambda: first.leases.release("test")).start()
