@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 PHASES = ("prefill", "decode", "training", "backward")
 STATES = ("idle", "activating", "active", "draining", "closed")
-RANK_STATES = ("waiting", "starting", "free", "leased", "leaving", "ended", "failed")
+RANK_STATES = ("waiting", "starting", "free", "leased", "leaving", "ended", "failed", "other version")
 """Of a standing rank; waiting: it has no place yet, or does not answer."""
 
 

@@ -8,6 +8,7 @@ knows neither links nor leases.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -16,13 +17,16 @@ from typing import Any
 
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.ranks.standing import StandingRank
+from fapool_plugin.wire import PROTOCOL_VERSION
 
 NAMESPACE = "fapool"
 _ANSWER_S = 10.0
 """An actor that does not answer for so long is taken for gone."""
 _OTHERS_S = 0.5
 """Once a rank has answered, the others are waited for so long: those that have no place yet answer later or never."""
-_HIDDEN = {"settings", "wanted", "addresses", "machine", "labels"}
+_HIDDEN = {"protocol", "settings", "wanted", "addresses", "machine", "labels"}
+OTHER = "other version"
+"""State of a rank by another version of this package, of which no more is known than its protocol."""
 _CALLERS = 16
 """Calls of one rank's actor at the same time: none of them computes."""
 
@@ -51,29 +55,52 @@ def library() -> Any:
     return ray
 
 
+class NoCluster(FAPoolConfigError):
+    """There is none at an address."""
+
+
 def join(address: str | None) -> Any:
-    """Ray, with this process in the cluster at an address; None is the one that it is in, or the one on this machine.
+    """Ray, with this process in the cluster at an address; None is the one that it is in, that of Ray's RAY_ADDRESS, or
+    the one on this machine.
 
     Raises:
-        FAPoolConfigError: there is no cluster there.
+        NoCluster: there is none.
+        FAPoolConfigError: there is one, and it wants a token that this process has not.
     """
     ray = library()
     if not ray.is_initialized():
+        where = address or os.environ.get("RAY_ADDRESS") or "auto"
         try:
-            _check_reachable(address)
-            ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
-        except (OSError, ValueError, RuntimeError) as error:
+            _check_reachable(_led_to_by_auto(ray) if where == "auto" else where)
+            ray.init(address=where, log_to_driver=False, configure_logging=False)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            if _is_refused(error):
+                raise FAPoolConfigError(
+                    f"the Ray cluster at ray_address {where!r} did not take the token of this process: set "
+                    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where the cluster's token is not in ~/.ray/auth_token"
+                ) from None
             why = (str(error) or type(error).__name__).splitlines()[0][:160]
-            raise FAPoolConfigError(
-                f"no Ray cluster was found at ray_address {address or 'auto'!r} ({why}): start one with `fapool pool "
-                "up` or `ray start --head`, or give its address"
+            raise NoCluster(
+                f"no Ray cluster was found at ray_address {where!r} ({why}): start one with `fapool pool up` or `ray "
+                "start --head`, or give its address"
             ) from None
     return ray
 
 
-def _check_reachable(address: str | None) -> None:
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether it is the token: Ray says so in the text of a cause."""
+    return error is not None and ("AuthenticationError" in repr(error) or _is_refused(error.__cause__))
+
+
+def _led_to_by_auto(ray: Any) -> str:
+    """Where the last cluster of this machine was, even if it was killed. Raises OSError if there was none."""
+    find = getattr(ray._private.services, "get_ray_address_from_environment", None)  # none of Ray's public functions
+    return str(find("auto", None)) if find is not None else "auto"
+
+
+def _check_reachable(address: str) -> None:
     """Ray itself takes half a minute to find out. Raises OSError."""
-    host, _, port = (address or "").rpartition(":")
+    host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         socket.create_connection((host, int(port)), _ANSWER_S).close()
 
@@ -152,9 +179,11 @@ def told(ray: Any, actors: dict[int, Any], within_s: float = _ANSWER_S) -> dict[
     found = {}
     for reference in ready:
         try:
-            found[answers[reference]] = get(reference)
+            said = get(reference)
         except ray.exceptions.RayError:
             continue  # it died, or is being made anew
+        protocol = said.get("protocol")
+        found[answers[reference]] = said if protocol == PROTOCOL_VERSION else {"state": OTHER, "protocol": protocol}
     return dict(sorted(found.items()))
 
 

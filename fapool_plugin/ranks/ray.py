@@ -23,9 +23,10 @@ import torch
 from fapool_plugin.base.lease import RanksStarting
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.devices.gpu import CPU
-from fapool_plugin.ranks.directory import asked, figures, join, place, pools, standing, told
+from fapool_plugin.ranks.directory import OTHER, asked, figures, join, place, pools, standing, told
 from fapool_plugin.ranks.launch import job_token, link_key
 from fapool_plugin.ranks.linked import linked
+from fapool_plugin.wire import PROTOCOL_VERSION
 from fapool_plugin.wire.link import Link, first_line
 from fapool_plugin.wire.loop import Loop
 from fapool_plugin.wire.messages import LinkLost
@@ -138,6 +139,9 @@ class RayPool:
                 self.discard(number, rank.link.lost or "it left the pool")
         problems = [f"pool rank {number} does not answer" for number in actors if number not in said]
         for number, one in said.items():
+            if one["state"] == OTHER:
+                versions = f"{one['protocol']}, this job {PROTOCOL_VERSION}"
+                problems.append(f"pool rank {number} speaks protocol {versions}: install one version on both")
             # One that leaves says so itself, to the job that has its lease.
             if one["state"] in ("free", "leased") and number not in self._ranks and not self._closed:
                 announce(f"linking to pool rank {number}")
@@ -155,7 +159,7 @@ class RayPool:
             node, labels = place(self._ray)
         except self._ray.exceptions.RayError as error:
             raise RuntimeError(f"the Ray cluster does not answer: {first_line(error)}") from error
-        self._far |= {number: _distance(one, node, labels) for number, one in said.items()}
+        self._far |= {number: _distance(one, node, labels) for number, one in said.items() if one["state"] != OTHER}
         self._said, self._asked = figures(actors, said), time.monotonic()
         return actors, said
 

@@ -21,6 +21,7 @@ from fapool_plugin.config import MIB, FAPoolConfig
 from fapool_plugin.pool import report
 from fapool_plugin.pool.process import end, start
 from fapool_plugin.ranks.own_folder import OwnFolder
+from fapool_plugin.wire import PROTOCOL_VERSION
 from fapool_plugin.wire.sockets import address_towards, listen, machine
 
 _LOOK_S = 0.1
@@ -65,6 +66,7 @@ class StandingRank:
         with self._lock:
             told = report.read(self._report) if self._process is not None else report.Told()
             return {
+                "protocol": PROTOCOL_VERSION,
                 "machine": machine(),
                 "host": socket.gethostname(),
                 "pid": self._process.pid if self._process is not None else 0,

@@ -198,10 +198,8 @@ def _pools() -> Check:
         finally:
             if not was_in:
                 ray.shutdown()
-    except FAPoolConfigError:
-        return Check(
-            "standing pools", "", False, "no Ray cluster is here, or at RAY_ADDRESS: fapool pool up starts one"
-        )
+    except FAPoolConfigError as error:
+        return Check("standing pools", "", False, str(error))
     except Exception as error:  # whatever Ray raises, it is the answer
         return Check(
             "standing pools", "", False, f"the Ray cluster does not answer: {str(error).splitlines()[0][:160]}"

@@ -138,9 +138,12 @@ def scale(
         if ranks < len(there):
             _end(ray, name, dict(list(there.items())[ranks:]), patience_s)
         elif ranks > len(there):
-            made_as = next(iter(standing.told(ray, there).values()), None)
+            answers = standing.told(ray, there).values()
+            made_as = next((one for one in answers if one["state"] != standing.OTHER), None)
             if made_as is None:
-                raise FAPoolConfigError(f"no rank of pool {name} answers: fapool pool down {name}, and up again")
+                raise FAPoolConfigError(
+                    f"no rank of pool {name} and of this version answers: fapool pool down {name}, and up again"
+                )
             settings, wanted = FAPoolConfig.load(made_as["settings"]), standing.Request(**made_as["wanted"])
             free = (number for number in range(ranks) if number not in there)
             standing.add(ray, name, free, settings, wanted)
@@ -170,13 +173,13 @@ def _cluster(address: str | None, cpus: int) -> tuple[Any, bool]:
     """(Ray, whether the cluster was started here and ends with this process). Such a one has room for ``cpus``."""
     try:
         return standing.join(address), False
-    except FAPoolConfigError:
-        ray = standing.library()
-        if address is not None:
+    except standing.NoCluster:
+        if address or os.environ.get("RAY_ADDRESS"):
             raise
+        ray = standing.library()
     typer.echo("no Ray cluster runs on this machine; starting one ...", err=True)
     cores = max(len(os.sched_getaffinity(0)), cpus)
-    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, configure_logging=False)
     return ray, True
 
 

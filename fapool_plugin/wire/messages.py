@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fapool_plugin.wire import PROTOCOL_VERSION
 from fapool_plugin.wire.descriptor import Descriptor
 
-PROTOCOL_VERSION = 13
 TILE_FIELDS, PART_FIELDS = 11, 4
 HEADER_BYTES = 256
 """Whatever the version: up to 32 fields, so that either end can read what the other one says of its version."""

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fapool_plugin.wire.messages import PROTOCOL_VERSION
+from fapool_plugin.wire import PROTOCOL_VERSION
 
 _MAGIC = b"fapool link"
 _PUBLIC, _NONCE, _MAC = 32, 32, 32

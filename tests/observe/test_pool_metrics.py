@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fapool_plugin.observe.prometheus import HOST, RANK_STATES, of_standing_ranks, serve
+from fapool_plugin.ranks.directory import OTHER
 from fapool_plugin.ranks.standing import StandingRank
 
 pytestmark = pytest.mark.timeout(60)
@@ -50,4 +51,4 @@ def test_every_metric_is_explained() -> None:
 
 def test_every_state_of_a_rank_is_counted() -> None:
     states = set(re.findall(r'"(\w+)"', inspect.getsource(StandingRank._state)))
-    assert states | {"waiting"} == set(RANK_STATES)
+    assert states | {"waiting", OTHER} == set(RANK_STATES)

@@ -17,8 +17,9 @@ import torch
 
 from fapool_plugin.pool.exchange import Inbox
 from fapool_plugin.pool.worker import Worker
+from fapool_plugin.wire import PROTOCOL_VERSION
 from fapool_plugin.wire.link import Link
-from fapool_plugin.wire.messages import PROTOCOL_VERSION, Header, LinkLost, Message, Op, Status, dtype_code, float_bits
+from fapool_plugin.wire.messages import Header, LinkLost, Message, Op, Status, dtype_code, float_bits
 from fapool_plugin.wire.sockets import pair
 from tests.thread_pool import two_loops
 

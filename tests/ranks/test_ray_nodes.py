@@ -26,6 +26,7 @@ from fapool_plugin.ranks import directory
 from fapool_plugin.tools import doctor
 from fapool_plugin.tools import standing as pool_tool
 from fapool_plugin.tools.cli import app
+from fapool_plugin.wire import PROTOCOL_VERSION
 from tests.conftest import child_processes
 from tests.launches import free_port, until
 from tests.models import assert_same_tokens, eager, greedily, random_ids, save_model
@@ -164,6 +165,26 @@ def test_ranks_without_a_place_come_with_a_node(
             del kept
             assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
             assert model.fa_pool.stats()["faults"] == 0, model.fa_pool.stats()["events"]
+
+
+def test_ranks_of_another_version_are_named_and_left_alone(
+    folder: Path, pool: str, ids: Tensor, plain: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may say of themselves what this version does not know."""
+    grow(ray, pool, range(1))
+    monkeypatch.setattr(directory, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    sentence = rf"no rank of pool '{pool}' can be had \(pool rank 0 speaks protocol {PROTOCOL_VERSION}, this job"
+    with job(folder, pool) as model, pytest.warns(RuntimeWarning, match=sentence):
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+    assert [one["state"] for one in json.loads(fapool("status", pool, "--json").stdout)["ranks"]] == [directory.OTHER]
+    assert directory.OTHER in fapool("status", pool).stdout
+    ran = fapool("scale", pool, 2)
+    assert (ran.exit_code, ran.stderr.count("\n")) == (2, 1), ran.stderr
+    assert "no rank of pool" in ran.stderr
+    monkeypatch.undo()
+    with job(folder, pool) as model:
+        assert_same_tokens(model.generate(ids, **greedily(NEW)), plain)
+        assert model.fa_pool.stats()["prefill"]["pooled_calls"], model.fa_pool.stats()["events"]
 
 
 def test_near_ranks_are_first(cluster: Any, folder: Path, pool: str, ids: Tensor, plain: Tensor) -> None:
