@@ -1,6 +1,6 @@
 """Real launches of small scripts: what they print and write, and that every process of theirs ends.
 
-Knows launchers' command lines and processes; what a script computes is the tests' matter.
+Knows launchers' command lines and processes, not what a script computes.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ def torchrun(ranks: int) -> list[str]:
     """The beginning of a command line of torchrun."""
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), *address]
+
+
+def accelerate(*options: str) -> list[str]:
+    """The beginning of a command line of Accelerate's launcher."""
+    port = ["--main_process_port", str(free_port())]
+    return [str(BIN / "accelerate"), "launch", *port, "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", *options]  # fmt: skip
 
 
 def by_runner(script: str) -> list[str]:

@@ -25,35 +25,38 @@ pytest.importorskip("deepspeed")
 LENGTHS = (30, 300, 40, 350)
 NEW = 4
 LAYERS = 2
+EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "max_position_embeddings": 1024}
+"""A model that AutoTP can divide by two."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny models: with 3 KV heads, which no even number divides, and with 4, as AutoTP needs them."""
-    place, positions = tmp_path_factory.mktemp("models"), {"max_position_embeddings": 1024}
-    even = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+    place = tmp_path_factory.mktemp("models")
     return {
-        "odd": save_model("llama", place / "odd", **positions),
-        "even": save_model("llama", place / "even", **positions, **even),
+        "odd": save_model("llama", place / "odd", max_position_embeddings=1024),
+        "even": save_model("llama", place / "even", **EVEN),
     }
+
+
+def answers(folder: Path) -> list[list[int]]:
+    """Greedy tokens of one process without the plugin, for every length."""
+    found = []
+    with one_thread():
+        model = eager(folder)
+        for length in LENGTHS:
+            ids = torch.randint(3, 99, (1, length), generator=torch.Generator().manual_seed(length))
+            out = model.generate(
+                ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            assert_clear_choices(out.logits)
+            found.append(out.sequences[0, length:].tolist())
+    return found
 
 
 @pytest.fixture(scope="module")
 def expected(folders: dict[str, Path]) -> dict[str, list[list[int]]]:
-    """Greedy tokens of one process without the plugin, for every length."""
-    answers: dict[str, list[list[int]]] = {}
-    with one_thread():
-        for name, folder in folders.items():
-            model = eager(folder)
-            answers[name] = []
-            for length in LENGTHS:
-                ids = torch.randint(3, 99, (1, length), generator=torch.Generator().manual_seed(length))
-                out = model.generate(
-                    ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
-                )
-                assert_clear_choices(out.logits)
-                answers[name].append(out.sequences[0, length:].tolist())
-    return answers
+    return {name: answers(folder) for name, folder in folders.items()}
 
 
 def arguments(config: str, folder: Path, out: Path, *more: str) -> list[str]:

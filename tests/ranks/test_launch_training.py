@@ -15,6 +15,7 @@ from tests.launches import (
     SCRIPTS,
     Launched,
     Setting,
+    accelerate,
     by_runner,
     deepspeed,
     free_port,
@@ -170,12 +171,6 @@ def by_nodes(
         world, number = ended[0].base(rank)["world"], str(rank)
         assert world == {"RANK": number, "WORLD_SIZE": "2", "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
         everything_was_pooled(ended[0].base(rank)["stats"], 3)
-
-
-def accelerate(*options: str) -> list[str]:
-    port = ["--main_process_port", str(free_port())]
-    return [str(BIN / "accelerate"), "launch", *port, "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", *options]  # fmt: skip
 
 
 @pytest.mark.full

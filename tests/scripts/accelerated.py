@@ -45,12 +45,13 @@ for batch in loader:
 model.eval()
 with torch.no_grad():
     evaluated = float(model(**batch).loss)
+pooled = getattr(accelerator.unwrap_model(model), "fa_pool", None)
 told = {
     "losses": losses,
     "evaluated": evaluated,
     "processes": accelerator.num_processes,
     "world": {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")},
-    "stats": accelerator.unwrap_model(model).fa_pool.stats(),
+    "stats": pooled.stats() if pooled is not None else None,
 }
 (arguments.out / f"base{accelerator.process_index}.json").write_text(json.dumps(told))
 accelerator.end_training()
