@@ -1,6 +1,6 @@
 """`fapool bench` called by tests, and its reports read back.
 
-Knows what every report must hold; what a benchmark measures is the tests' matter.
+Knows what every report must hold, not what a benchmark measures.
 """
 
 from __future__ import annotations

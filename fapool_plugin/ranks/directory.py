@@ -71,6 +71,8 @@ def join(address: str | None) -> Any:
     if not ray.is_initialized():
         where = address or os.environ.get("RAY_ADDRESS") or "auto"
         try:
+            if where == "local":
+                raise ValueError("Ray would start another one")
             _check_reachable(_led_to_by_auto(ray) if where == "auto" else where)
             ray.init(address=where, log_to_driver=False, configure_logging=False)
         except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
@@ -79,7 +81,7 @@ def join(address: str | None) -> Any:
                     f"the Ray cluster at ray_address {where!r} did not take the token of this process: set "
                     "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where the cluster's token is not in ~/.ray/auth_token"
                 ) from None
-            why = (str(error) or type(error).__name__).splitlines()[0][:160]
+            why = " ".join((str(error) or type(error).__name__).split())[:300]
             raise NoCluster(
                 f"no Ray cluster was found at ray_address {where!r} ({why}): start one with `fapool pool up` or `ray "
                 "start --head`, or give its address"

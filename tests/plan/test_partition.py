@@ -145,7 +145,7 @@ def test_lanes_of_a_large_batch_are_not_cut(speeds):
     off = [sum(t.lanes for t in share) - 200 * x / sum(speeds) for share, x in zip(shares, speeds, strict=True)]
     assert max(map(abs, off)) <= 1, f"shares are off by {off} lanes"
     few = partition([row._replace(alike=100)], 1, speeds, axis="keys", block=1)
-    assert len({tile[6:] for share in few for tile in share}) > 1, "lanes are cut again where it matters"
+    assert len({tile[6:] for share in few for tile in share}) > 1, "lanes of a small batch are cut"
 
 
 @settings(deadline=None, max_examples=300)

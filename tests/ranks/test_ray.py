@@ -382,6 +382,8 @@ def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(FAPoolConfigError, match=r"no Ray cluster was found at ray_address '127.0.0.1:9'"):
         standing.join("127.0.0.1:9")
+    with pytest.raises(FAPoolConfigError, match="at ray_address 'local' .Ray would start another one"):
+        standing.join("local")
 
 
 def test_a_cluster_that_wants_another_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_rows_become_copies_of_others_in_their_box() -> None:
         assert store.length(1, 0, here) == length
         for got, want in zip(store.get(1, 0, here), (k, v), strict=True):
             assert torch.equal(got[0], want[source, heads[0] : heads[1], :length]), f"row {row}"
-    # A row that is not there is no source, and a sequence that is not there no matter.
+    # A row that is not there is no source; a sequence that is not there is passed over.
     store.select(1, 0, [0, 1, 2, 3, 99])
     assert torch.equal(store.get(1, 0, tile((4, 5), (0, 1), 20))[0][0], k[3, :1])
     store.select(7, 0, [0])
