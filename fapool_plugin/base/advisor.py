@@ -263,10 +263,12 @@ class Advisor:
 
     def learn(self, forward: Forward, measured_s: float) -> None:
         """Compares a planned forward with what it took; warns where pooling lost, and plans accordingly from now.
-        What a forward takes that loses a rank is not the plan's."""
-        if forward.choice is None or any(rank.lost for rank in forward.ranks):
+        What a forward takes that has fewer ranks than planned, in all or a part of it, is not the plan's."""
+        if forward.choice is None or forward.changed:
             return
         pooled = bool(forward.ranks)
+        if pooled and len(forward.ranks) < forward.choice.ranks:
+            return
         if not pooled and (lost := self._records.get((forward.phase, True))) is not None:
             # Only pooled forwards correct this factor: what disturbed one of them must not rule for ever.
             lost.factor **= _FORGOTTEN

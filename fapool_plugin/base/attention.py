@@ -79,6 +79,7 @@ class FAPoolAttention(nn.Module):
         if local is not None:
             decided.counters.phase(decided.phase).local_calls += 1
             return local()
+        self.manager.grow(decided)
         call = _Call(self, decided, q_BHSD, k_BKTD, v_BKTE, resident, softmax_scale, softcap, owned)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHSD, k_BKTD, v_BKTE)):
             return with_gradients(call, sinks_H)

@@ -1,7 +1,7 @@
 """What was decided for one forward, and the plans that follow from it, layer by layer and block by block.
 
-Decided once, before any mask is built; a rank lost on the way changes shares only. Who decides, and who computes, is
-not known here.
+Decided once, before any mask is built; ranks that are lost or join on the way change shares only. Who decides, and who
+computes, is not known here.
 """
 
 from __future__ import annotations
@@ -105,6 +105,8 @@ class Forward:
     geometry: Geometry | None = None
     sequence: SequenceState | None = None
     ranks: tuple[PoolRank, ...] = ()
+    joined: list[PoolRank] = field(default_factory=list)
+    """Those that came after it had begun, the same list in all its blocks."""
     lasting: bool = True
     """False: no cache outlives this forward, so nothing stays resident."""
     choice: Choice | None = None
@@ -153,6 +155,19 @@ class Forward:
         """Whether nothing of its sequence has been computed yet."""
         past = self.geometry is not None and self.geometry.q_column
         return not past and self.sequence is not None and not self.sequence.again
+
+    @property
+    def changed(self) -> bool:
+        """Whether ranks were lost or joined on the way."""
+        return bool(self.joined) or any(rank.lost for rank in self.ranks)
+
+    @property
+    def room(self) -> int:
+        """How many ranks may join it: a prompt has as many as it was planned with."""
+        if self.phase != "prefill" or not self.ranks or self.owns_keys:
+            return 0
+        wanted = self.choice.ranks if self.choice is not None else self.config.pool_ranks
+        return wanted - sum(not rank.lost for rank in (*self.ranks, *self.joined))
 
     @property
     def may_be_alone(self) -> bool:
@@ -220,7 +235,7 @@ class Forward:
     def plan(self, kv_heads: int, bytes_per_position: int, layers: int) -> Plan:
         """The plan for layers with so many KV heads, over the ranks that are left. A share whose keys would not fit
         a pool rank's memory goes to the base."""
-        ranks = tuple(rank for rank in self.ranks if not rank.lost)
+        ranks = tuple(rank for rank in (*self.ranks, *self.joined) if not rank.lost)
         key = kv_heads, tuple(rank.key for rank in ranks)
         if key not in self._plans:
             self._plans[key] = self._plan(ranks, kv_heads, bytes_per_position * layers)

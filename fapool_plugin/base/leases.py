@@ -116,7 +116,7 @@ class Leases:
         self.lose_dead()
         if self.ranks or (sequence is not None and self._failed_for == sequence):
             if more:
-                self._take_more()
+                self.take_more()
             return
         self.state = "activating"
         self.counters.log("activating", why)
@@ -313,7 +313,7 @@ class Leases:
         """Whether more ranks are asked for now."""
         return self.is_shared and len(self.ranks) < self.most and time.monotonic() >= self._look_at
 
-    def _take_more(self) -> None:
+    def take_more(self) -> None:
         """Ranks that have come, or that other jobs have given back."""
         pool, had = self.pool, len(self.ranks)
         if pool is None or pool.look is None or not self._looks:

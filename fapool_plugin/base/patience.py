@@ -24,9 +24,9 @@ class Patience:
         """Seconds for each (query, key) pair of a head, with ranks and without."""
 
     def learn(self, forward: Forward, seconds: float) -> None:
-        """What a prompt took. One that lost a rank says nothing."""
+        """What a prompt took. One whose ranks changed says nothing."""
         pairs = _pairs(forward.geometry)
-        if forward.phase == "prefill" and pairs and not any(rank.lost for rank in forward.ranks):
+        if forward.phase == "prefill" and pairs and not forward.changed:
             pooled, now = bool(forward.ranks), seconds / pairs
             self._per_pair[pooled] = _WEIGHT * now + (1.0 - _WEIGHT) * self._per_pair.get(pooled, now)
 

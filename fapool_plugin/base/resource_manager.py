@@ -232,6 +232,14 @@ class ResourceManager:
         mode = _ALONE if alone and forward.phase == "decode" else _LOCAL if alone else _POOLED
         return mode, self.advisor.blocks(forward, one_block, choice) if mode == _POOLED else 1, choice
 
+    def grow(self, forward: Forward) -> None:
+        """Between two layers of a prompt: ranks that other jobs have given back since it began take part from here on.
+        Base ranks that share a model agree between two forwards only."""
+        if self.leases.is_shared and self._agree is unasked and (room := forward.room) > 0:
+            self.leases.take_more()
+            known = {*map(id, forward.ranks), *map(id, forward.joined)}
+            forward.joined += [rank for rank in self.ranks if id(rank) not in known][:room]
+
     def _profile(self, profiler: Profiler, length: int, sequence: SequenceState | None) -> None:
         """Takes the profile there is, or measures a quick one with the first leased rank."""
         self._measuring, began = True, time.perf_counter()

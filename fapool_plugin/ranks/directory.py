@@ -8,7 +8,6 @@ knows neither links nor leases.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -60,8 +59,7 @@ class NoCluster(FAPoolConfigError):
 
 
 def join(address: str | None) -> Any:
-    """Ray, with this process in the cluster at an address; None is the one that it is in, that of Ray's RAY_ADDRESS, or
-    the one on this machine.
+    """Ray, with this process in the cluster at an address; None is the one that it is in, or that Ray finds.
 
     Raises:
         NoCluster: there is none.
@@ -69,12 +67,13 @@ def join(address: str | None) -> Any:
     """
     ray = library()
     if not ray.is_initialized():
-        where = address or os.environ.get("RAY_ADDRESS") or "auto"
+        where = address or "auto"
         try:
+            where = _led_to_by_auto(ray) if where == "auto" else where
             if where == "local":
                 raise ValueError("Ray would start another one")
-            _check_reachable(_led_to_by_auto(ray) if where == "auto" else where)
-            ray.init(address=where, log_to_driver=False, configure_logging=False)
+            _check_reachable(where)
+            ray.init(address=address or "auto", log_to_driver=False, configure_logging=False)
         except (OSError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             if _is_refused(error):
                 raise FAPoolConfigError(
@@ -95,7 +94,8 @@ def _is_refused(error: BaseException | None) -> bool:
 
 
 def _led_to_by_auto(ray: Any) -> str:
-    """Where the last cluster of this machine was, even if it was killed. Raises OSError if there was none."""
+    """The address that Ray's RAY_ADDRESS says, or that of the last cluster of this machine, even if it was killed.
+    Raises OSError if there was none."""
     find = getattr(ray._private.services, "get_ray_address_from_environment", None)  # none of Ray's public functions
     return str(find("auto", None)) if find is not None else "auto"
 

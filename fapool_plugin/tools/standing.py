@@ -174,7 +174,7 @@ def _cluster(address: str | None, cpus: int) -> tuple[Any, bool]:
     try:
         return standing.join(address), False
     except standing.NoCluster:
-        if address or os.environ.get("RAY_ADDRESS"):
+        if address is not None:
             raise
         ray = standing.library()
     typer.echo("no Ray cluster runs on this machine; starting one ...", err=True)

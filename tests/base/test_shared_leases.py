@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fapool_plugin.base import leases
 from fapool_plugin.plan.profile import Fit
 from fapool_plugin.pool import lease as ranks_lease
+from fapool_plugin.wire.link import Link
 from tests.base.test_advisor import FREE, profile_of
 from tests.models import eager, one_thread, save_model
-from tests.standing_pool import TIMEOUT_S, Standing, jobs
+from tests.standing_pool import TIMEOUT_S, JobsPool, Standing, jobs
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("quick", "silence")]
+LAYERS = 2
 HOMES = pytest.mark.parametrize("home", ["base", "pool"])
 
 
@@ -132,6 +136,49 @@ def test_a_refused_job_asks_again(folder: Path, home: str) -> None:
         second.prompt()
         first.steps()
         assert (first.ranks, second.ranks) == ([0], []), "turn by turn"
+
+
+def coming(monkeypatch: pytest.MonkeyPatch, ranks: Standing, calls: int) -> None:
+    """A rank comes when ranks are asked for at a forward's beginning, and so many times after that."""
+    look, looks = JobsPool.look, itertools.count()
+
+    def looked(self: JobsPool, leased: Collection[int]) -> dict[int, Link]:
+        if next(looks) == calls:
+            ranks.grow()
+        return look(self, leased)
+
+    monkeypatch.setattr(JobsPool, "look", looked)
+
+
+@pytest.mark.parametrize(("blocks", "after"), [(1, 2), (3, 2), (3, 5)])
+def test_ranks_join_in_the_middle_of_a_prompt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, after: int
+) -> None:
+    """Calls from there on have it; layers before it send their keys at the first step."""
+    ranks = Standing(1)
+    coming(monkeypatch, ranks, after)
+    with jobs(folder, ranks, {"blocks": blocks}) as [job]:
+        job.prompt(240)
+        stats = job.model.fa_pool.stats()
+        assert (job.ranks, job.kinds("joined")) == ([0, 1], ["joined"]), job.events()
+        calls = {rank["rank"]: rank["calls"] for rank in stats["ranks"]}
+        assert calls == {0: LAYERS * blocks, 1: LAYERS * blocks + 1 - after}, calls
+        assert stats["prefill"]["overlapped_forwards"] == (blocks > 1), stats["not_overlapped_reasons"]
+        job.steps(2)
+        assert job.model.fa_pool.stats()["local_reasons"] == {}, job.model.fa_pool.stats()
+
+
+def test_keys_that_have_owners_get_no_others_in_the_middle_of_a_prompt(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Standing(1)
+    coming(monkeypatch, ranks, 1)
+    with jobs(folder, ranks, {"kv_home": "pool"}) as [job]:
+        job.prompt()
+        assert job.ranks == [0], job.events()
+        job.leases.make_pool().acquire(print, torch.device("cpu"))
+        job.prompt()
+        assert job.ranks == [0, 1], job.events()
 
 
 def test_a_strict_job_is_refused_a_prompt_and_nothing_else(folder: Path) -> None:
