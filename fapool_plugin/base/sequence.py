@@ -23,6 +23,9 @@ from fapool_plugin.plan.line import Row, round_up
 class GrowingKV:
     """K and V of one layer, in storage that grows by blocks, so that a step appends without copying the past.
 
+    What a graph may have saved for backward is written to no more: with gradients new positions are concatenated, as
+    by a cache that does nothing else, and storage begins anew with the next append without.
+
     Args:
         block: positions by which storage grows.
         capacity: positions to allocate at once, when known; 0 if not.
@@ -32,10 +35,13 @@ class GrowingKV:
         self.block, self.capacity, self.length = block, capacity, 0
         self._k: Tensor | None = None
         self._v: Tensor | None = None
+        self._saved = False
+        """Whether a graph may have saved what is stored."""
 
-    def append(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k_BKSD: Tensor, v_BKSE: Tensor, *, saved: bool = False) -> tuple[Tensor, Tensor]:
         """Stores new positions; returns views of all keys (B, K, T, D) and values (B, K, T, E), in the wider dtype of
-        old and new ones, as concatenation has it. Raises ValueError for other rows, heads or dims."""
+        old and new ones, as concatenation has it. ``saved``: a graph saves what is returned, even if neither old nor
+        new ones require gradients. Raises ValueError for other rows, heads or dims."""
         for old, new in self._pairs(k_BKSD, v_BKSE):
             if old is not None and any(old.shape[dim] != new.shape[dim] for dim in (0, 1, 3)):
                 raise ValueError(
@@ -46,11 +52,20 @@ class GrowingKV:
         wider = any(
             x is not None and torch.promote_types(x.dtype, y.dtype) != x.dtype for x, y in self._pairs(k_BKSD, v_BKSE)
         )
-        if self._k is None or self._v is None or wider or stop > self._k.shape[2]:
+        saved = saved or any(x is not None and x.requires_grad for pair in self._pairs(k_BKSD, v_BKSE) for x in pair)
+        if saved and torch.is_grad_enabled():
+            self._k, self._v = (
+                torch.cat([x[:, :, : self.length], y], dim=2) if x is not None else y.clone()
+                for x, y in self._pairs(k_BKSD, v_BKSE)
+            )
+            self.length, self._saved = stop, True
+            return self.views()
+        if self._k is None or self._v is None or wider or self._saved or stop > self._k.shape[2]:
             size = self.capacity if self.capacity >= stop else round_up(stop, self.block)
             # Tensors made in inference mode count no writes, and can be written in no other.
             with torch.inference_mode(False), torch.no_grad():
                 self._k, self._v = (self._grown(x, y, size) for x, y in self._pairs(k_BKSD, v_BKSE))
+            self._saved = False
         self._k[:, :, self.length : stop] = k_BKSD
         self._v[:, :, self.length : stop] = v_BKSE
         self.length = stop
@@ -63,7 +78,9 @@ class GrowingKV:
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
 
     def crop(self, length: int) -> None:
-        """Forgets every position from ``length`` on."""
+        """Forgets every position from ``length`` on; what is cut without gradients has none, as a slice of it."""
+        if self._k is not None and self._v is not None and length < self.length and not torch.is_grad_enabled():
+            self._k, self._v = self._k.detach(), self._v.detach()
         self.length = min(self.length, length)
 
     def select_rows(self, rows: Tensor) -> None:
@@ -71,13 +88,13 @@ class GrowingKV:
         if self._k is None or self._v is None:
             return
         k, v = self.views()
-        if rows.numel() == k.shape[0]:
+        if rows.numel() == k.shape[0] and not self._saved:
             k.copy_(k.index_select(0, rows))
             v.copy_(v.index_select(0, rows))
         else:
-            self.length = 0
+            saved, self.length, self._saved = self._saved, 0, False
             self._k = self._v = None
-            self.append(k.index_select(0, rows), v.index_select(0, rows))
+            self.append(k.index_select(0, rows), v.index_select(0, rows), saved=saved)
 
     def _pairs(self, k_BKSD: Tensor, v_BKSE: Tensor) -> tuple[tuple[Tensor | None, Tensor], ...]:
         return (self._k, k_BKSD), (self._v, v_BKSE)
@@ -132,6 +149,8 @@ class SequenceState:
     put in their place by hand."""
     under_way: bool = False
     """Whether keys are read and written by a forward, or by the cache as a whole: not by hand."""
+    recorded: bool = False
+    """Whether the forward under way, or the last one, may record gradients."""
 
     def __reduce__(self) -> tuple[type[SequenceState], tuple[int, int, int], dict[str, Any]]:
         """Copies and pickles go their own way: under another id, resident nowhere."""

@@ -73,6 +73,29 @@ def test_rows_are_selected_with_all_they_hold() -> None:
         assert torch.equal(grown.views()[1], v)
 
 
+def test_what_a_graph_saved_is_not_written_to() -> None:
+    """With gradients it is as concatenation, and without them storage begins anew, cut to less before or not."""
+    grown = GrowingKV(block=16)
+    grown.append(*kv(3))
+    new = tuple(x.requires_grad_() for x in kv(2))
+    saved, _ = grown.append(*new)
+    grown.append(*kv(2))
+    grown.crop(6)
+    grown.select_rows(torch.tensor([1, 0]))
+    with torch.no_grad():
+        for _ in range(2):
+            last, _ = grown.append(*kv(1))
+    assert not last.requires_grad
+    assert last.untyped_storage().nbytes() == 16 * last[:, :, 0].numel() * 4
+    (saved * saved).sum().backward()
+    assert new[0].grad is not None
+    assert torch.equal(new[0].grad, 2 * new[0])
+    assert new[1].grad is None
+    before, _ = grown.append(*kv(1))
+    after, _ = grown.append(*kv(1), saved=True)
+    assert after.data_ptr() != before.data_ptr()
+
+
 def lanes(row: int, row_stop: int | None = None, heads: int = 1, first: int = 0) -> Tile:
     """A tile of these rows and heads."""
     return Tile(row, row_stop or row + 1, first, first + heads, 0, 0, 0, 0)

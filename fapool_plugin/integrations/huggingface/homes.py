@@ -81,6 +81,7 @@ class Homes:
         cache.watch()
         cache.state.edited = cache.state.edited and bool(cache.get_seq_length())
         cache.state.owning, cache.state.under_way = scope.owning, True
+        cache.state.recorded = scope.decided.phase == "training"
 
     def watching(self, owner: Any, cache: PooledCache | None) -> AbstractContextManager[list[str]]:
         """Within it a forward of a cache is made; what it did that its inputs do not tell is in the list afterwards."""

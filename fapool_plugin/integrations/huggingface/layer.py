@@ -93,7 +93,7 @@ class PooledLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         elif self._keys is not None:
             self._take_over_edited()
-        self._keys, self._values = self._kv.append(key_states, value_states)
+        self._keys, self._values = self._kv.append(key_states, value_states, saved=self.state.recorded)
         self._sealed = self._seal()
         return self._keys, self._values
 

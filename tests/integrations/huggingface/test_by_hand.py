@@ -223,3 +223,60 @@ def test_a_wave_is_for_models_that_may_be_cut(tmp_path: Path) -> None:
             ]
             assert_close(*answers, what=name)
             assert pair.model.fa_pool.stats()["prefill"]["pooled_calls"] == 2
+
+
+def all_of_it(model: Any) -> None:
+    """All weights are trained."""
+
+
+def queries_alone(model: Any) -> None:
+    """Keys require no gradients, and are saved for those of queries."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("q_proj" in name)
+
+
+def nothing(cache: Any) -> None:
+    """Between two turns."""
+
+
+def read_in_between(cache: Any) -> None:
+    assert cache.layers[1].keys.requires_grad == cache.layers[1].values.requires_grad
+
+
+def cut_without_gradients(cache: Any) -> None:
+    with torch.no_grad():
+        cache.crop(-1)
+
+
+def rows_exchanged(cache: Any) -> None:
+    cache.reorder_cache(torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("trained", [all_of_it, queries_alone])
+@pytest.mark.parametrize("between", [nothing, read_in_between, cut_without_gradients, rows_exchanged])
+@pytest.mark.parametrize(("prefix", "block"), [(8, 4), (60, 64)])
+def test_turns_with_gradients_on_a_prefix(
+    folder: Path, home: str, trained: Callable[[Any], None], between: Callable[[Any], None], prefix: int, block: int
+) -> None:
+    """A prefix without gradients, two turns with, a step without, one backward: storage grows, and does not."""
+    with in_threads(folder, pool_ranks=2, kv_block=block, **HOMES[home]) as pair:
+        gradients: list[list[Tensor]] = []
+        answers: list[Tensor] = []
+        for model in (pair.model, plain(folder)):
+            trained(model)
+            with torch.no_grad():
+                cache = model(random_ids(2, prefix), use_cache=True).past_key_values
+            loss = model(ids := random_ids(2, 3, 1), past_key_values=cache, labels=ids).loss
+            between(cache)
+            loss = loss + model(ids := random_ids(2, 3, 2), past_key_values=cache, labels=ids).loss
+            between(cache)
+            with torch.no_grad():
+                answers.append(model(random_ids(2, 1), past_key_values=cache).logits)
+                answers.append(model(random_ids(2, 1, 3), past_key_values=cache).logits)
+            loss.backward()
+            gradients.append([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert_close(*(torch.cat(grads) for grads in gradients), what="gradients")
+        assert_close(answers[0], answers[2], what="a step without gradients")
+        assert_close(answers[1], answers[3], what="one more")
+        assert pair.model.fa_pool.stats()["faults"] == 0
