@@ -131,6 +131,8 @@ class SequenceState:
     kept: KeptCalls = field(default_factory=KeptCalls)
     dtypes: dict[int, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
     """Of keys and values as they are sent, by layer."""
+    made_by: dict[int, Any] = field(default_factory=dict)
+    """Of keys that are not stored but made of what is, what made them, by layer."""
     full: set[int] = field(default_factory=set)
     """Ranks that assumed nothing and still could not store what they were sent."""
     id: int = field(default_factory=lambda: secrets.randbits(62))
@@ -173,6 +175,12 @@ class SequenceState:
         it is resident."""
         if self.dtypes.setdefault(layer, (k, v)) != (k, v):
             self.dtypes[layer] = k, v
+            self.residency.crop(layer, np.zeros(0, dtype=np.int64))
+
+    def make_by(self, layer: int, what: Any) -> None:
+        """Says what makes a layer's keys of what is stored. If that changed nothing of it is resident."""
+        if self.made_by.setdefault(layer, what) != what:
+            self.made_by[layer] = what
             self.residency.crop(layer, np.zeros(0, dtype=np.int64))
 
     def crop(self, layer: int, columns: int) -> None:

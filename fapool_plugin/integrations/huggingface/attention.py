@@ -30,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fapool_plugin.base.forward import CannotPool, Forward, StaysHome
 from fapool_plugin.base.resource_manager import ResourceManager
+from fapool_plugin.base.unrecorded import made_by
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.layer import PooledLayer, owned_dtype
@@ -198,7 +199,7 @@ def _attention(
         return core(query, key, value, decided=scope.decided, local=local)
     scaling, device, lengths = kwargs.get("scaling"), query.device.type, scope.documents
     owned = scope.owning and _is_taken(scope.cache, module, key, value)
-    resident = not scope.owning and _is_resident(scope.cache, module, key, value)
+    resident = not scope.owning and _is_resident(scope, module, key, value)
     if lengths:
         query, key, value = (_unpacked(x, lengths) for x in (query, key, value))
     wanted = query.dtype
@@ -306,17 +307,37 @@ def strings_in(code: CodeType | None) -> frozenset[str]:
     return frozenset(found).union(*(strings_in(item) for item in constants if isinstance(item, CodeType)))
 
 
-def _is_resident(cache: Cache | None, module: nn.Module, key: Tensor, value: Tensor) -> bool:
-    """Whether these are what our cache layer stores, or a pure function of it, position by position."""
-    layer = _layer_of(cache, module)
+def _is_resident(scope: Scope, module: nn.Module, key: Tensor, value: Tensor) -> bool:
+    """Whether these are what our cache layer stores, or a known function of it, position by position."""
+    layer = _layer_of(scope.cache, module)
     if layer is None or not layer.is_initialized:
         return False
-    # Multi-head latent attention caches latents and expands them anew in every call.
-    expands = hasattr(module, "expand_kv")
-    return expands or all(
+    if hasattr(module, "expand_kv"):
+        # Multi-head latent attention caches latents and expands them anew in every call.
+        geometry, expanded_by = scope.decided.geometry, _expanded_by(module)
+        layer.state.make_by(layer.index, expanded_by)
+        if expanded_by is None:
+            reason = (
+                f"{type(module).__name__} expands keys by what may change unseen (hooks, training): ranks keep none"
+            )
+            scope.decided.note(reason, geometry is not None and geometry.q_column > 0)
+        return expanded_by is not None
+    return all(
         given.data_ptr() == stored.data_ptr() and given.shape == stored.shape
         for given, stored in zip((key, value), layer.stored, strict=True)
     )
+
+
+def _expanded_by(module: nn.Module) -> Any:
+    """What is another value once a layer expands its latents otherwise; None: that is not known."""
+    if "expand_kv" in vars(module):
+        return None
+    kind: Any = type(module)
+    function = kind.expand_kv
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    named = [module._modules[name] for name in getattr(code, "co_names", ()) if name in module._modules]
+    found = made_by([inside for inside in named if inside is not None] or [module])
+    return None if found is None else (function, found)
 
 
 def _layer_of(cache: Cache | None, module: nn.Module) -> PooledLayer | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, in_threads
@@ -280,3 +281,51 @@ def test_turns_with_gradients_on_a_prefix(
         assert_close(answers[0], answers[2], what="a step without gradients")
         assert_close(answers[1], answers[3], what="one more")
         assert pair.model.fa_pool.stats()["faults"] == 0
+
+
+def weights(layer: Any) -> None:
+    layer.kv_b_proj.weight.mul_(1.3)
+
+
+def data_of_weights(layer: Any) -> None:
+    layer.kv_b_proj.weight.data = layer.kv_b_proj.weight.data * 1.3
+
+
+def another_module(layer: Any) -> None:
+    old = layer.kv_b_proj
+    layer.kv_b_proj = nn.Linear(old.in_features, old.out_features, bias=False).eval()
+    layer.kv_b_proj.weight.copy_(1.3 * old.weight)
+
+
+def adapter(layer: Any) -> None:
+    """Switched off, and on again with the next change."""
+    layer.kv_b_proj.enable_adapters(layer.kv_b_proj.disable_adapters)
+
+
+def hook(layer: Any) -> None:
+    layer.kv_b_proj.register_forward_hook(lambda module, args, output: 1.3 * output)
+
+
+def expansion(layer: Any) -> None:
+    old = layer.expand_kv
+    layer.expand_kv = lambda kv, rot: tuple(1.3 * x for x in old(kv, rot))
+
+
+@pytest.mark.parametrize("change", [weights, data_of_weights, another_module, adapter, hook, expansion])
+def test_latents_are_expanded_otherwise(tmp_path: Path, change: Callable[[Any], None]) -> None:
+    """Keys that ranks hold are what latents were expanded to before."""
+    with in_threads(save_model("deepseek_v3", tmp_path), pool_ranks=2) as pair, torch.no_grad():
+        for model in (pair.model, pair.reference) if change is adapter else ():
+            torch.manual_seed(1)
+            lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["kv_b_proj"], init_lora_weights=False)
+            get_peft_model(model, lora).eval()
+        steps = Steps(pair, *padded_batch(LENGTHS))
+        steps(1, "before")
+        for layer in (1, 0, 1):
+            for model in (pair.model, pair.reference):
+                change(model.model.layers[layer].self_attn)
+            steps(1, f"{change.__name__} of layer {layer}")
+        with pair.forwards(decode=int(change not in (hook, expansion))):
+            steps(1, "as before")
+        reasons = [x for x in pair.model.fa_pool.stats()["local_reasons"] if "expands keys by" in x]
+        assert bool(reasons) == (change in (hook, expansion))
