@@ -364,6 +364,9 @@ def _refuse_partial(scope: Scope, module: nn.Module, key: Tensor, reason: str) -
     if _is_given_away(cache, module, key):
         raise StaysHome(index)
     windowed = index < len(cache.layers) and getattr(cache.layers[index], "is_sliding", False)
+    layer = _layer_of(cache, module)
+    if layer is not None and not layer.ownable and layer.get_seq_length() == key.shape[2]:
+        return  # all that there are: some were evicted by hand, or the layer was skipped
     if key.shape[2] != geometry.columns and not windowed:
         raise CannotPool(reason)
 

@@ -85,6 +85,14 @@ class PooledCache(DynamicCache):
             raise StaysHome(left[0])
         for layer in self.pooled_layers:
             layer.settle()
+        # What its inputs do not tell: no layer that has keys was left out.
+        self.state.edited = self.state.edited or any(layer.get_seq_length() for layer in self.uneven())
+
+    def uneven(self) -> list[PooledLayer]:
+        """Layers whose keys may have owners, and are not as many as the cache says: some were evicted by hand, or the
+        layer was skipped."""
+        columns = self.get_seq_length()
+        return [layer for layer in self.pooled_layers if layer.ownable and layer.get_seq_length() != columns]
 
     @property
     def may_take_turns(self) -> bool:
@@ -212,7 +220,7 @@ class PooledCache(DynamicCache):
         ``recurrent`` states, of which it needs copies, nothing where a layer has any."""
         if not recurrent and any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             return lambda: None
-        length = self.get_seq_length()
+        lengths = [(layer, layer.get_seq_length()) for layer in self.pooled_layers]
         # Other layers put new tensors in the place of old ones and change none: their attributes are their state.
         others = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, PooledLayer)]
         # But for states of linear attention, in dicts, of which a pooled layer may have some, too.
@@ -225,7 +233,7 @@ class PooledCache(DynamicCache):
         ]
 
         def rewind() -> None:
-            for layer in self.pooled_layers:
+            for layer, length in lengths:
                 layer.rewind(length)
             for layer, before in others:
                 vars(layer).update(before)

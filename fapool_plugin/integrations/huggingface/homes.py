@@ -61,16 +61,23 @@ class Homes:
         """Before a forward. Raises KeysLost."""
         owned, geometry = cache.state.owned, scope.decided.geometry
         moved = owned is not None and geometry is not None and owned.geometry.starts != geometry.starts
-        if owned is not None and (not scope.owning or moved or not cache.get_seq_length()):
+        uneven = cache.uneven() if scope.owning else []
+        for layer in uneven:
+            layer.ownable = False
+        all_home = owned is not None and (not scope.owning or moved or not cache.get_seq_length())
+        if all_home or (owned is not None and uneven):
             lost = ""
             try:
-                cache.come_home()
+                if all_home:
+                    cache.come_home()
+                for layer in uneven:
+                    layer.come_home()
             except KeysLost as error:
                 lost = str(error)
             if lost := agreed_loss(self.manager, lost):
                 cache.state.owned = owned
                 raise KeysLost(lost)
-            if scope.decided.ranks:
+            if all_home and scope.decided.ranks:
                 # Another sequence for them now, and the forward has begun as the old one, with which the lease ended.
                 self.manager.leases.sequences.add(cache.state.id)
         if cache.state.owned is not None:

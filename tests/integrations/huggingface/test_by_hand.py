@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, in_threads
+from tests.kv_home import LENGTHS, ON_THE_POOL, Steps, cut, in_threads
 from tests.models import assert_close, padded_batch, plain, random_ids, save_model
 
 pytestmark = [
@@ -329,3 +329,58 @@ def test_latents_are_expanded_otherwise(tmp_path: Path, change: Callable[[Any], 
             steps(1, "as before")
         reasons = [x for x in pair.model.fa_pool.stats()["local_reasons"] if "expands keys by" in x]
         assert bool(reasons) == (change in (hook, expansion))
+
+
+def keys_are_evicted(model: Any, cache: Any, layer: int) -> None:
+    one = cache.layers[layer]
+    keys, values = one.keys, one.values
+    one.keys, one.values = (torch.cat([x[:, :, :4], x[:, :, -20:]], 2) for x in (keys, values))
+
+
+def is_skipped_for_a_step(model: Any, cache: Any, layer: int) -> None:
+    one = model.model.layers[layer]
+    one.forward = lambda hidden, *args, **kwargs: hidden
+    model(random_ids(2, 1), past_key_values=cache)
+    del one.forward
+
+
+def interrupted(module: nn.Module, args: Any, output: Any) -> None:
+    raise KeyError("interrupted")
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("way", [keys_are_evicted, is_skipped_for_a_step])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_of_different_lengths(folder: Path, home: str, way: Callable[..., None], layer: int) -> None:
+    """One is computed with the keys that it has, at home, and costs no rank; the next cache's are on the pool again."""
+    with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
+        answers: list[list[Tensor]] = []
+        for model in (pair.model, plain(folder)):
+            cache = model(random_ids(2, 90), use_cache=True).past_key_values
+            way(model, cache, layer)
+            if model is pair.model:
+                hook = model.model.layers[1].mlp.register_forward_hook(interrupted)
+                with pytest.raises(KeyError, match="interrupted"):
+                    model(random_ids(2, 1), past_key_values=cache)
+                hook.remove()
+            positions = [torch.tensor([[91 + step]]) for step in range(3)]
+            answers.append(
+                [model(random_ids(2, 1, 3), past_key_values=cache, position_ids=at).logits for at in positions]
+            )
+        for step, (actual, expected) in enumerate(zip(*answers, strict=True)):
+            assert_close(actual, expected, what=f"step {step}")
+        stats = pair.model.fa_pool.stats()
+        assert stats["faults"] == 0
+        assert any("not what its forward was decided for" in reason for reason in stats["local_reasons"])
+        if home == "pool":
+            assert Steps(pair, *padded_batch(LENGTHS)).are_away()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_no_replay_brings_a_skipped_step_back(folder: Path, layer: int) -> None:
+    with in_threads(folder, pool_ranks=2, **HOMES["pool"]) as pair, torch.no_grad():
+        cache = pair.model(random_ids(2, 90), use_cache=True).past_key_values
+        is_skipped_for_a_step(pair.model, cache, layer)
+        cut(pair.model)
+        with pytest.raises(RuntimeError, match="no replay brings them back"):
+            pair.model(random_ids(2, 1), past_key_values=cache)
