@@ -263,7 +263,7 @@ class PooledLayer(DynamicLayer):
             self._sealed, self._shown = self._seal(), b""
         if edited:
             self.state.residency.forget()
-            self.state.edited = True
+            self.state.edited, self.state.copies = True, 1
 
     def _is_edited(self) -> bool:
         return self._seal() != self._sealed or self._shown not in (b"", self._bits())

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.kv_home import ON_THE_POOL, in_threads
 from tests.models import (
     Pair,
     assert_close,
+    greedily,
     load_pooled,
     pools,
     random_ids,
@@ -101,3 +103,38 @@ def test_autocast_is_pooled_in_its_dtype(pair: Pair) -> None:
             answers[-1].append(model(random_ids(1, 1, 2), past_key_values=output.past_key_values).logits)
     for mine, other in zip(*answers, strict=True):
         assert_close(mine.float(), other.float(), tolerance=4e-2)
+
+
+def assigned(layer: Any) -> None:
+    values = layer.values.clone()
+    values[1] *= 0.5
+    layer.values = values
+
+
+def written(layer: Any) -> None:
+    layer.values[1] *= 0.5
+
+
+@pytest.mark.parametrize("home", [{}, ON_THE_POOL])
+@pytest.mark.parametrize("change", [assigned, written])
+@pytest.mark.parametrize("step_between", [True, False])
+def test_a_beam_that_was_edited_shares_its_prompt_no_more(
+    pair: Pair, home: dict[str, Any], change: Callable[[Any], None], *, step_between: bool
+) -> None:
+    given = greedily(3, num_beams=2, return_dict_in_generate=True)
+    with in_threads(pair.folder, pool_ranks=2, **home) as both, torch.no_grad():
+        caches = [model.generate(random_ids(1, 60), **given).past_key_values for model in (both.model, both.reference)]
+
+        def step(what: str) -> None:
+            nets = zip((both.model, both.reference), caches, strict=True)
+            assert_close(*(net(random_ids(2, 1), past_key_values=cache).logits for net, cache in nets), what=what)
+
+        step("before")
+        for cache in caches:
+            change(cache.layers[1])
+        if step_between:
+            step("edited")
+        for cache in caches:
+            cache.reorder_cache(torch.tensor([0, 0]))
+        step("in other order")
+        step("once more")
