@@ -83,10 +83,24 @@ class Scope:
     """Windows that masks and layers have asked for."""
     made: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     """Masks that were made, or left out, and what for."""
+    asking: set[nn.Module] = field(default_factory=set)
+    """Layers under way that have come to our attention function."""
 
 
 SCOPE: ContextVar[Scope | None] = ContextVar("fapool_scope", default=None)
 """transformers hands masks and attention only its own arguments: the forward they belong to travels beside them."""
+
+
+class _Ticket(Tensor):
+    """In place of a mask that was left out. It may be handed on; to compute with it ends pooling."""
+
+    fapool_scope: Scope
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("__get__", "to"):
+            raise CannotPool("a layer computes with a mask that only attention functions may look at")
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
@@ -122,8 +136,8 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         scope.made.append((None, kwargs))
         return None
     # Layers keep their arguments for the second time: the mask, empty as it is, says which forward it is of.
-    ticket = torch.empty(0, device="cpu")
-    ticket.fapool_scope = scope  # type: ignore[attr-defined]
+    ticket = torch.empty(0, device="cpu").as_subclass(_Ticket)
+    ticket.fapool_scope = scope
     return ticket
 
 
@@ -176,6 +190,7 @@ def _attention(
         )
     if scope is None:
         return function(module, query, key, value, attention_mask, **kwargs)
+    scope.asking.add(module)
     reason, serious = "", False
     if not scope.decided.is_pooled:
         if scope.owning:  # keys of before may be away

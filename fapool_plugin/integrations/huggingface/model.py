@@ -23,6 +23,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.attention import NAME
+from fapool_plugin.integrations.huggingface.attention_layer import AttentionLayer
 from fapool_plugin.integrations.huggingface.config_view import local_name, view_configs
 from fapool_plugin.integrations.huggingface.forward import EntryModule, Forwards, holds_decoder
 from fapool_plugin.integrations.huggingface.homes import Homes
@@ -176,6 +177,11 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     full = sum(kind in FULL_LAYERS for kind in kinds)
     for module in attentions:
         module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local_name(module.config) or "")
+        own: Any = type(module)
+        module.__class__ = _subclass(AttentionLayer, own)
+        # What holds another attention layer has it ask.
+        holds = any(inside is not module and inside in attentions for inside in module.modules())
+        module.fapool_unmasked = kinds[module.layer_idx] in FULL_LAYERS and not holds
     # Not only the outermost: some models call their decoder past the model that holds it.
     holding = [
         module

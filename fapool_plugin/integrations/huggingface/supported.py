@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.base.unrecorded import modules_in
+from fapool_plugin.integrations.huggingface.attention_layer import AttentionLayer, bypass_reason
 from fapool_plugin.integrations.huggingface.config_view import local_name
 
 FULL_LAYERS = {"full_attention", "hybrid"}
@@ -39,8 +40,16 @@ def changed_reason(owner: Any, manager: Any) -> str | None:
     would be left without the mask that pooled layers do without."""
     for module in attention_modules(owner):
         core, viewed = getattr(module, "fa_pool", None), getattr(module.config, "fapool_viewed", None)
-        if core is None or viewed is None or core.manager is not manager or core.layer != module.layer_idx:
+        if (
+            core is None
+            or viewed is None
+            or not issubclass(type(module), AttentionLayer)
+            or core.manager is not manager
+            or core.layer != module.layer_idx
+        ):
             return f"{type(module).__name__} {module.layer_idx} was changed after pooling: pool the model once more"
+        if core.bypassed:
+            return bypass_reason(module)
     return None
 
 
