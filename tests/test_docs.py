@@ -170,6 +170,7 @@ def test_every_reason_for_a_local_forward_is_explained() -> None:
     reasons = {*returned(home / "huggingface/forward.py", {"_local_reason"})}
     reasons |= {*returned(home / "huggingface/arguments.py", {"traced_reason"})}
     reasons |= {*returned(home / "huggingface/masks.py", {"not_causal"})}
+    reasons |= {*returned(home / "huggingface/supported.py", {"foreign_reason"})}
     reasons |= {*returned(home / "huggingface/attention_layer.py", {"bypass_reason"})}
     raised = {"... makes a mask of its own", "a layer computes with a mask that only attention functions may look at"}
     source = (home / "huggingface/attention.py").read_text(encoding="utf-8")

@@ -175,7 +175,7 @@ def _attention(
 
     query (B, H, S, D), key (B, K, T, D) and value (B, K, T, E) with the past; returns (B, S, H, E) and no weights.
     """
-    core, function = getattr(module, "fa_pool", None), _local_function(module)
+    core, function = getattr(module, "fa_pool", None), local_function(module)
     if core is None or torch.compiler.is_compiling():
         return function(module, query, key, value, attention_mask, **kwargs)
     scope = SCOPE.get()
@@ -247,7 +247,7 @@ def _refuse_strange_mask(module: nn.Module, mask: Tensor, scope: Scope) -> None:
         raise CannotPool(f"{type(module).__name__} makes a mask of its own")
 
 
-def _local_function(module: nn.Module) -> Any:
+def local_function(module: nn.Module) -> Any:
     """What computes this layer's attention without us."""
     name = local_name(getattr(module, "config", None)) or "sdpa"
     if name in ALL_ATTENTION_FUNCTIONS:

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, repeat_kv
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+    repeat_kv,
+)
 
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
 from tests.kv_home import ON_THE_POOL, Steps, in_threads
@@ -146,6 +155,67 @@ def test_strict_refuses_patched_attention(folder: Path) -> None:
         for _ in range(2):
             with pytest.raises(ValueError, match=r"strict.*LlamaAttention 0 computes attention by itself"):
                 pair.model(random_ids(1, 40))
+
+
+def sharper(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An attention function of a user's, with larger scores."""
+    return sdpa_attention_forward(module, query * 1.5, *args, **kwargs)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = {"sharper": sharper, "sharper_wrapped": functools.wraps(sdpa_attention_forward)(sharper)}
+    functions["sharper_partial"] = functools.partial(sharper)
+    for name, function in functions.items():
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, function)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, sdpa_mask)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("name", ["sharper", "sharper_wrapped", "sharper_partial", "sdpa"])
+@pytest.mark.parametrize("when", ["loaded", "set", "within"])
+def test_attention_functions_of_a_users_are_local(
+    folder: Path, home: str, name: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen by their name when the model is loaded, later, or between two steps; or put behind a known name."""
+    with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
+        models = [pair.model, pair.reference]
+
+        def choose() -> None:
+            if name == "sdpa":
+                monkeypatch.setitem(AttentionInterface._global_mapping, name, sharper)
+            for model in models:
+                model.set_attn_implementation(name)
+
+        if when == "loaded":
+            config = pair.model.fa_pool.config.to_dict()
+            arguments = {} if name == "sdpa" else {"attn_implementation": name}
+            pair.model = FAPoolForCausalLM.from_pretrained(folder, fa_pool=config, **arguments).eval()
+            pair.model.fa_pool.leases.source = ThreadPool
+            models = models[1:]
+        if when != "within":
+            choose()
+        with pair.model.fa_pool:
+            steps = Steps(pair, *padded_batch([90, 61]))
+            if when == "within":
+                choose()
+            steps(1, "a step")
+            assert f'attention function "{name}" is not transformers\' own' in reasons(pair.model)
+            assert pair.model.fa_pool.stats()["prefill"]["pooled_forwards"] == (when == "within")
+            assert not pair.model.fa_pool.stats()["decode"]["pooled_forwards"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_eager_attention_that_was_exchanged_is_local(folder: Path, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return eager_attention_forward(module, query * 1.5, *args, **kwargs)
+
+    if not own:
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", other)
+    with both_eager(folder) as pair, torch.no_grad():
+        Steps(pair, *padded_batch([90, 61]))(1, "a step")
+        assert ("own" in reasons(pair.model)) != own
 
 
 def wrapped(module: nn.Module) -> None:
