@@ -48,6 +48,8 @@ _ACCOUNTED_FOR = {
 
 
 _OTHER_MASK = "the model, or a hook of it, masks other columns than it was given a mask for"
+NESTED = "it is called from inside of a pooled forward of the same model"
+"""Why a forward is local that a hook, say, has begun: it waits for no pool rank, since the other one has them."""
 
 
 class _FullMask:
@@ -83,8 +85,15 @@ class Scope:
     """Windows that masks and layers have asked for."""
     made: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     """Masks that were made, or left out, and what for."""
+    under_way: list[int] = field(default_factory=list)
+    """How deep in their model the entry modules lie whose forwards are under way, the innermost last."""
     asking: set[nn.Module] = field(default_factory=set)
     """Layers under way that have come to our attention function."""
+
+    def has_part(self, depth: int) -> bool:
+        """Whether an entry module that is called now, so deep in its model, is a part of this forward: what is called
+        from inside of it and holds it is another."""
+        return not self.under_way or self.under_way[-1] < depth
 
 
 SCOPE: ContextVar[Scope | None] = ContextVar("fapool_scope", default=None)

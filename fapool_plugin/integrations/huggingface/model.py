@@ -201,11 +201,12 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     forwards = Forwards(
         manager, full, makes_cache, one_block, profiler, Homes(manager, ownable, joins=one_block is None)
     )
-    for module in holding:
+    for depth, module in enumerate(holding):
         if module is not model:
             kind: Any = type(module)
             module.__class__ = _subclass(EntryModule, kind)
         module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
+        module.fapool_depth = depth
     view_configs(model, set(attentions), NAME, own=not holds_decoder(model))
 
 
