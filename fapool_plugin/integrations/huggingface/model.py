@@ -105,6 +105,11 @@ class FAPoolForCausalLM(EntryModule):
         refuse_object(model)
         if isinstance(model, FAPoolForCausalLM):
             raise ValueError(f"{type(model).__name__} is pooled already")
+        if (inside := next((m for m in model.modules() if isinstance(m, EntryModule)), None)) is not None:
+            raise ValueError(
+                f"{type(model).__name__} holds a {type(inside).__name__} that is pooled as part of another model: wrap "
+                "only one of them, or copy.deepcopy what they share before either is wrapped"
+            )
         saved = getattr(model.config, "fapool", None)
         config = FAPoolConfig.load(saved if fa_pool is None else fa_pool)
         if config.threshold == "auto" and base_ranks > 1:
@@ -178,7 +183,8 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     for module in attentions:
         module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local_name(module.config) or "")
         own: Any = type(module)
-        module.__class__ = _subclass(AttentionLayer, own)
+        if not issubclass(own, AttentionLayer):  # a layer that was another pooled model's is already
+            module.__class__ = _subclass(AttentionLayer, own)
         # What holds another attention layer has it ask.
         holds = any(inside is not module and inside in attentions for inside in module.modules())
         module.fapool_unmasked = kinds[module.layer_idx] in FULL_LAYERS and not holds

@@ -246,3 +246,35 @@ def test_wrappers_of_attention_are_pooled(folder: Path, home: str, wrap: Callabl
         stats = pair.model.fa_pool.stats()
         assert stats["prefill"]["pooled_forwards"] == stats["decode"]["pooled_forwards"] == 1
         assert not stats["local_reasons"]
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_decoder_that_is_pooled_elsewhere_is_refused(folder: Path, home: str) -> None:
+    """And both models that have it compute as before."""
+    with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
+        other = eager(folder)
+        other.model = pair.model.model
+        before = dict(vars(other)), type(other), dict(vars(other.config))
+        with pytest.raises(ValueError, match="LlamaForCausalLM holds a LlamaModel that is pooled as part of another"):
+            FAPoolForCausalLM.wrap(other)
+        assert before == (dict(vars(other)), type(other), dict(vars(other.config)))
+        ids, mask = padded_batch([60, 41])
+        expected = pair.reference(ids, attention_mask=mask).logits[mask == 1]
+        for model in (other, pair.model):
+            assert_close(model(ids, attention_mask=mask).logits[mask == 1], expected)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_layer_may_go_to_another_pooled_model(folder: Path, home: str) -> None:
+    with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
+        other = eager(folder)
+        other.model.layers[0] = pair.model.model.layers[0]
+        other = FAPoolForCausalLM.wrap(other, pair.model.fa_pool.config.to_dict())
+        other.fa_pool.leases.source = ThreadPool
+        ids, mask = padded_batch([60, 41])
+        expected = pair.reference(ids, attention_mask=mask).logits[mask == 1]
+        with other.fa_pool:
+            for model in (other, pair.model):
+                assert_close(model(ids, attention_mask=mask).logits[mask == 1], expected)
+        assert "was changed after pooling" in reasons(pair.model)
+        assert not reasons(other)
