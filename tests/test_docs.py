@@ -169,8 +169,16 @@ def test_every_reason_for_a_local_forward_is_explained() -> None:
     home = ROOT / "fapool_plugin" / "integrations"
     reasons = {*returned(home / "huggingface/forward.py", {"_local_reason"})}
     reasons |= {*returned(home / "huggingface/arguments.py", {"traced_reason"})}
-    reasons |= {*returned(home / "huggingface/masks.py", {"not_causal"}), "... makes a mask of its own"}
-    assert "makes a mask of its own" in (home / "huggingface/attention.py").read_text(encoding="utf-8")
+    reasons |= {*returned(home / "huggingface/masks.py", {"not_causal"})}
+    reasons |= {*returned(home / "huggingface/supported.py", {"foreign_reason"})}
+    reasons |= {*returned(home / "huggingface/attention_layer.py", {"bypass_reason"})}
+    nested = "it is called from inside of a pooled forward of the same model"
+    assert f'"{nested}"' in (home / "huggingface/attention.py").read_text(encoding="utf-8")
+    reasons.add(nested)
+    raised = {"... makes a mask of its own", "a layer computes with a mask that only attention functions may look at"}
+    source = (home / "huggingface/attention.py").read_text(encoding="utf-8")
+    assert all(text.removeprefix("...") in source for text in raised)
+    reasons |= raised
     shown = names(table(read("docs/huggingface.md").split("## Blocks")[0], "reason"))
     patterns = [re.escape(text).replace(re.escape("..."), ".*") for text in shown]
     found = [[text for text in reasons if re.fullmatch(pattern, text)] for pattern in patterns]

@@ -40,6 +40,8 @@ class FAPoolAttention(nn.Module):
     def __init__(self, manager: ResourceManager, layer: int, layers: int, stands_for: str) -> None:
         super().__init__()
         self.manager, self.layer, self.layers, self.stands_for = manager, layer, layers, stands_for
+        self.bypassed = False
+        """Whether the host was seen to compute this layer's attention without it."""
 
     def extra_repr(self) -> str:
         config = self.manager.config

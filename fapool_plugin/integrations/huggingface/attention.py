@@ -49,6 +49,8 @@ _ACCOUNTED_FOR = {
 
 
 _OTHER_MASK = "the model, or a hook of it, masks other columns than it was given a mask for"
+NESTED = "it is called from inside of a pooled forward of the same model"
+"""Why a forward is local that a hook, say, has begun: it waits for no pool rank, since the other one has them."""
 
 
 class _FullMask:
@@ -84,10 +86,31 @@ class Scope:
     """Windows that masks and layers have asked for."""
     made: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     """Masks that were made, or left out, and what for."""
+    under_way: list[int] = field(default_factory=list)
+    """How deep in their model the entry modules lie whose forwards are under way, the innermost last."""
+    asking: set[nn.Module] = field(default_factory=set)
+    """Layers under way that have come to our attention function."""
+
+    def has_part(self, depth: int) -> bool:
+        """Whether an entry module that is called now, so deep in its model, is a part of this forward: what is called
+        from inside of it and holds it is another."""
+        return not self.under_way or self.under_way[-1] < depth
 
 
 SCOPE: ContextVar[Scope | None] = ContextVar("fapool_scope", default=None)
 """transformers hands masks and attention only its own arguments: the forward they belong to travels beside them."""
+
+
+class _Ticket(Tensor):
+    """In place of a mask that was left out. It may be handed on; to compute with it ends pooling."""
+
+    fapool_scope: Scope
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ not in ("__get__", "to"):
+            raise CannotPool("a layer computes with a mask that only attention functions may look at")
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
@@ -123,8 +146,8 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         scope.made.append((None, kwargs))
         return None
     # Layers keep their arguments for the second time: the mask, empty as it is, says which forward it is of.
-    ticket = torch.empty(0, device="cpu")
-    ticket.fapool_scope = scope  # type: ignore[attr-defined]
+    ticket = torch.empty(0, device="cpu").as_subclass(_Ticket)
+    ticket.fapool_scope = scope
     return ticket
 
 
@@ -162,7 +185,7 @@ def _attention(
 
     query (B, H, S, D), key (B, K, T, D) and value (B, K, T, E) with the past; returns (B, S, H, E) and no weights.
     """
-    core, function = getattr(module, "fa_pool", None), _local_function(module)
+    core, function = getattr(module, "fa_pool", None), local_function(module)
     if core is None or torch.compiler.is_compiling():
         return function(module, query, key, value, attention_mask, **kwargs)
     scope = SCOPE.get()
@@ -177,6 +200,7 @@ def _attention(
         )
     if scope is None:
         return function(module, query, key, value, attention_mask, **kwargs)
+    scope.asking.add(module)
     reason, serious = "", False
     if not scope.decided.is_pooled:
         if scope.owning:  # keys of before may be away
@@ -233,7 +257,7 @@ def _refuse_strange_mask(module: nn.Module, mask: Tensor, scope: Scope) -> None:
         raise CannotPool(f"{type(module).__name__} makes a mask of its own")
 
 
-def _local_function(module: nn.Module) -> Any:
+def local_function(module: nn.Module) -> Any:
     """What computes this layer's attention without us."""
     name = local_name(getattr(module, "config", None)) or "sdpa"
     if name in ALL_ATTENTION_FUNCTIONS:

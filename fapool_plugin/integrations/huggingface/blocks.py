@@ -208,7 +208,9 @@ def _of_rows(purpose: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 def replace_scope(scope: Scope, decided: Any, cache: Any) -> Scope:
     """The scope of a piece: its masks are its own."""
-    return replace(scope, decided=decided, cache=cache, full_mask=type(scope.full_mask)(), made=[*scope.made])
+    return replace(
+        scope, decided=decided, cache=cache, full_mask=type(scope.full_mask)(), made=[*scope.made], asking=set()
+    )
 
 
 def _names(outputs: list[Any]) -> list[str]:

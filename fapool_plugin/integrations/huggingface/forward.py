@@ -33,7 +33,7 @@ from fapool_plugin.integrations.huggingface.arguments import (
     wants_last_only,
     with_cache,
 )
-from fapool_plugin.integrations.huggingface.attention import NAME, SCOPE, Scope
+from fapool_plugin.integrations.huggingface.attention import NAME, NESTED, SCOPE, Scope
 from fapool_plugin.integrations.huggingface.blocks import (
     Wave,
     asked,
@@ -73,6 +73,8 @@ class EntryModule:
     fapool_forwards: Forwards | None = None
     fapool_in_rounds = False
     """Whether this module holds all layers and no other such module does: its forward may run in blocks."""
+    fapool_depth = 0
+    """How many modules of its kind hold it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         enter: Callable[..., Any] = super().__call__  # type: ignore[misc]
@@ -143,20 +145,22 @@ class Forwards:
         compiled: bool = False,
     ) -> Any:  # fmt: skip
         """Runs ``enter``, which is ``owner``'s own forward with its hooks, as it is decided."""
-        scope = SCOPE.get()
-        if scope is not None and scope.manager is self.manager:
-            return self._inside(owner, enter, args, kwargs, scope)
+        outer = SCOPE.get()
+        if outer is not None and outer.manager is not self.manager:
+            outer = None
+        if outer is not None and outer.has_part(owner.fapool_depth):
+            return self._inside(owner, enter, args, kwargs, outer)
         given = by_name(owner, args, kwargs)
-        tokens = tokens_of(given)
-        if tokens is None:
+        if (tokens := tokens_of(given)) is None:
             return enter(*args, **kwargs)
+        alone = compiled, outer is not None and outer.decided.pooled
         # Ranks may be lost, and layers' keys turn out to stay here; without a cache of theirs each try makes one.
         given_cache = cache if isinstance(cache := given.get("past_key_values"), PooledCache) else None
         for _ in range(self.manager.config.pool_ranks + self.full_layers + 2):
             if given_cache is not None:
                 self.homes.recover(given_cache)
             try:
-                return self._decided(owner, enter, args, kwargs, given, self._decide(owner, given, tokens, compiled))
+                return self._decided(owner, enter, args, kwargs, given, self._decide(owner, given, tokens, *alone))
             except StaysHome as error:
                 self.homes.keep_home(error, given_cache)
             except KeysLost as error:
@@ -218,7 +222,7 @@ class Forwards:
                 mine.state.owning = mine.state.under_way = False
             self.manager.end(scope.decided, completed=completed)
 
-    def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool) -> Scope:
+    def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool, nested: bool) -> Scope:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         decoder = decoder_of(owner)
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
@@ -256,6 +260,7 @@ class Forwards:
             ),
             state,
             must_be_local=traced
+            or (NESTED if nested else None)
             or self._local_reason(owner, given, cache, training=training, long=columns > self.manager.threshold),
             lasting=cache is not None or training,
             one_block=one_block,
@@ -300,9 +305,14 @@ class Forwards:
             return "no layer has full attention: load the model without fa_pool"
         return changed_reason(owner, self.manager) if long else None
 
-    def _inside(
-        self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], scope: Scope
-    ) -> Any:
+    def _inside(self, owner: Any, enter: Callable[..., Any], args: Any, kwargs: dict[str, Any], scope: Scope) -> Any:
+        scope.under_way.append(owner.fapool_depth)
+        try:
+            return self._entered(owner, enter, args, kwargs, scope)
+        finally:
+            scope.under_way.pop()
+
+    def _entered(self, owner: Any, enter: Callable[..., Any], args: Any, kwargs: dict[str, Any], scope: Scope) -> Any:
         decided, began = scope.decided, self.manager.clock.now()
         wave = self.homes.wave(owner, scope) if owner.fapool_in_rounds else None
         given = by_name(owner, args, kwargs)

@@ -23,6 +23,7 @@ from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
 from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.attention import NAME
+from fapool_plugin.integrations.huggingface.attention_layer import AttentionLayer
 from fapool_plugin.integrations.huggingface.config_view import local_name, view_configs
 from fapool_plugin.integrations.huggingface.forward import EntryModule, Forwards, holds_decoder
 from fapool_plugin.integrations.huggingface.homes import Homes
@@ -104,6 +105,11 @@ class FAPoolForCausalLM(EntryModule):
         refuse_object(model)
         if isinstance(model, FAPoolForCausalLM):
             raise ValueError(f"{type(model).__name__} is pooled already")
+        if (inside := next((m for m in model.modules() if isinstance(m, EntryModule)), None)) is not None:
+            raise ValueError(
+                f"{type(model).__name__} holds a {type(inside).__name__} that is pooled as part of another model: wrap "
+                "only one of them, or copy.deepcopy what they share before either is wrapped"
+            )
         saved = getattr(model.config, "fapool", None)
         config = FAPoolConfig.load(saved if fa_pool is None else fa_pool)
         if config.threshold == "auto" and base_ranks > 1:
@@ -176,6 +182,12 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     full = sum(kind in FULL_LAYERS for kind in kinds)
     for module in attentions:
         module.fa_pool = FAPoolAttention(manager, module.layer_idx, full, stands_for=local_name(module.config) or "")
+        own: Any = type(module)
+        if not issubclass(own, AttentionLayer):  # a layer that was another pooled model's is already
+            module.__class__ = _subclass(AttentionLayer, own)
+        # What holds another attention layer has it ask.
+        holds = any(inside is not module and inside in attentions for inside in module.modules())
+        module.fapool_unmasked = kinds[module.layer_idx] in FULL_LAYERS and not holds
     # Not only the outermost: some models call their decoder past the model that holds it.
     holding = [
         module
@@ -195,11 +207,12 @@ def _install(model: Any, manager: ResourceManager, attentions: list[Any]) -> Non
     forwards = Forwards(
         manager, full, makes_cache, one_block, profiler, Homes(manager, ownable, joins=one_block is None)
     )
-    for module in holding:
+    for depth, module in enumerate(holding):
         if module is not model:
             kind: Any = type(module)
             module.__class__ = _subclass(EntryModule, kind)
         module.fapool_forwards, module.fapool_in_rounds = forwards, module is holding[-1]
+        module.fapool_depth = depth
     view_configs(model, set(attentions), NAME, own=not holds_decoder(model))
 
 

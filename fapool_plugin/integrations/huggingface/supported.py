@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from fapool_plugin.base.unrecorded import modules_in
+from fapool_plugin.integrations.huggingface.attention import local_function
+from fapool_plugin.integrations.huggingface.attention_layer import AttentionLayer, bypass_reason
 from fapool_plugin.integrations.huggingface.config_view import local_name
 
 FULL_LAYERS = {"full_attention", "hybrid"}
@@ -39,9 +41,31 @@ def changed_reason(owner: Any, manager: Any) -> str | None:
     would be left without the mask that pooled layers do without."""
     for module in attention_modules(owner):
         core, viewed = getattr(module, "fa_pool", None), getattr(module.config, "fapool_viewed", None)
-        if core is None or viewed is None or core.manager is not manager or core.layer != module.layer_idx:
+        if (
+            core is None
+            or viewed is None
+            or not issubclass(type(module), AttentionLayer)
+            or core.manager is not manager
+            or core.layer != module.layer_idx
+        ):
             return f"{type(module).__name__} {module.layer_idx} was changed after pooling: pool the model once more"
+        if core.bypassed:
+            return bypass_reason(module)
+        if (reason := foreign_reason(module)) is not None:
+            return reason
     return None
+
+
+def foreign_reason(module: Any) -> str | None:
+    """Why what computes a layer's attention may be something else than softmax attention: its code is neither
+    transformers', whatever name it is registered by, nor stands beside the layer's class. None if it is."""
+    function = local_function(module)
+    # Not __module__, which functools.wraps copies.
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    if function is None or home == type(module).__module__ or home.split(".")[0] == "transformers":
+        return None
+    name = local_name(module.config)
+    return f'attention function "{name}" is not transformers\' own: it may compute something else than pool ranks do'
 
 
 def ownable_layers(attentions: list[Any]) -> frozenset[int]:

@@ -168,9 +168,18 @@ def test_layers_that_were_changed_after_pooling(folder: Path, home: str, change:
         steps(3, "more")
 
 
+NESTED = {"a mask": (60, [60, 30]), "none": (60, None), "shorter": (45, [45, 30]), "shorter, none": (25, None)}
+NESTED |= {"short": (9, None)}
+
+
 @pytest.mark.parametrize("home", HOMES)
-def test_a_forward_inside_of_a_forward(folder: Path, home: str) -> None:
-    """A hook calls the model with other tokens and another mask, of the same size."""
+@pytest.mark.parametrize("what", NESTED)
+@pytest.mark.parametrize("outer", [60, 12])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_forward_inside_of_a_forward(folder: Path, home: str, what: str, outer: int, whole: bool) -> None:
+    """A hook calls the model, or its decoder, with other tokens and another mask or none; the outer forward is pooled,
+    or short."""
+    length, lengths = NESTED[what]
     with in_threads(folder, pool_ranks=2, **HOMES[home]) as pair, torch.no_grad():
         answers = []
         for model in (pair.model, pair.reference):
@@ -187,18 +196,23 @@ def test_a_forward_inside_of_a_forward(folder: Path, home: str) -> None:
             ) -> None:
                 if not under_way:
                     under_way.append(True)
-                    ids, mask = padded_batch([60, 30])
+                    ids, mask = padded_batch(lengths) if lengths else (random_ids(2, length, seed=5), None)
+                    real = torch.ones_like(ids) if mask is None else mask
                     try:
-                        inside.append(model(ids, attention_mask=mask, use_cache=False).logits[mask == 1])
+                        output = (model if whole else model.model)(ids, attention_mask=mask, use_cache=False)
+                        inside.append(output[0][real == 1])
                     finally:
                         under_way.clear()
 
             hook = model.model.layers[0].register_forward_hook(call)
-            ids, mask = padded_batch([40, 60])
+            ids, mask = padded_batch([outer * 2 // 3, outer])
             answers.append((model(ids, attention_mask=mask).logits[mask == 1], inside[-1]))
             hook.remove()
+        nested = pair.model.fa_pool.stats()["local_reasons"]
     for actual, expected in zip(*answers, strict=True):
         assert_close(actual, expected)
+    reason = "it is called from inside of a pooled forward of the same model"
+    assert nested == ({reason: 1} if outer == 60 and length > 16 else {}), nested
 
 
 def mean_of_all(module: nn.Module, args: Any, output: Any) -> Any:
