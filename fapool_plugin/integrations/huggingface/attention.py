@@ -262,8 +262,8 @@ def _refuse_misjudged(module: nn.Module, scope: Scope, *qkv: Tensor) -> None:
     if not scope.recomputed and (checkpointed or not torch.is_grad_enabled()):
         raise Misjudged(f"{name} is checkpointed")
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
-    if wanted and checkpointed and scope.decided.phase != "training":
-        # Only in training the lease lasts until the second time.
+    if wanted and (checkpointed or scope.owning) and scope.decided.phase != "training":
+        # Only in training the lease lasts until a second time, and owners give no gradients back.
         raise Misjudged(f"{name} is given hidden states that want gradients", gradients=True)
 
 
