@@ -82,6 +82,19 @@ class CannotPool(Exception):
         self.ever = ever
 
 
+class Misjudged(Exception):
+    """It is found on the way that a forward is to be decided anew: layers of it will run a second time, in backward.
+
+    Args:
+        reason: what shows it.
+        gradients: it is one of training instead, though neither its parameters nor its tokens want gradients.
+    """
+
+    def __init__(self, reason: str, *, gradients: bool = False) -> None:
+        super().__init__(reason)
+        self.gradients = gradients
+
+
 class StaysHome(Exception):
     """A layer's keys cannot live on the pool: attention is given others than are cached, or the model reads them."""
 

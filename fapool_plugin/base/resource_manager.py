@@ -64,6 +64,7 @@ class ResourceManager:
         self.durations = Durations(self.advisor.learn, self.patience.learn)
         self.closing = ExitStack()  # what ends with it: a trace, a server of metrics
         self.batches = Batches()
+        self.without_masks = weakref.WeakSet[Any]()  # keepers of graphs whose layers cannot run a second time
         self._measuring = False
         self.threads = SharedThreads(self.advisor.threads_left)
         self.leases = Leases(config, make_pool, self.counters, self.advisor)

@@ -6,11 +6,13 @@ Knows modules' signatures and configurations; nothing of how a forward is decide
 from __future__ import annotations
 
 import inspect
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -82,6 +84,13 @@ def traced_reason(tokens: Tensor) -> str | None:
     return None
 
 
+def in_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint runs what runs now a second time, be it later. Its reentrant kind does not show
+    here: gradients are off inside."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
+
+
 def attention_dropout(owner: Any) -> float:
     """The attention dropout of a model in training mode."""
     config = owner.config.get_text_config(decoder=True)
@@ -103,6 +112,14 @@ def by_name(owner: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     if not args:
         return kwargs
     return dict(zip(inspect.signature(owner.forward).parameters, args, strict=False)) | kwargs
+
+
+def strings_in(code: CodeType | None) -> frozenset[str]:
+    """All strings that stand in a function's code."""
+    constants = list(code.co_consts) if code is not None else []
+    found = {item for item in constants if isinstance(item, str)}
+    found.update(x for item in constants if isinstance(item, tuple) for x in item if isinstance(x, str))
+    return frozenset(found).union(*(strings_in(item) for item in constants if isinstance(item, CodeType)))
 
 
 def with_cache(

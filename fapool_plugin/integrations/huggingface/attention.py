@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 
 import torch
@@ -28,9 +27,10 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fapool_plugin.base.forward import CannotPool, Forward, StaysHome
+from fapool_plugin.base.forward import CannotPool, Forward, Misjudged, StaysHome
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.unrecorded import made_by
+from fapool_plugin.integrations.huggingface.arguments import in_checkpoint, strings_in
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.layer import PooledLayer, owned_dtype
@@ -81,6 +81,8 @@ class Scope:
     """Of the decoder's output only the last position is looked at."""
     recomputed: bool = False
     """Layers run once more in backward (gradient checkpointing), when no forward is open."""
+    grads: bool = False
+    """Gradients are on outside of its layers."""
     full_mask: _FullMask = field(default_factory=_FullMask)
     windows: set[int] = field(default_factory=set)
     """Windows that masks and layers have asked for."""
@@ -101,14 +103,15 @@ SCOPE: ContextVar[Scope | None] = ContextVar("fapool_scope", default=None)
 """transformers hands masks and attention only its own arguments: the forward they belong to travels beside them."""
 
 
+_OF_TICKETS = {"__get__", "__set__", "to", "detach", "numel", "untyped_storage"}
+
+
 class _Ticket(Tensor):
     """In place of a mask that was left out. It may be handed on; to compute with it ends pooling."""
 
-    fapool_scope: Scope
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.__name__ not in ("__get__", "to"):
+        if func.__name__ not in _OF_TICKETS:
             raise CannotPool("a layer computes with a mask that only attention functions may look at")
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -144,11 +147,20 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     scope.full_mask.make = functools.partial(local, **kwargs | sizes)
     if not scope.recomputed:
         scope.made.append((None, kwargs))
+        if scope.decided.keeper is not None:
+            scope.manager.without_masks.add(scope.decided.keeper)
         return None
-    # Layers keep their arguments for the second time: the mask, empty as it is, says which forward it is of.
-    ticket = torch.empty(0, device="cpu").as_subclass(_Ticket)
-    ticket.fapool_scope = scope
+    # Layers keep their arguments for the second time: the mask, empty as it is, says which forward it is of. Its
+    # storage does, since reentrant checkpoints detach what they keep; no dtype that is cast with hidden states.
+    ticket = torch.empty(0, dtype=torch.bool, device="cpu").as_subclass(_Ticket)
+    ticket.untyped_storage().fapool_scope = scope  # type: ignore[attr-defined]
     return ticket
+
+
+def _scope_on(mask: Any) -> Scope | None:
+    """The forward that an empty mask is of, whatever became of the mask on the way."""
+    empty = isinstance(mask, Tensor) and not mask.numel()
+    return getattr(mask.untyped_storage(), "fapool_scope", None) if empty else None
 
 
 def _is_decided_by(mask: Any, geometry: Geometry | None) -> bool:
@@ -191,7 +203,9 @@ def _attention(
     scope = SCOPE.get()
     if scope is not None and scope.manager is not core.manager:
         scope = None  # a layer of another model, called by itself
-    if (ticket := getattr(attention_mask, "fapool_scope", None)) is not None:
+    again = False
+    if (ticket := _scope_on(attention_mask)) is not None:
+        again = scope is None
         scope, attention_mask = scope or ticket, None
     if scope is None and core.manager.in_pooled_forward:
         raise RuntimeError(
@@ -199,12 +213,25 @@ def _attention(
             "perhaps: the masks of a pooled forward do not hold there. Call the whole model, from one thread"
         )
     if scope is None:
+        if attention_mask is None and core.manager.without_masks and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{type(module).__name__} runs a second time, in backward, in a way that its pooled forward did not "
+                "see, and has no mask there. Use model.gradient_checkpointing_enable()"
+            )
         return function(module, query, key, value, attention_mask, **kwargs)
     scope.asking.add(module)
     reason, serious = "", False
+    if scope.decided.is_pooled and scope.grads and not again:
+        _refuse_misjudged(module, scope, query, key, value)
     if not scope.decided.is_pooled:
         if scope.owning:  # keys of before may be away
             raise CannotPool(next(iter(scope.decided.notes), "masks of this forward"), ever=False)
+    elif again and (scope.cache is not None or _are_there_twice(key, scope)):
+        name = type(module).__name__
+        raise RuntimeError(f"{name} runs a second time, in backward, and its keys are cached: pass use_cache=False")
+    elif again and scope.decided.phase != "training":
+        # Its forward has ended; gradients are asked of its input alone.
+        reason = f"{type(module).__name__} runs a second time, for gradients of its input"
     elif attention_mask is None:
         reason, serious = _local_reason(module, query, key, scope, function, kwargs)
     else:
@@ -248,6 +275,22 @@ def _attention(
     if lengths:
         out = torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])[None]
     return (out.to(wanted) if owned else out), None
+
+
+def _are_there_twice(key: Tensor, scope: Scope) -> bool:
+    geometry = scope.decided.geometry
+    return not scope.documents and geometry is not None and key.shape[2] != geometry.columns
+
+
+def _refuse_misjudged(module: nn.Module, scope: Scope, *qkv: Tensor) -> None:
+    """Raises Misjudged, of the first call that shows it."""
+    checkpointed, name = in_checkpoint(), type(module).__name__
+    if not scope.recomputed and (checkpointed or not torch.is_grad_enabled()):
+        raise Misjudged(f"{name} is checkpointed")
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
+    if wanted and (checkpointed or scope.owning) and scope.decided.phase != "training":
+        # Only in training the lease lasts until a second time, and owners give no gradients back.
+        raise Misjudged(f"{name} is given hidden states that want gradients", gradients=True)
 
 
 def _refuse_strange_mask(module: nn.Module, mask: Tensor, scope: Scope) -> None:
@@ -321,14 +364,6 @@ def _arguments_of(function: Any) -> frozenset[str]:
         return frozenset()
     function = inspect.unwrap(function)
     return frozenset(inspect.signature(function).parameters) | strings_in(getattr(function, "__code__", None))
-
-
-def strings_in(code: CodeType | None) -> frozenset[str]:
-    """All strings that stand in a function's code."""
-    constants = list(code.co_consts) if code is not None else []
-    found = {item for item in constants if isinstance(item, str)}
-    found.update(x for item in constants if isinstance(item, tuple) for x in item if isinstance(x, str))
-    return frozenset(found).union(*(strings_in(item) for item in constants if isinstance(item, CodeType)))
 
 
 def _is_resident(scope: Scope, module: nn.Module, key: Tensor, value: Tensor) -> bool:

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.utils.output_capturing import _active_collector
 
 from fapool_plugin.base.rounds import run_rounds
-from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again, strings_in
+from fapool_plugin.integrations.huggingface.arguments import strings_in
+from fapool_plugin.integrations.huggingface.attention import SCOPE, Scope, mask_again
 from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.masks import window_of
 from fapool_plugin.integrations.huggingface.training_cache import GraphCache, JoinedLayer

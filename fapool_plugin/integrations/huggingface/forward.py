@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fapool_plugin.base.advisor import Profiler
-from fapool_plugin.base.forward import CannotPool, StaysHome
+from fapool_plugin.base.forward import CannotPool, Misjudged, StaysHome
 from fapool_plugin.base.owned import FailedWithout, KeysLost
 from fapool_plugin.base.resource_manager import ResourceManager
 from fapool_plugin.base.sequence import SequenceState
@@ -50,10 +50,10 @@ from fapool_plugin.integrations.huggingface.masks import padding
 from fapool_plugin.integrations.huggingface.pieces import (
     beyond_trial,
     hook_reason,
-    is_checkpointed,
     is_compiled,
     may_try,
     one_block_reason,
+    runs_again,
     structure,
     untried_reason,
     values,
@@ -132,6 +132,8 @@ class Forwards:
     probe: Probe = field(default_factory=Probe)
     never: str | None = None
     """Why none of its forwards is pooled, as a layer of it showed."""
+    recomputes: bool = False
+    """Whether layers run a second time in backward, as one of them showed."""
 
     def is_long(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a forward is above the threshold, padding included."""
@@ -156,11 +158,15 @@ class Forwards:
         alone = compiled, outer is not None and outer.decided.pooled
         # Ranks may be lost, and layers' keys turn out to stay here; without a cache of theirs each try makes one.
         given_cache = cache if isinstance(cache := given.get("past_key_values"), PooledCache) else None
-        for _ in range(self.manager.config.pool_ranks + self.full_layers + 2):
+        training = False
+        for _ in range(self.manager.config.pool_ranks + self.full_layers + 4):
             if given_cache is not None:
                 self.homes.recover(given_cache)
             try:
-                return self._decided(owner, enter, args, kwargs, given, self._decide(owner, given, tokens, *alone))
+                scope = self._decide(owner, given, tokens, *alone, training)
+                return self._decided(owner, enter, args, kwargs, given, scope)
+            except Misjudged as error:
+                training, self.recomputes = training or error.gradients, self.recomputes or not error.gradients
             except StaysHome as error:
                 self.homes.keep_home(error, given_cache)
             except KeysLost as error:
@@ -175,7 +181,7 @@ class Forwards:
         self, owner: Any, enter: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any],
         given: dict[str, Any], scope: Scope,
     ) -> Any:  # fmt: skip
-        """A forward as it was decided. Raises KeysLost, StaysHome or FailedWithout, when all is as before it."""
+        """A forward as it was decided. Raises Misjudged, KeysLost, StaysHome or FailedWithout: all is as before."""
         cache, rewind = scope.cache, None
         mine = cache if isinstance(cache, PooledCache) else None
         before, completed = SCOPE.set(scope), False
@@ -212,7 +218,7 @@ class Forwards:
         except BaseException as error:
             if rewind is not None:
                 # Layers are at different lengths, and keys may be with owners.
-                rewind(random=scope.owning)
+                rewind(random=scope.owning or isinstance(error, Misjudged))
             if scope.owning:
                 self.homes.explain(error, owner, mine, scope)
             raise
@@ -222,11 +228,13 @@ class Forwards:
                 mine.state.owning = mine.state.under_way = False
             self.manager.end(scope.decided, completed=completed)
 
-    def _decide(self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool, nested: bool) -> Scope:
+    def _decide(
+        self, owner: Any, given: dict[str, Any], tokens: Tensor, compiled: bool, nested: bool, training: bool
+    ) -> Scope:
         cache, mask = given.get("past_key_values"), given.get("attention_mask")
         decoder = decoder_of(owner)
         grads = torch.is_grad_enabled() and (tokens.requires_grad or any(p.requires_grad for p in owner.parameters()))
-        training = grads or owner.training
+        training = training or grads or owner.training
         traced, caching = traced_reason(tokens), wants_cache(owner, decoder, given)
         if cache is None and self.makes_cache and caching and not (training or traced):
             cache = self.homes.new_cache(owner.config.get_text_config(decoder=True), SequenceState())
@@ -242,10 +250,11 @@ class Forwards:
         in_prompt = columns <= state.prompt_columns
         phase: Phase = "prefill" if past == 0 or in_prompt or new > self.manager.config.kv_block else "decode"
         phase = "training" if training else phase
+        again = runs_again(owner, training=training, shown=self.recomputes)
         one_block = "decode" if phase == "decode" else self.one_block
         # Looking at all modules is for forwards that may be pooled.
         if one_block is None and columns > self.manager.threshold:
-            one_block = self._one_block(owner, decoder, given, training=training)
+            one_block = self._one_block(owner, decoder, given, training=training, again=again)
         if documents:
             one_block = one_block or "sequences are packed"
         if compiled:
@@ -280,12 +289,15 @@ class Forwards:
             documents,
             owning=owning,
             last_only=owning and owner is not decoder and wants_last_only(owner, given),
-            recomputed=training and is_checkpointed(owner),
+            recomputed=again,
+            grads=torch.is_grad_enabled(),
         )
 
-    def _one_block(self, owner: Any, decoder: Any, given: dict[str, Any], *, training: bool) -> str | None:
+    def _one_block(
+        self, owner: Any, decoder: Any, given: dict[str, Any], *, training: bool, again: bool = False
+    ) -> str | None:
         """Why a long forward cannot be cut; None if it can."""
-        reason = self.one_block or one_block_reason(owner, given, training=training)
+        reason = self.one_block or one_block_reason(owner, given, training=training, again=again)
         reason = reason or (hook_reason(decoder) if decoder is not None else None)
         return reason or untried_reason(decoder, training=training, base_ranks=self.manager.base_ranks)
 

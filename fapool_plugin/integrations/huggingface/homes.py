@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.base.admission import PoolMemoryError
-from fapool_plugin.base.forward import StaysHome
+from fapool_plugin.base.forward import Misjudged, StaysHome
 from fapool_plugin.base.owned import FailedWithout, KeysLost, NoRoom
 from fapool_plugin.base.record import Record, autocast_of
 from fapool_plugin.base.recovery import agreed_loss, check_complete, known_loss, no_room, replaying
@@ -230,7 +230,7 @@ class Homes:
 
         It is raised here so that no frame has it in a name of its own: that would keep the frame, and with it keys.
         """
-        if isinstance(error, PoolMemoryError | KeysLost | StaysHome) or not isinstance(error, Exception):
+        if isinstance(error, PoolMemoryError | KeysLost | Misjudged | StaysHome) or not isinstance(error, Exception):
             return
         if isinstance(error, NoRoom) or is_out_of_memory(error):
             raise self._refusal(error, scope) from None

@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import distributed, nn
 from torch.nn.modules import module as torch_module
 
 from fapool_plugin.base.kept_calls import fingerprint
+from fapool_plugin.integrations.huggingface.arguments import in_checkpoint
 from fapool_plugin.integrations.huggingface.blocks import asked
 from fapool_plugin.plan.shares import Geometry
 
@@ -58,8 +60,8 @@ def one_block_model(model: Any, decoder: Any, kinds: set[str]) -> str | None:
     return None
 
 
-def one_block_reason(owner: Any, given: dict[str, Any], *, training: bool) -> str | None:
-    """Why this forward cannot be cut; None if it can."""
+def one_block_reason(owner: Any, given: dict[str, Any], *, training: bool, again: bool = False) -> str | None:
+    """Why this forward cannot be cut; None if it can. ``again``: as :func:`runs_again` says."""
     if is_compiled(owner):
         return "the model is compiled"
     modules = list(owner.modules())
@@ -72,7 +74,7 @@ def one_block_reason(owner: Any, given: dict[str, Any], *, training: bool) -> st
             return "its weights are partitioned (FSDP)"
     if asked(owner, given, "output_router_logits"):
         return "output_router_logits was asked for"
-    if training and is_checkpointed(owner):
+    if again:
         return "gradient checkpointing runs layers by themselves"
     if training and owner.training and _draws_dropout(owner, modules):
         return "dropout: pieces would draw other random numbers than the whole"
@@ -84,9 +86,16 @@ def is_compiled(owner: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in owner.modules())
 
 
-def is_checkpointed(owner: Any) -> bool:
-    """Whether gradient checkpointing runs layers a second time."""
-    return owner.training and any(getattr(module, "gradient_checkpointing", False) for module in owner.modules())
+def runs_again(owner: nn.Module, *, training: bool, shown: bool) -> bool:
+    """Whether gradient checkpointing runs layers of this forward, or all of it, a second time. ``shown``: layers did
+    so before."""
+    return (training and _is_checkpointed(owner)) or (torch.is_grad_enabled() and (shown or in_checkpoint()))
+
+
+def _is_checkpointed(owner: nn.Module) -> bool:
+    modules = list(owner.modules())
+    own = owner.training and any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    return own or any(type(module).__name__ == "CheckpointWrapper" for module in modules)  # torch's
 
 
 def _draws_dropout(owner: Any, modules: Iterable[nn.Module]) -> bool:

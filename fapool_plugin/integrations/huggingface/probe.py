@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fapool_plugin.base.forward import CannotPool, Forward
+from fapool_plugin.base.forward import CannotPool, Forward, Misjudged
 from fapool_plugin.base.random_numbers import RandomNumbers
 from fapool_plugin.base.rounds import Modes
 from fapool_plugin.base.sequence import SequenceState
@@ -69,7 +69,7 @@ class Probe:
                 trial = _Trial(owner, enter, given, scope, rows)
                 verdict = self.verdicts[key] = trial.verdict()
                 self.windows[key], self.values[key] = frozenset(trial.windows), values
-            except CannotPool as error:
+            except (CannotPool, Misjudged) as error:
                 # That is of this forward's arguments, and not kept.
                 verdict = str(error)
             except Exception as error:  # whatever a model's own code does with so few tokens
@@ -126,7 +126,7 @@ class _Trial:
         tolerance = _TOLERANCE[dtype] if exact else _ROUGH * max(torch.finfo(dtype).eps, noise)
         try:
             cut = self._run("cut")
-        except CannotPool:
+        except (CannotPool, Misjudged):
             raise
         except Exception as error:  # whatever a model's own code does with a piece
             return f"it fails in pieces ({_said(error)})"

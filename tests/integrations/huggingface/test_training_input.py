@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.ranks import local as local_pool
-from tests.models import assert_close, eager, plain, pooled, random_ids, save_model, workers
+from tests.models import assert_close, eager, padded_batch, plain, pooled, random_ids, save_model, workers
 from tests.training import assert_alike, gradients, same_gradients, trained
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread_each")]
@@ -42,6 +42,28 @@ def test_labels_of_another_length(llama: Path, length: int) -> None:
         model.fa_pool.reap()
         assert model.fa_pool.stats()["state"] == "idle", "the lease is kept"
         assert_alike(model, reference, ids)
+
+
+@pytest.mark.parametrize(
+    ("attention", "first", "alike"), [("sdpa", True, True), ("eager", False, True), ("eager", True, False)]
+)
+def test_labels_of_first_tokens_behind_padding(llama: Path, attention: str, first: bool, alike: bool) -> None:
+    """They are predicted from the last padded position, where pooled attention is eager attention's no more."""
+    ids, mask = padded_batch([LONG, 25])
+    labels = ids.masked_fill(mask == 0, -100)
+    if not first:
+        labels[1, LONG - 25] = -100
+    found, arguments = [], {"attn_implementation": attention}
+    with pooled(llama, arguments) as model:
+        for net in (model, plain(llama, **arguments)):
+            loss = net(ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            loss.backward()
+            found.append({name: p.grad for name, p in net.named_parameters()} | {"loss": loss.detach()})
+    if alike:
+        same_gradients(*found)
+    else:
+        with pytest.raises(AssertionError, match="largest difference"):
+            same_gradients(*found)
 
 
 def spoilt(model: Any, ids: Tensor, spoil: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
