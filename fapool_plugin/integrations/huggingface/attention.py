@@ -27,14 +27,13 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fapool_plugin.base.forward import CannotPool, Forward, Misjudged, StaysHome
+from fapool_plugin.base.forward import CannotPool, Forward, Misjudged
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.base.unrecorded import made_by
 from fapool_plugin.integrations.huggingface.arguments import in_checkpoint, strings_in
-from fapool_plugin.integrations.huggingface.cache import PooledCache
 from fapool_plugin.integrations.huggingface.config_view import local_name
-from fapool_plugin.integrations.huggingface.layer import PooledLayer, owned_dtype
+from fapool_plugin.integrations.huggingface.layer import owned_dtype
 from fapool_plugin.integrations.huggingface.masks import not_causal, window_of
+from fapool_plugin.integrations.huggingface.stored import is_given_away, is_resident, is_taken, refuse_partial
 from fapool_plugin.plan.shares import Geometry
 
 NAME = "fapool"
@@ -244,13 +243,14 @@ def _attention(
         return function(module, query, key, value, mask, **kwargs)
 
     if reason:
-        _refuse_partial(scope, module, key, reason)
+        if scope.owning:
+            refuse_partial(scope.cache, scope.decided, module, key, reason)
         scope.decided.note(reason, serious)
     if not scope.decided.is_pooled or reason:
         return core(query, key, value, decided=scope.decided, local=local)
     scaling, device, lengths = kwargs.get("scaling"), query.device.type, scope.documents
-    owned = scope.owning and _is_taken(scope.cache, module, key, value)
-    resident = not scope.owning and _is_resident(scope, module, key, value)
+    owned = scope.owning and is_taken(scope.cache, module, key, value)
+    resident = not scope.owning and is_resident(scope.cache, scope.decided, module, key, value)
     if lengths:
         query, key, value = (_unpacked(x, lengths) for x in (query, key, value))
     wanted = query.dtype
@@ -341,7 +341,7 @@ def _local_reason(
         return f"{name} is given {', '.join(unknown)}, which pool ranks cannot compute with", True
     geometry = scope.decided.geometry
     shape = (key.shape[0], key.shape[2], query.shape[2])
-    if scope.owning and geometry is not None and _is_given_away(scope.cache, module, key):
+    if scope.owning and geometry is not None and is_given_away(scope.cache, module, key):
         shape = (key.shape[0], geometry.columns, query.shape[2])
     if scope.documents:
         shape = (len(scope.documents), max(scope.documents), max(scope.documents))
@@ -364,80 +364,6 @@ def _arguments_of(function: Any) -> frozenset[str]:
         return frozenset()
     function = inspect.unwrap(function)
     return frozenset(inspect.signature(function).parameters) | strings_in(getattr(function, "__code__", None))
-
-
-def _is_resident(scope: Scope, module: nn.Module, key: Tensor, value: Tensor) -> bool:
-    """Whether these are what our cache layer stores, or a known function of it, position by position."""
-    layer = _layer_of(scope.cache, module)
-    if layer is None or not layer.is_initialized:
-        return False
-    if hasattr(module, "expand_kv"):
-        # Multi-head latent attention caches latents and expands them anew in every call.
-        geometry, expanded_by = scope.decided.geometry, _expanded_by(module)
-        layer.state.make_by(layer.index, expanded_by)
-        if expanded_by is None:
-            reason = (
-                f"{type(module).__name__} expands keys by what may change unseen (hooks, training): ranks keep none"
-            )
-            scope.decided.note(reason, geometry is not None and geometry.q_column > 0)
-        return expanded_by is not None
-    return all(
-        given.data_ptr() == stored.data_ptr() and given.shape == stored.shape
-        for given, stored in zip((key, value), layer.stored, strict=True)
-    )
-
-
-def _expanded_by(module: nn.Module) -> Any:
-    """What is another value once a layer expands its latents otherwise; None: that is not known."""
-    if "expand_kv" in vars(module):
-        return None
-    kind: Any = type(module)
-    function = kind.expand_kv
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    named = [module._modules[name] for name in getattr(code, "co_names", ()) if name in module._modules]
-    found = made_by([inside for inside in named if inside is not None] or [module])
-    return None if found is None else (function, found)
-
-
-def _layer_of(cache: Cache | None, module: nn.Module) -> PooledLayer | None:
-    index = getattr(module, "layer_idx", None)
-    if not isinstance(cache, PooledCache) or index is None or index >= len(cache.layers):
-        return None
-    layer = cache.layers[index]
-    return layer if isinstance(layer, PooledLayer) else None
-
-
-def _is_given_away(cache: Cache | None, module: nn.Module, key: Tensor) -> bool:
-    """Whether these are keys that go to owners, perhaps without those that are there."""
-    layer = _layer_of(cache, module)
-    return layer is not None and layer.gives(key)
-
-
-def _refuse_partial(scope: Scope, module: nn.Module, key: Tensor, reason: str) -> None:
-    """Of a call that needs all keys here, and was given new ones: raises StaysHome, or CannotPool if they are another
-    layer's."""
-    geometry = scope.decided.geometry
-    cache, index = scope.cache, getattr(module, "layer_idx", None)
-    if not scope.owning or geometry is None or index is None or not isinstance(cache, PooledCache):
-        return
-    if _is_given_away(cache, module, key):
-        raise StaysHome(index)
-    windowed = index < len(cache.layers) and getattr(cache.layers[index], "is_sliding", False)
-    layer = _layer_of(cache, module)
-    if layer is not None and not layer.ownable and layer.get_seq_length() == key.shape[2]:
-        return  # all that there are: some were evicted by hand, or the layer was skipped
-    if key.shape[2] != geometry.columns and not windowed:
-        raise CannotPool(reason)
-
-
-def _is_taken(cache: Cache | None, module: nn.Module, key: Tensor, value: Tensor) -> bool:
-    """Whether these go to owners now. Raises StaysHome if others of their layer should."""
-    layer = _layer_of(cache, module)
-    if layer is None or not layer.ownable:
-        return False
-    if not layer.take(key, value):
-        raise StaysHome(layer.index)
-    return True
 
 
 AttentionInterface.register(NAME, _attention)

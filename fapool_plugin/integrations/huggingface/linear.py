@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fapool_plugin.integrations.huggingface.config_view import LOCAL, local_name
-from fapool_plugin.integrations.huggingface.forward import EntryModule
+from fapool_plugin.integrations.huggingface.entry import EntryModule
 from fapool_plugin.integrations.huggingface.supported import FULL_LAYERS, attention_modules, refuse_model, refuse_object
 from fapool_plugin.measure.calibrate import REPEATS, Progress, ascend, check_effort, fitted, silent, threads_restored
 from fapool_plugin.plan.profile import LinearCost, Shape

@@ -25,7 +25,8 @@ from fapool_plugin.config import FAPoolConfig, FAPoolConfigError
 from fapool_plugin.integrations.huggingface.attention import NAME
 from fapool_plugin.integrations.huggingface.attention_layer import AttentionLayer
 from fapool_plugin.integrations.huggingface.config_view import local_name, view_configs
-from fapool_plugin.integrations.huggingface.forward import EntryModule, Forwards, holds_decoder
+from fapool_plugin.integrations.huggingface.entry import EntryModule, holds_decoder
+from fapool_plugin.integrations.huggingface.forward import Forwards
 from fapool_plugin.integrations.huggingface.homes import Homes
 from fapool_plugin.integrations.huggingface.pieces import one_block_model
 from fapool_plugin.integrations.huggingface.supported import (
