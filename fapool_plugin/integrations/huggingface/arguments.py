@@ -6,12 +6,14 @@ Knows modules' signatures and configurations; nothing of how a forward is decide
 from __future__ import annotations
 
 import inspect
+import sys
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import FunctionCtx
 from torch.utils import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -86,9 +88,21 @@ def traced_reason(tokens: Tensor) -> str | None:
 
 def in_checkpoint() -> bool:
     """Whether torch.utils.checkpoint runs what runs now a second time, be it later. Its reentrant kind does not show
-    here: gradients are off inside."""
+    here: see :func:`in_function`."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
+
+
+def in_function() -> bool:
+    """Whether the forward of an autograd function is under way, in which gradients are off, as in a reentrant
+    checkpoint's; else the model itself has them off for some layers."""
+    frame = sys._getframe()
+    while (back := frame.f_back) is not None:
+        frame, code = back, back.f_code
+        first = code.co_varnames[0] if code.co_name == "forward" and code.co_argcount else ""
+        if first and isinstance(frame.f_locals.get(first), FunctionCtx):
+            return True
+    return False
 
 
 def attention_dropout(owner: Any) -> float:

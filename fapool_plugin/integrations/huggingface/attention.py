@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fapool_plugin.base.forward import CannotPool, Forward, Misjudged
 from fapool_plugin.base.resource_manager import ResourceManager
-from fapool_plugin.integrations.huggingface.arguments import in_checkpoint, strings_in
+from fapool_plugin.integrations.huggingface.arguments import in_checkpoint, in_function, strings_in
 from fapool_plugin.integrations.huggingface.config_view import local_name
 from fapool_plugin.integrations.huggingface.layer import owned_dtype
 from fapool_plugin.integrations.huggingface.masks import not_causal, window_of
@@ -285,7 +285,7 @@ def _are_there_twice(key: Tensor, scope: Scope) -> bool:
 def _refuse_misjudged(module: nn.Module, scope: Scope, *qkv: Tensor) -> None:
     """Raises Misjudged, of the first call that shows it."""
     checkpointed, name = in_checkpoint(), type(module).__name__
-    if not scope.recomputed and (checkpointed or not torch.is_grad_enabled()):
+    if not scope.recomputed and (checkpointed or (not torch.is_grad_enabled() and in_function())):
         raise Misjudged(f"{name} is checkpointed")
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in qkv)
     if wanted and (checkpointed or scope.owning) and scope.decided.phase != "training":

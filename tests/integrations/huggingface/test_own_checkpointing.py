@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.models import THRESHOLD, load_pooled, padded_batch, plain, random_ids, save_model
+from tests.survey import survey
 from tests.thread_pool import ThreadPool
 from tests.training import assert_alike, gradients, same_gradients
 
@@ -180,3 +181,10 @@ def test_a_second_time_that_was_not_seen(llama: Path) -> None:
         loss = model(ids, attention_mask=mask, use_cache=False).logits[mask == 1].logsumexp(-1).sum()
         with pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
             loss.backward()
+
+
+@pytest.mark.processes
+@pytest.mark.timeout(120)
+def test_layers_that_a_model_runs_without_gradients_are_not_checkpointed() -> None:
+    outcome = survey("hrm_text").uses["gradients"]
+    assert (outcome.kind, outcome.in_blocks) == ("equal", 1), outcome
