@@ -18,7 +18,7 @@ from fapool_plugin.plan.profile import Fit
 from fapool_plugin.pool import lease as ranks_lease
 from fapool_plugin.wire.link import Link
 from tests.base.test_advisor import FREE, profile_of
-from tests.models import eager, one_thread, save_model
+from tests.models import eager, one_thread, random_ids, save_model
 from tests.standing_pool import TIMEOUT_S, JobsPool, Standing, jobs
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("quick", "silence")]
@@ -150,19 +150,23 @@ def coming(monkeypatch: pytest.MonkeyPatch, ranks: Standing, calls: int) -> None
     monkeypatch.setattr(JobsPool, "look", looked)
 
 
-@pytest.mark.parametrize(("blocks", "after"), [(1, 2), (3, 2), (3, 5)])
+@pytest.mark.parametrize(
+    ("blocks", "lengths", "after", "calls"),
+    [(1, [240], 2, 1), (3, [240], 2, 5), (3, [240], 5, 2), (1, [100, 80], LAYERS + 3, 1)],
+)
 def test_ranks_join_in_the_middle_of_a_prompt(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, after: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, lengths: list[int], after: int, calls: int
 ) -> None:
-    """Calls from there on have it; layers before it send their keys at the first step."""
+    """Calls from there on have it, with the keys of a prompt's first part; layers before send theirs at a step."""
     ranks = Standing(1)
     coming(monkeypatch, ranks, after)
     with jobs(folder, ranks, {"blocks": blocks}) as [job]:
-        job.prompt(240)
+        for length in lengths:
+            job.forward(random_ids(2, length))
         stats = job.model.fa_pool.stats()
         assert (job.ranks, job.kinds("joined")) == ([0, 1], ["joined"]), job.events()
-        calls = {rank["rank"]: rank["calls"] for rank in stats["ranks"]}
-        assert calls == {0: LAYERS * blocks, 1: LAYERS * blocks + 1 - after}, calls
+        found = {rank["rank"]: rank["calls"] for rank in stats["ranks"]}
+        assert found == {0: LAYERS * blocks * len(lengths), 1: calls}, found
         assert stats["prefill"]["overlapped_forwards"] == (blocks > 1), stats["not_overlapped_reasons"]
         job.steps(2)
         assert job.model.fa_pool.stats()["local_reasons"] == {}, job.model.fa_pool.stats()

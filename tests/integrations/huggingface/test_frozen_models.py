@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fapool_plugin.integrations.huggingface import FAPoolForCausalLM
+from tests.blocks import in_blocks
 from tests.integrations.huggingface.test_vision_models import IMAGE, built, prompt
-from tests.models import assert_close, load_pooled, padded_batch, plain, random_ids, save_model
+from tests.models import assert_close, padded_batch, plain, random_ids, save_model
 from tests.thread_pool import ThreadPool
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread_each")]
@@ -23,14 +23,6 @@ LONG = 40
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@contextmanager
-def threaded(folder: Path, **settings: Any) -> Iterator[Any]:
-    model = load_pooled(folder, kv_home="pool", **settings)
-    model.fa_pool.leases.source = ThreadPool
-    with model.fa_pool:
-        yield model
 
 
 def embeddings(model: Any) -> Tensor:
@@ -58,7 +50,7 @@ def test_gradients_of_hidden_states(llama: Path, way: str, blocks: int | None, p
     ids, mask = padded_batch([LONG, 25]) if padded else (random_ids(2, LONG), None)
     real = torch.ones_like(ids) if mask is None else mask
     found: list[Any] = []
-    with threaded(llama, blocks=blocks) as model:
+    with in_blocks(llama, blocks, kv_home="pool") as model:
         for net in (model, plain(llama)):
             vector = WAYS[way](net.requires_grad_(False))
             net(ids, attention_mask=mask).logits[real == 1].logsumexp(-1).sum().backward()
@@ -93,7 +85,7 @@ def test_keys_of_before_stay_those_of_their_sequence(llama: Path) -> None:
     first, second, third = (random_ids(2, LONG, seed=seed) for seed in range(3))
     found: list[Any] = []
     logits = []
-    with threaded(llama) as model:
+    with in_blocks(llama, 1, kv_home="pool") as model:
         for net in (model, plain(llama)):
             net.requires_grad_(False)
             with torch.no_grad():
@@ -113,7 +105,7 @@ def test_keys_of_before_stay_those_of_their_sequence(llama: Path) -> None:
 
 def test_inference_keeps_its_owners(llama: Path) -> None:
     """Without gradients in it a forward outside of no_grad() is one of inference."""
-    with threaded(llama) as model:
+    with in_blocks(llama, 1, kv_home="pool") as model:
         cache = model.requires_grad_(False)(random_ids(2, LONG)).past_key_values
         assert model.fa_pool.stats()["prefill"]["pooled_calls"] == 2
         assert cache.get_seq_length() == LONG

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.models import THRESHOLD, load_pooled, padded_batch, plain, random_ids, save_model
+from tests.blocks import in_blocks
+from tests.models import THRESHOLD, padded_batch, plain, random_ids, save_model
 from tests.survey import survey
-from tests.thread_pool import ThreadPool
 from tests.training import assert_alike, gradients, same_gradients
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread_each")]
@@ -30,14 +29,6 @@ LONG = 40
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@contextmanager
-def threaded(folder: Path, attention: str = "sdpa", **settings: Any) -> Iterator[Any]:
-    model = load_pooled(folder, {"attn_implementation": attention}, **settings)
-    model.fa_pool.leases.source = ThreadPool
-    with model.fa_pool:
-        yield model
 
 
 def wrapped(model: Any, reentrant: bool) -> None:
@@ -75,7 +66,7 @@ def test_layers(llama: Path, way: str, reentrant: bool, attention: str, padded: 
     """Pooled both times, with the masks that the forward had."""
     ids, mask = padded_batch([LONG, 25]) if padded else (random_ids(2, LONG), None)
     reference = plain(llama, attn_implementation=attention).train()
-    with threaded(llama, attention, blocks=blocks) as model:
+    with in_blocks(llama, blocks, arguments={"attn_implementation": attention}) as model:
         for net in (model, reference):
             net.enable_input_require_grads()
             WAYS[way](net, reentrant)
@@ -93,7 +84,7 @@ def test_layers(llama: Path, way: str, reentrant: bool, attention: str, padded: 
 @pytest.mark.parametrize("blocks", [1, None])
 def test_a_whole_model(llama: Path, reentrant: bool, blocks: int | None) -> None:
     found, ids = [], random_ids(2, LONG)
-    with threaded(llama, blocks=blocks) as model:
+    with in_blocks(llama, blocks) as model:
         for net in (model, plain(llama)):
             embedded = net.get_input_embeddings()(ids).detach().requires_grad_()
 
@@ -112,7 +103,7 @@ def test_random_numbers_are_the_models_own(tmp_path: Path, reentrant: bool) -> N
     """A forward that is begun anew, as the first layer that is checkpointed shows, draws none twice."""
     folder = save_model("llama", tmp_path)
     reference = plain(folder)
-    with threaded(folder) as model:
+    with in_blocks(folder, 1) as model:
         for net in (model, reference):
             net.train().enable_input_require_grads()
             net.model.embed_tokens.register_forward_hook(lambda _m, _a, out: torch.nn.functional.dropout(out, 0.2))
@@ -129,7 +120,7 @@ def test_random_numbers_are_the_models_own(tmp_path: Path, reentrant: bool) -> N
 def test_short_rows_are_as_without_the_plugin(llama: Path, reentrant: bool, padded: bool) -> None:
     ids, mask = padded_batch([THRESHOLD, 9]) if padded else (random_ids(2, THRESHOLD), None)
     reference = plain(llama)
-    with threaded(llama) as model:
+    with in_blocks(llama, 1) as model:
         for net in (model, reference):
             net.train().enable_input_require_grads()
             patched(net, reentrant)
@@ -143,7 +134,7 @@ def test_frozen_weights_in_evaluation(llama: Path, reentrant: bool) -> None:
     """Gradients of the input alone: the second time is the model's own, with the masks of the first."""
     ids, mask = padded_batch([LONG, 25])
     found = []
-    with threaded(llama, "eager") as model:
+    with in_blocks(llama, 1, arguments={"attn_implementation": "eager"}) as model:
         for net in (model, plain(llama, attn_implementation="eager")):
             net.requires_grad_(False)
             patched(net, reentrant)
@@ -158,7 +149,7 @@ def test_frozen_weights_in_evaluation(llama: Path, reentrant: bool) -> None:
 @pytest.mark.parametrize("trained", [True, False])
 def test_keys_that_would_be_cached_twice(llama: Path, trained: bool) -> None:
     """As with the plain model, whose gradients are wrong then: refused."""
-    with threaded(llama) as model:
+    with in_blocks(llama, 1) as model:
         patched(model.requires_grad_(trained), reentrant=True)
         model.enable_input_require_grads()
         loss = model(random_ids(2, LONG)).logits.sum()
@@ -174,7 +165,7 @@ def test_a_second_time_that_was_not_seen(llama: Path) -> None:
             return forward(**kwargs)
 
     ids, mask = padded_batch([LONG, 25])
-    with threaded(llama) as model:
+    with in_blocks(llama, 1) as model:
         patched(model.train(), reentrant=False)
         for layer in model.model.layers:
             layer.self_attn.forward = functools.partial(hidden_in, layer.self_attn.forward)
